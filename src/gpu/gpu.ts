@@ -1,0 +1,478 @@
+/** The one owner of a WebGPU device: pipelines, bind groups, buffers, submits, counters. */
+import { GpuError } from "./errors.ts";
+import { requestAdapter } from "./provider.ts";
+
+/** Anything with a GPU buffer. Kernels need no more of a tensor than this. */
+export interface HasBuffer {
+  readonly buffer: GPUBuffer;
+}
+
+export interface OpenGpuOptions {
+  /** A `GPU` to use instead of the runtime's own. */
+  readonly gpu?: GPU;
+  /** Refuse allocations that would take live bytes past this. Drivers over-commit silently; this does not. */
+  readonly budgetBytes?: number;
+  /** Fill every buffer with NaN bits when it is handed out, so that reading what was never written shows. For tests. */
+  readonly poison?: boolean;
+}
+
+/** What has been done so far; all counts since `openGpu` or `resetCounters`, but for the live ones. */
+export interface Counters {
+  /** Bytes handed out and not given back. */
+  readonly bytesLive: number;
+  /** The most `bytesLive` has been. */
+  readonly bytesPeak: number;
+  /** Bytes held from the driver: live and pooled. */
+  readonly bytesReserved: number;
+  readonly buffersLive: number;
+  readonly buffersCreated: number;
+  readonly bindGroupsCreated: number;
+  readonly submits: number;
+  readonly readbacks: number;
+  /** Number of dispatches by kernel name. */
+  readonly dispatches: ReadonlyMap<string, number>;
+}
+
+// WebGPU §5.1: the values of GPUBufferUsage, which Node has no global for.
+export const BufferUsage = { MAP_READ: 1, COPY_SRC: 4, COPY_DST: 8, UNIFORM: 64, STORAGE: 128 } as const;
+const MAP_MODE_READ = 1;
+const SHADER_STAGE_COMPUTE = 4;
+
+const UNIFORM_SLOTS = 1024; // a full arena flushes by itself
+const STORAGE = BufferUsage.STORAGE | BufferUsage.COPY_SRC | BufferUsage.COPY_DST;
+
+export interface BindingLayout {
+  readonly slot: number;
+  readonly type: GPUBufferBindingType;
+}
+
+/** A compiled kernel with its bind-group layout. Made by `Gpu.pipeline`, used by `Gpu.dispatch`. */
+export interface Pipeline {
+  readonly name: string;
+  readonly id: number;
+  readonly pipeline: GPUComputePipeline;
+  readonly layout: GPUBindGroupLayout;
+  readonly bindings: readonly BindingLayout[];
+  readonly uniformBytes: number;
+}
+
+/**
+ * Opens the GPU with the adapter's own limits and whatever optional features it has.
+ *
+ * Chrome and Deno: `navigator.gpu`. Node: the optional peer `webgpu` (Dawn); without a GPU, the software adapter
+ * (`LOWRANK_ADAPTER=software` forces it). Throws GpuError saying what is missing and how to get it.
+ */
+export async function openGpu(options: OpenGpuOptions = {}): Promise<Gpu> {
+  const { adapter, isSoftware, runtime } = await requestAdapter(options.gpu);
+  const wanted: GPUFeatureName[] = ["shader-f16", "subgroups", "timestamp-query"];
+  const requiredLimits: Record<string, number> = {};
+  for (const limit of ADAPTER_LIMITS) {
+    const value = adapter.limits[limit];
+    if (typeof value === "number") requiredLimits[limit] = value;
+  }
+  let device: GPUDevice;
+  try {
+    device = await adapter.requestDevice({
+      requiredFeatures: wanted.filter((feature) => adapter.features.has(feature)),
+      requiredLimits,
+    });
+  } catch (error) {
+    throw new GpuError(`openGpu: the adapter gave no device: ${String(error)}`);
+  }
+  return new Gpu(device, adapter.info, { isSoftware, runtime, ...options });
+}
+
+const ADAPTER_LIMITS = [
+  "maxBufferSize",
+  "maxStorageBufferBindingSize",
+  "maxStorageBuffersPerShaderStage",
+  "maxComputeWorkgroupStorageSize",
+  "maxComputeInvocationsPerWorkgroup",
+  "maxComputeWorkgroupSizeX",
+  "maxComputeWorkgroupSizeY",
+] as const satisfies readonly (keyof GPUSupportedLimits)[];
+
+interface Scope {
+  readonly owned: Set<GPUBuffer>;
+}
+
+export class Gpu {
+  readonly device: GPUDevice;
+  readonly info: GPUAdapterInfo;
+  readonly isSoftware: boolean;
+  readonly runtime: "browser" | "deno" | "node";
+  readonly #budgetBytes: number;
+  readonly #poison: boolean;
+
+  readonly #pipelines = new Map<string, Pipeline>();
+  readonly #bindGroups = new Map<string, GPUBindGroup>();
+  readonly #bufferIds = new WeakMap<GPUBuffer, number>();
+  readonly #free = new Map<number, GPUBuffer[]>();
+  readonly #scopes: Scope[] = [];
+  readonly #checks = new Set<Promise<void>>();
+  #staging: GPUBuffer[] = [];
+  #ids = 0;
+  #failure: GpuError | undefined;
+
+  readonly #arena: GPUBuffer;
+  readonly #arenaBytes: ArrayBuffer;
+  readonly #slotBytes: number;
+  #slotsUsed = 0;
+  #encoder: GPUCommandEncoder | undefined;
+  #pass: GPUComputePassEncoder | undefined;
+
+  #bytesLive = 0;
+  #bytesPeak = 0;
+  #bytesReserved = 0;
+  #buffersLive = 0;
+  #buffersCreated = 0;
+  #bindGroupsCreated = 0;
+  #submits = 0;
+  #readbacks = 0;
+  readonly #dispatches = new Map<string, number>();
+
+  /** Use `openGpu`. */
+  constructor(
+    device: GPUDevice,
+    info: GPUAdapterInfo,
+    settings: OpenGpuOptions & { readonly isSoftware: boolean; readonly runtime: "browser" | "deno" | "node" },
+  ) {
+    this.device = device;
+    this.info = info;
+    this.isSoftware = settings.isSoftware;
+    this.runtime = settings.runtime;
+    this.#budgetBytes = settings.budgetBytes ?? Number.POSITIVE_INFINITY;
+    this.#poison = settings.poison ?? false;
+    this.#slotBytes = device.limits.minUniformBufferOffsetAlignment;
+    this.#arenaBytes = new ArrayBuffer(UNIFORM_SLOTS * this.#slotBytes);
+    this.#arena = device.createBuffer({
+      label: "uniform arena",
+      size: this.#arenaBytes.byteLength,
+      usage: BufferUsage.UNIFORM | BufferUsage.COPY_DST,
+    });
+    device.lost.then((lost) => {
+      if (lost.reason !== "destroyed") this.#fail(`the device was lost (${lost.message}). Open a new one with openGpu`);
+    });
+    device.addEventListener("uncapturederror", (event) => this.#fail(event.error.message));
+  }
+
+  get features(): ReadonlySet<string> {
+    return this.device.features as ReadonlySet<string>;
+  }
+
+  get limits(): GPUSupportedLimits {
+    return this.device.limits;
+  }
+
+  /** A copy of the counters as they are now. */
+  counters(): Counters {
+    return {
+      bytesLive: this.#bytesLive,
+      bytesPeak: this.#bytesPeak,
+      bytesReserved: this.#bytesReserved,
+      buffersLive: this.#buffersLive,
+      buffersCreated: this.#buffersCreated,
+      bindGroupsCreated: this.#bindGroupsCreated,
+      submits: this.#submits,
+      readbacks: this.#readbacks,
+      dispatches: new Map(this.#dispatches),
+    };
+  }
+
+  /** Starts counting anew: dispatches, submits, readbacks and creations from 0, the peak from what is live now. */
+  resetCounters(): void {
+    this.#bytesPeak = this.#bytesLive;
+    this.#buffersCreated = this.#bindGroupsCreated = this.#submits = this.#readbacks = 0;
+    this.#dispatches.clear();
+  }
+
+  // ---- buffers
+
+  /**
+   * A storage buffer of at least `sizeBytes`, from the pool where one of its size class is free. Its content is undefined.
+   *
+   * Throws GpuError when it exceeds the device's limits or the byte budget.
+   */
+  allocate(sizeBytes: number, label: string): GPUBuffer {
+    this.#throwIfFailed();
+    const { maxBufferSize, maxStorageBufferBindingSize } = this.device.limits;
+    const limit = Math.min(maxBufferSize, maxStorageBufferBindingSize);
+    if (sizeBytes > limit)
+      throw new GpuError(
+        `${label}: a buffer may have at most ${limit} bytes on this device, got ${sizeBytes}. Use a smaller batch, a shorter length or a smaller model`,
+      );
+    const size = Math.min(sizeClass(sizeBytes), limit - (limit % 4));
+    if (this.#bytesLive + size > this.#budgetBytes)
+      throw new GpuError(
+        `${label}: ${size} bytes more would pass the budget of ${this.#budgetBytes} bytes, ${this.#bytesLive} are in use. Use a smaller batch, a shorter length or a larger budgetBytes`,
+      );
+    const buffer = this.#free.get(size)?.pop() ?? this.#create(size, label);
+    this.#bytesLive += size;
+    this.#bytesPeak = Math.max(this.#bytesPeak, this.#bytesLive);
+    this.#buffersLive++;
+    this.#scopes.at(-1)?.owned.add(buffer);
+    if (this.#poison) this.write({ buffer }, new Uint8Array(size).fill(0xff));
+    return buffer;
+  }
+
+  /** Gives buffers back to the pool. They may be handed out again at once: the queue keeps the order. */
+  release(...buffers: readonly HasBuffer[]): void {
+    for (const { buffer } of buffers) {
+      for (const scope of this.#scopes) scope.owned.delete(buffer);
+      this.#recycle(buffer);
+    }
+  }
+
+  /**
+   * Runs `step` and gives back every buffer it allocated, except those in what it returns (a tensor, or an array, map or
+   * plain object of them), which pass to the enclosing scope. `step` must not be async.
+   */
+  scope<T>(step: () => T): T {
+    const scope: Scope = { owned: new Set() };
+    this.#scopes.push(scope);
+    const kept = new Set<GPUBuffer>();
+    try {
+      const result = step();
+      if (result instanceof Promise) throw new GpuError("scope: the step must be synchronous, got a promise. Read results after the scope");
+      collectBuffers(result, kept);
+      return result;
+    } finally {
+      this.#scopes.pop();
+      const outer = this.#scopes.at(-1);
+      for (const buffer of scope.owned) {
+        if (kept.has(buffer)) outer?.owned.add(buffer);
+        else this.#recycle(buffer);
+      }
+    }
+  }
+
+  /** Copies host bytes into a buffer. What was dispatched before still sees the old content. */
+  write(to: HasBuffer, data: ArrayBufferView<ArrayBufferLike>, offsetBytes = 0): void {
+    this.flush();
+    const { byteOffset, byteLength } = data;
+    const padded = byteLength % 4 === 0 ? undefined : new Uint8Array(Math.ceil(byteLength / 4) * 4);
+    padded?.set(new Uint8Array(data.buffer, byteOffset, byteLength));
+    const source = padded ?? new Uint8Array(data.buffer, byteOffset, byteLength);
+    this.device.queue.writeBuffer(to.buffer, offsetBytes, source as Uint8Array<ArrayBuffer>);
+  }
+
+  /**
+   * Waits for everything dispatched so far and copies the first `sizeBytes` of each buffer to the host, in one readback.
+   *
+   * Throws GpuError if anything since the last read failed on the device.
+   */
+  async read(sources: readonly { readonly buffer: GPUBuffer; readonly sizeBytes: number }[]): Promise<ArrayBuffer[]> {
+    this.#throwIfFailed();
+    const padded = sources.map(({ sizeBytes }) => Math.ceil(sizeBytes / 4) * 4);
+    const total = Math.max(
+      4,
+      padded.reduce((a, b) => a + b, 0),
+    );
+    const index = this.#staging.findIndex(({ size }) => size >= total && size <= 4 * total + 4096);
+    const staging =
+      this.#staging.splice(index, index < 0 ? 0 : 1)[0] ??
+      this.device.createBuffer({ label: "readback", size: total, usage: BufferUsage.MAP_READ | BufferUsage.COPY_DST });
+    this.#endPass();
+    this.#encoder ??= this.device.createCommandEncoder();
+    let offset = 0;
+    sources.forEach(({ buffer }, i) => {
+      if (padded[i]) this.#encoder?.copyBufferToBuffer(buffer, 0, staging, offset, padded[i] ?? 0);
+      offset += padded[i] ?? 0;
+    });
+    this.flush();
+    this.#readbacks++;
+    try {
+      await staging.mapAsync(MAP_MODE_READ, 0, total);
+    } catch (error) {
+      await Promise.all(this.#checks);
+      this.#throwIfFailed();
+      throw new GpuError(`read: ${String(error)}`);
+    }
+    await Promise.all(this.#checks);
+    const mapped = staging.getMappedRange(0, total);
+    let from = 0;
+    const copies = sources.map(({ sizeBytes }, i) => {
+      const copy = mapped.slice(from, from + sizeBytes);
+      from += padded[i] ?? 0;
+      return copy;
+    });
+    staging.unmap();
+    this.#staging.push(staging);
+    for (const old of this.#staging.splice(0, this.#staging.length - 4)) old.destroy();
+    this.#throwIfFailed();
+    return copies;
+  }
+
+  // ---- kernels
+
+  /** The pipeline for this WGSL with these override constants, compiled at its first use and kept. */
+  pipeline(
+    name: string,
+    key: string,
+    source: () => string,
+    constants: Readonly<Record<string, number>>,
+    bindings: readonly BindingLayout[],
+    uniformBytes: number,
+  ): Pipeline {
+    const known = this.#pipelines.get(key);
+    if (known) return known;
+    this.#throwIfFailed();
+    const { device } = this;
+    this.#checked(name, "validation", () => {
+      const layout = device.createBindGroupLayout({
+        label: name,
+        entries: bindings.map(({ slot, type }) => ({
+          binding: slot,
+          visibility: SHADER_STAGE_COMPUTE,
+          buffer: { type, hasDynamicOffset: type === "uniform" },
+        })),
+      });
+      const pipeline = device.createComputePipeline({
+        label: name,
+        layout: device.createPipelineLayout({ bindGroupLayouts: [layout] }),
+        compute: { module: device.createShaderModule({ label: name, code: source() }), entryPoint: "main", constants: { ...constants } },
+      });
+      this.#pipelines.set(key, { name, id: this.#ids++, pipeline, layout, bindings, uniformBytes });
+    });
+    return this.pipeline(name, key, source, constants, bindings, uniformBytes);
+  }
+
+  /**
+   * Encodes one dispatch into the current pass.
+   *
+   * `fill` writes the uniforms into their slot of the arena; `buffers` are the storage bindings in the order of the pipeline's
+   * own; `groups` are workgroups. One buffer may not be bound both to read and to write (a WebGPU rule).
+   */
+  dispatch(
+    pipeline: Pipeline,
+    fill: (slot: DataView) => void,
+    buffers: readonly GPUBuffer[],
+    groups: readonly [x: number, y: number, z: number],
+  ): void {
+    this.#throwIfFailed();
+    if (this.#slotsUsed === UNIFORM_SLOTS) this.flush();
+    const offset = this.#slotsUsed * this.#slotBytes;
+    const hasUniforms = pipeline.uniformBytes > 0;
+    if (hasUniforms) {
+      fill(new DataView(this.#arenaBytes, offset, pipeline.uniformBytes));
+      this.#slotsUsed++;
+    }
+    if (!this.#pass) {
+      this.#encoder ??= this.device.createCommandEncoder();
+      this.#pass = this.#encoder.beginComputePass();
+    }
+    this.#pass.setPipeline(pipeline.pipeline);
+    this.#pass.setBindGroup(0, this.#bindGroup(pipeline, buffers), hasUniforms ? [offset] : []);
+    this.#pass.dispatchWorkgroups(...groups);
+    this.#dispatches.set(pipeline.name, (this.#dispatches.get(pipeline.name) ?? 0) + 1);
+  }
+
+  /** Submits what has been dispatched: one uniform write, one pass, one submit. */
+  flush(): void {
+    if (!this.#encoder) return;
+    this.#endPass();
+    if (this.#slotsUsed > 0)
+      this.device.queue.writeBuffer(this.#arena, 0, this.#arenaBytes, 0, this.#slotsUsed * this.#slotBytes);
+    this.device.queue.submit([this.#encoder.finish()]);
+    this.#encoder = undefined;
+    this.#slotsUsed = 0;
+    this.#submits++;
+  }
+
+  /** Waits until the device has done everything dispatched so far. Throws GpuError if any of it failed. */
+  async finish(): Promise<void> {
+    this.flush();
+    await this.device.queue.onSubmittedWorkDone();
+    await Promise.all(this.#checks);
+    this.#throwIfFailed();
+  }
+
+  /** Frees the device and everything on it. */
+  destroy(): void {
+    this.#fail("the device was destroyed. Open a new one with openGpu");
+    this.device.destroy();
+  }
+
+  // ---- inside
+
+  #create(size: number, label: string): GPUBuffer {
+    let buffer: GPUBuffer | undefined;
+    this.#checked(label, "out-of-memory", () => {
+      buffer = this.device.createBuffer({ label, size, usage: STORAGE });
+    });
+    if (!buffer) throw new GpuError(`${label}: the device gave no buffer of ${size} bytes`);
+    this.#bufferIds.set(buffer, this.#ids++);
+    this.#bytesReserved += size;
+    this.#buffersCreated++;
+    return buffer;
+  }
+
+  #recycle(buffer: GPUBuffer): void {
+    const free = this.#free.get(buffer.size);
+    if (free) free.push(buffer);
+    else this.#free.set(buffer.size, [buffer]);
+    this.#bytesLive -= buffer.size;
+    this.#buffersLive--;
+  }
+
+  /** Runs f in an error scope. What it finds is thrown by the next call that reaches the device. */
+  #checked(label: string, filter: GPUErrorFilter, f: () => void): void {
+    this.device.pushErrorScope(filter);
+    f();
+    const check = this.device.popErrorScope().then(
+      (error) => {
+        if (error) this.#fail(filter === "out-of-memory" ? `${label}: out of memory: ${error.message}. Use a smaller batch, length or model` : `${label}: ${error.message}`);
+      },
+      () => {}, // the device is gone: `lost` tells
+    );
+    this.#checks.add(check);
+    check.finally(() => this.#checks.delete(check));
+  }
+
+  #bindGroup(pipeline: Pipeline, buffers: readonly GPUBuffer[]): GPUBindGroup {
+    let key = `${pipeline.id}`;
+    for (const buffer of buffers) key += `,${this.#bufferIds.get(buffer)}`;
+    const known = this.#bindGroups.get(key);
+    if (known) return known;
+    let next = 0;
+    const entries = pipeline.bindings.map(({ slot, type }) => {
+      if (type === "uniform") return { binding: slot, resource: { buffer: this.#arena, size: pipeline.uniformBytes } };
+      const buffer = buffers[next++];
+      if (!buffer) throw new GpuError(`${pipeline.name}: ${pipeline.bindings.length} bindings, got ${buffers.length} buffers`);
+      return { binding: slot, resource: { buffer } };
+    });
+    const group = this.device.createBindGroup({ label: pipeline.name, layout: pipeline.layout, entries });
+    this.#bindGroups.set(key, group);
+    this.#bindGroupsCreated++;
+    return group;
+  }
+
+  #endPass(): void {
+    this.#pass?.end();
+    this.#pass = undefined;
+  }
+
+  #fail(message: string): void {
+    this.#failure ??= new GpuError(message);
+  }
+
+  #throwIfFailed(): void {
+    if (this.#failure) throw new GpuError(this.#failure.message);
+  }
+}
+
+/** Rounded up to eighths of the power of two below: few classes, at most an eighth wasted (or 256 bytes). */
+function sizeClass(sizeBytes: number): number {
+  const step = Math.max(256, 2 ** (Math.floor(Math.log2(Math.max(1, sizeBytes))) - 3));
+  return Math.max(step, Math.ceil(sizeBytes / step) * step);
+}
+
+function collectBuffers(value: unknown, found: Set<GPUBuffer>): void {
+  if (typeof value !== "object" || value === null || ArrayBuffer.isView(value)) return;
+  if ("buffer" in value) {
+    found.add((value as HasBuffer).buffer);
+    return;
+  }
+  const parts = value instanceof Map || Array.isArray(value) || value instanceof Set ? value.values() : Object.values(value);
+  for (const part of parts) collectBuffers(part, found);
+}

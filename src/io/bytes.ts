@@ -1,0 +1,118 @@
+/** Where bytes come from: memory, a Blob, a web server; a disk is in `files.ts`. */
+import { FormatError } from "./errors.ts";
+
+export interface ByteSource {
+  readonly sizeBytes: number;
+  /** Exactly `length` bytes from `offset` on, or a FormatError. */
+  read(offset: number, length: number): Promise<Uint8Array>;
+}
+
+export interface Directory {
+  readonly name: string;
+  /** Undefined when there is no such file. */
+  open(file: string): Promise<ByteSource | undefined>;
+}
+
+/** Throws a FormatError unless bytes [offset, offset + length) lie inside a source of `sizeBytes`. */
+export function checkRange(name: string, sizeBytes: number, offset: number, length: number): void {
+  if (![offset, length].every((n) => Number.isSafeInteger(n) && n >= 0) || offset + length > sizeBytes)
+    throw new FormatError(`${name}: a read must stay within its ${sizeBytes} bytes, got ${length} from ${offset} on`);
+}
+
+/** Throws a FormatError unless `file` is a plain relative path: names come out of files that may be hostile. */
+export function checkFileName(directory: string, file: string): void {
+  if (file.includes("\\") || file.includes(":") || file.split("/").some((part) => ["", ".", ".."].includes(part)))
+    throw new FormatError(`${directory}: a file name must stay inside the directory, got ${JSON.stringify(file)}`);
+}
+
+/** Bytes in memory. `read` gives views, not copies. */
+export function memorySource(bytes: Uint8Array, name = "memory"): ByteSource {
+  return {
+    sizeBytes: bytes.byteLength,
+    async read(offset, length) {
+      checkRange(name, bytes.byteLength, offset, length);
+      return bytes.subarray(offset, offset + length);
+    },
+  };
+}
+
+/** A Blob, or a File that a user chose. */
+export function blobSource(blob: Blob): ByteSource {
+  const name = "name" in blob ? String(blob.name) : "blob";
+  return {
+    sizeBytes: blob.size,
+    async read(offset, length) {
+      checkRange(name, blob.size, offset, length);
+      return new Uint8Array(await blob.slice(offset, offset + length).arrayBuffer());
+    },
+  };
+}
+
+/** A directory in memory; strings become UTF-8. */
+export function memoryDirectory(name: string, files: Readonly<Record<string, Uint8Array | string>>): Directory {
+  const byName = new Map(Object.entries(files));
+  return {
+    name,
+    async open(file) {
+      checkFileName(name, file);
+      const content = byName.get(file);
+      if (content === undefined) return undefined;
+      return memorySource(typeof content === "string" ? new TextEncoder().encode(content) : content, `${name}/${file}`);
+    },
+  };
+}
+
+/**
+ * A directory on a web server. Reads by Range request; where the server has none, or hides the size (`Content-Range`
+ * not exposed to this origin), a file is downloaded whole on `open`. 404 and 410 mean: no such file.
+ */
+export function httpDirectory(url: string): Directory {
+  const name = url.replace(/\/+$/, "");
+  return {
+    name,
+    async open(file) {
+      checkFileName(name, file);
+      const address = `${name}/${file.split("/").map(encodeURIComponent).join("/")}`;
+      const first = await request(address, "bytes=0-0");
+      if (first.status === 404 || first.status === 410) return undefined;
+      if (first.status === 416) return memorySource(new Uint8Array(), address); // an empty file has no first byte
+      if (first.status === 200) return memorySource(await body(first, address), address);
+      const total = /\/(\d+)$/.exec(first.headers.get("content-range") ?? "")?.[1];
+      await first.body?.cancel();
+      if (total === undefined) return memorySource(await body(await request(address), address), address);
+      const sizeBytes = Number(total);
+      return {
+        sizeBytes,
+        async read(offset, length) {
+          checkRange(address, sizeBytes, offset, length);
+          if (length === 0) return new Uint8Array();
+          const response = await request(address, `bytes=${offset}-${offset + length - 1}`);
+          const bytes = await body(response, address);
+          if (response.status !== 206 || bytes.byteLength !== length)
+            throw new FormatError(
+              `${address}: a range of ${length} bytes was asked for, got ${bytes.byteLength} and status ${response.status}. Try again: the file may have changed`,
+            );
+          return bytes;
+        },
+      };
+    },
+  };
+}
+
+async function request(address: string, range?: string): Promise<Response> {
+  const response = await reach(address, () => fetch(address, range ? { headers: { range } } : {}));
+  if (response.ok || [404, 410, 416].includes(response.status)) return response;
+  await response.body?.cancel();
+  throw new FormatError(`${address}: the server must answer 200 or 206, got ${response.status}`);
+}
+
+const body = (response: Response, address: string): Promise<Uint8Array> =>
+  reach(address, async () => new Uint8Array(await response.arrayBuffer()));
+
+async function reach<T>(address: string, action: () => Promise<T>): Promise<T> {
+  try {
+    return await action();
+  } catch (error) {
+    throw new FormatError(`${address}: must be reachable, got ${String(error)}. Check the address and the network`);
+  }
+}

@@ -1,0 +1,124 @@
+/** Files on a disk, in Node and Deno. The only place in `io` that imports `node:`. */
+import { constants, statSync } from "node:fs";
+import { access, appendFile, mkdir, open, rename, rm, stat } from "node:fs/promises";
+import { dirname, join } from "node:path";
+import { type ByteSource, checkFileName, checkRange, type Directory } from "./bytes.ts";
+import { FormatError } from "./errors.ts";
+
+/** A file on disk, opened anew for each read, so that nothing has to be closed. Throws a FormatError if it cannot be read. */
+export async function fileSource(path: string): Promise<ByteSource> {
+  const info = await onDisk(path, "must be a file that can be read", () => stat(path));
+  if (!info.isFile())
+    throw new FormatError(`${path}: must be a file, got ${info.isDirectory() ? "a directory" : "a device"}`);
+  return {
+    sizeBytes: info.size,
+    async read(offset, length) {
+      checkRange(path, info.size, offset, length);
+      const bytes = new Uint8Array(length);
+      await onDisk(path, "must be a file that can be read", async () => {
+        const file = await open(path, "r");
+        try {
+          for (let done = 0; done < length; ) {
+            const { bytesRead } = await file.read(bytes, done, Math.min(length - done, 2 ** 30), offset + done);
+            if (bytesRead === 0)
+              throw new FormatError(`${path}: must keep its ${info.size} bytes while it is read, got ${offset + done}`);
+            done += bytesRead;
+          }
+        } finally {
+          await file.close();
+        }
+      });
+      return bytes;
+    },
+  };
+}
+
+/** A directory on disk. Throws a FormatError if there is none. */
+export function diskDirectory(path: string): Directory {
+  const info = statSync(path, { throwIfNoEntry: false });
+  if (!info?.isDirectory())
+    throw new FormatError(
+      `${path}: must be a directory, got ${info ? "a file" : "nothing there"}. Check the path; relative paths start at ${process.cwd()}`,
+    );
+  return {
+    name: path,
+    async open(file) {
+      checkFileName(path, file);
+      const inside = join(path, file);
+      return statSync(inside, { throwIfNoEntry: false }) ? fileSource(inside) : undefined;
+    },
+  };
+}
+
+/**
+ * Writes a file so that whoever reads `path` sees the old content or the new, never a part: temporary file beside it,
+ * fsync, rename, fsync of the directory. A failure removes the temporary file; a kill may leave it as `<path>.<random>.tmp`.
+ */
+export async function writeFileAtomic(
+  path: string,
+  content: string | Uint8Array | AsyncIterable<Uint8Array>,
+): Promise<void> {
+  const temporary = `${path}.${crypto.randomUUID()}.tmp`;
+  try {
+    await onDisk(path, "must be a file that can be written", async () => {
+      const file = await open(temporary, "wx");
+      try {
+        for await (const piece of pieces(content))
+          for (let done = 0; done < piece.byteLength; ) done += (await file.write(piece, done)).bytesWritten;
+        await file.sync();
+      } finally {
+        await file.close();
+      }
+      await rename(temporary, path);
+    });
+  } catch (error) {
+    await rm(temporary, { force: true });
+    throw error;
+  }
+  await syncDirectory(dirname(path));
+}
+
+const pieces = (content: string | Uint8Array | AsyncIterable<Uint8Array>): AsyncIterable<Uint8Array> | Uint8Array[] =>
+  typeof content === "string" ? [new TextEncoder().encode(content)] : ArrayBuffer.isView(content) ? [content] : content;
+
+/** Appends one line, for a log that grows by the step. */
+export async function appendLine(path: string, line: string): Promise<void> {
+  await onDisk(path, "must be a file that can be written", () => appendFile(path, `${line}\n`));
+}
+
+/** Creates the directory and its parents where missing. Throws a FormatError that names path and reason if it cannot be written. */
+export async function ensureWritableDirectory(path: string): Promise<void> {
+  await onDisk(path, "must be a directory that can be written", async () => {
+    await mkdir(path, { recursive: true });
+    await access(path, constants.W_OK | constants.X_OK);
+  });
+}
+
+/** Makes the rename itself durable. Windows cannot open a directory, and needs not. */
+async function syncDirectory(path: string): Promise<void> {
+  const directory = await open(path, "r").catch(() => undefined);
+  await directory?.sync().catch(() => undefined);
+  await directory?.close();
+}
+
+/** Says what the operating system said, about `path`. Errors that are not the system's pass through. */
+async function onDisk<T>(path: string, rule: string, action: () => Promise<T>): Promise<T> {
+  try {
+    return await action();
+  } catch (error) {
+    if (!(error instanceof Error) || !("code" in error) || !("syscall" in error)) throw error;
+    const reason = REASONS[String(error.code)];
+    throw new FormatError(`${path}: ${rule}, got ${error.code}${reason ? ` (${reason[0]}). ${reason[1]}` : ""}`);
+  }
+}
+
+const REASONS: Readonly<Record<string, readonly [reason: string, wayOut: string]>> = {
+  ENOENT: ["nothing there", "Check the path"],
+  ENOTDIR: ["a part of the path is a file", "Choose another path"],
+  EEXIST: ["a file has this name", "Choose another path"],
+  EISDIR: ["a directory has this name", "Choose another path"],
+  EACCES: ["permission denied", "Choose another path, or change its permissions"],
+  EPERM: ["not permitted", "Choose another path, or change its permissions"],
+  EROFS: ["a read-only disk", "Choose another path"],
+  ENOSPC: ["the disk is full", "Free some space, or choose another path"],
+};

@@ -1,0 +1,100 @@
+/** Text ⇄ token ids, by `@huggingface/tokenizers` from the `tokenizer.json` beside a model. */
+import { Tokenizer as Library } from "@huggingface/tokenizers";
+import type { Directory } from "./bytes.ts";
+import { FormatError } from "./errors.ts";
+import { isObject, type JsonObject, readJson } from "./json.ts";
+
+const LIMIT_BYTES = 50e6;
+
+export interface Tokenizer {
+  /** Token ids; with the special tokens that the model's template adds (such as a first `<s>`) unless told not to. */
+  encode(text: string, options?: { readonly addSpecialTokens?: boolean }): number[];
+  /** The text of these ids; special tokens are left out unless told not to. */
+  decode(ids: readonly number[], options?: { readonly skipSpecialTokens?: boolean }): string;
+  readonly bosId: number | undefined;
+  readonly eosId: number | undefined;
+  /** One more than the largest id. */
+  readonly vocabSize: number;
+}
+
+/** From tokenizer.json, tokenizer_config.json and special_tokens_map.json (the last two may be missing). Throws a FormatError. */
+export async function loadTokenizer(directory: Directory): Promise<Tokenizer> {
+  const name = `${directory.name}/tokenizer.json`;
+  const definition = await readJson(directory, "tokenizer.json", LIMIT_BYTES);
+  if (!definition)
+    throw new FormatError(
+      `${name}: must be there to turn text into ids, got no such file. Copy it from the model, or train on rows of input_ids`,
+    );
+  const config = (await readJson(directory, "tokenizer_config.json", LIMIT_BYTES)) ?? {};
+  const special = (await readJson(directory, "special_tokens_map.json", LIMIT_BYTES)) ?? {};
+  const library = attempt(name, () => new Library(definition, config));
+  repairByteFallback(library.decoder as LibraryDecoder | null);
+
+  const idOf = (role: string): number | undefined => {
+    const token = tokenText(config[role]) ?? tokenText(special[role]);
+    return token === undefined ? undefined : library.token_to_id(token);
+  };
+  // As transformers 5 does: the clean-up strips real spaces, so it is off unless asked for, and never done for BPE.
+  const cleanUp = config.clean_up_tokenization_spaces === true && (definition.model as JsonObject).type !== "BPE";
+  return {
+    encode: (text, { addSpecialTokens = true } = {}) =>
+      library.encode(text, { add_special_tokens: addSpecialTokens }).ids,
+    decode: (ids, { skipSpecialTokens = true } = {}) =>
+      ids.length === 0
+        ? "" // the library throws
+        : library.decode([...ids], { skip_special_tokens: skipSpecialTokens, clean_up_tokenization_spaces: cleanUp }),
+    bosId: idOf("bos_token"),
+    eosId: idOf("eos_token"),
+    vocabSize: [...library.get_vocab().values()].reduce((largest, id) => Math.max(largest, id), -1) + 1,
+  };
+}
+
+function attempt<T>(name: string, action: () => T): T {
+  try {
+    return action();
+  } catch (error) {
+    throw new FormatError(`${name}: must be a tokenizer that @huggingface/tokenizers knows, got ${String(error)}`);
+  }
+}
+
+/** A special token is written as its text or as {"content": text}. */
+const tokenText = (token: unknown): string | undefined =>
+  typeof token === "string" ? token : isObject(token) && typeof token.content === "string" ? token.content : undefined;
+
+/**
+ * `tokenizers` (Rust) decodes a run of byte tokens that is not UTF-8 to one U+FFFD per byte and keeps a byte order mark;
+ * the library (0.2.0) gives one U+FFFD per broken character and drops the mark. Puts the former in place of the latter.
+ */
+function repairByteFallback(decoder: LibraryDecoder | null): void {
+  for (const part of decoder?.decoders ?? []) repairByteFallback(part);
+  if (decoder?.config.type !== "ByteFallback") return;
+  const strict = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+  decoder.decode_chain = (tokens) => {
+    const out: string[] = [];
+    let bytes: number[] = [];
+    const flush = (): void => {
+      try {
+        if (bytes.length > 0) out.push(strict.decode(Uint8Array.from(bytes)));
+      } catch {
+        out.push("\ufffd".repeat(bytes.length));
+      }
+      bytes = [];
+    };
+    for (const token of tokens) {
+      const byte = /^<0x([0-9A-Fa-f]{2})>$/.exec(token)?.[1];
+      if (byte !== undefined) bytes.push(Number.parseInt(byte, 16));
+      else {
+        flush();
+        out.push(token);
+      }
+    }
+    flush();
+    return out;
+  };
+}
+
+interface LibraryDecoder {
+  readonly config: { readonly type?: string };
+  readonly decoders?: readonly LibraryDecoder[];
+  decode_chain(tokens: string[]): string[];
+}

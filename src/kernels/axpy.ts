@@ -1,0 +1,21 @@
+import { defineKernel } from "../gpu/kernel.ts";
+import { empty, expectShape, type Tensor } from "../tensor/tensor.ts";
+import source from "./axpy.wgsl";
+
+const kernel = defineKernel("axpy", source);
+
+/** y = a·x + b·z, elementwise on tensors of one shape (no broadcasting: see `add`). Throws ShapeError if they differ. */
+export function axpy(a: number, x: Tensor, b: number, z: Tensor): Tensor {
+  expectShape("axpy", "z must have the shape of x", z, x.shape);
+  const y = empty(x.gpu, x.shape, "axpy");
+  kernel(x.gpu, { n: x.size, a, b }, { x, z, y }, [x.size]);
+  return y;
+}
+
+/** x + z, for two gradients that meet. */
+export const sum2 = (x: Tensor, z: Tensor): Tensor => axpy(1, x, 1, z);
+
+/** a·x. */
+export function scale(x: Tensor, a: number): Tensor {
+  return axpy(a, x, 0, x);
+}

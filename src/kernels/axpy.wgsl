@@ -1,0 +1,16 @@
+// y = a·x + b·z        elementwise, one size
+//   x, z, y [n]   f32
+
+override WG: u32 = 64;
+
+struct Dims { n: u32, a: f32, b: f32 }
+@group(0) @binding(0) var<uniform> d: Dims;
+@group(0) @binding(1) var<storage, read> x: array<f32>;
+@group(0) @binding(2) var<storage, read> z: array<f32>;
+@group(0) @binding(3) var<storage, read_write> y: array<f32>;
+
+@compute @workgroup_size(WG)
+fn main(@builtin(global_invocation_id) id: vec3u, @builtin(num_workgroups) groups: vec3u) {
+  let i = id.x + id.y * groups.x * WG;
+  if (i < d.n) { y[i] = d.a * x[i] + d.b * z[i]; }
+}

@@ -1,0 +1,176 @@
+/** LoRA adapters on a model: attach, train, switch, merge, detach. */
+import { axpy } from "../kernels/axpy.ts";
+import { matmul } from "../kernels/matmul.ts";
+import type { Linear } from "../nn/linear.ts";
+import { ShapeError } from "../tensor/errors.ts";
+import { Random } from "../tensor/random.ts";
+import { type Tensor, tensor } from "../tensor/tensor.ts";
+import { loraLinear } from "./lora-linear.ts";
+import { matchModules, type TargetModules } from "./target-modules.ts";
+
+/** Anything with named linear layers, such as a model. */
+export interface HasLinears {
+  readonly linears: ReadonlyMap<string, Linear>;
+}
+
+/** The settings of an adapter, in PEFT's meaning. */
+export interface LoraConfig {
+  /** Rank of the update. */
+  readonly r: number;
+  /** The update is scaled by s = alpha / r. */
+  readonly alpha: number;
+  readonly targetModules: TargetModules;
+  /** s = alpha / √r instead (rsLoRA, arXiv:2312.03732). */
+  readonly useRslora?: boolean;
+  /** What the adapter was trained with elsewhere, kept for its file. Training here has no dropout yet. */
+  readonly dropout?: number;
+}
+
+export interface LoraPair {
+  readonly layer: Linear;
+  /** [r, K] */
+  readonly A: Tensor;
+  /** [N, r] */
+  readonly B: Tensor;
+}
+
+/**
+ * One adapter on one model. It is made enabled: the model's linear layers compute through it until `disable`, `merge` or
+ * `detach`. A layer takes one enabled adapter at a time.
+ */
+export class LoraAdapter {
+  readonly config: LoraConfig;
+  /** The adapted layers by module name, such as "model.layers.0.self_attn.q_proj". */
+  readonly pairs: ReadonlyMap<string, LoraPair>;
+  #factor = 1;
+  #state: "enabled" | "disabled" | "merged" | "detached" = "disabled";
+  readonly #originals = new Map<Linear, Tensor>();
+
+  constructor(config: LoraConfig, pairs: ReadonlyMap<string, LoraPair>) {
+    this.config = config;
+    this.pairs = pairs;
+    this.enable();
+  }
+
+  /** The trainable tensors: every A and B. */
+  get parameters(): Tensor[] {
+    return [...this.pairs.values()].flatMap(({ A, B }) => [A, B]);
+  }
+
+  get state(): "enabled" | "disabled" | "merged" | "detached" {
+    return this.#state;
+  }
+
+  /** s: what B·A is multiplied by, `alpha / r` times what `setScale` was given. */
+  get scale(): number {
+    const { r, alpha, useRslora = false } = this.config;
+    return (this.#factor * alpha) / (useRslora ? Math.sqrt(r) : r);
+  }
+
+  /** Multiplies the adapter's effect: 0 is the base model, 1 the adapter as trained. Not while merged. */
+  setScale(factor: number): void {
+    if (!Number.isFinite(factor)) throw new ShapeError(`setScale: the factor must be a finite number, got ${factor}`);
+    this.#demand("setScale", "enabled", "disabled");
+    this.#factor = factor;
+  }
+
+  /** Puts the adapter to work. Throws ShapeError if another one is enabled on one of its layers. */
+  enable(): void {
+    if (this.#state === "enabled") return;
+    this.#demand("enable", "disabled");
+    for (const [name, { layer }] of this.pairs)
+      if (layer.adapter)
+        throw new ShapeError(`enable: a layer takes one enabled adapter, got a second on ${name}. Disable the first`);
+    for (const { layer, A, B } of this.pairs.values())
+      layer.adapter = { apply: (x, W) => loraLinear(x, W, A, B, this.scale) };
+    this.#state = "enabled";
+  }
+
+  /** The model computes as if the adapter were not there. */
+  disable(): void {
+    if (this.#state === "disabled") return;
+    this.#demand("disable", "enabled");
+    for (const { layer } of this.pairs.values()) layer.adapter = undefined;
+    this.#state = "disabled";
+  }
+
+  /** W ← W + s·B·A in every adapted layer, at no cost per token from then on. The original weights are kept for `unmerge`. */
+  merge(): void {
+    this.disable();
+    for (const { layer, A, B } of this.pairs.values()) {
+      this.#originals.set(layer, layer.weight);
+      const merged = layer.weight.gpu.scope(() => axpy(1, layer.weight, 1, matmul(B, A, "nn", { scale: this.scale })));
+      layer.weight = merged;
+    }
+    this.#state = "merged";
+  }
+
+  /** Puts the original weights back, bit for bit, and enables the adapter. */
+  unmerge(): void {
+    this.#demand("unmerge", "merged");
+    for (const [layer, original] of this.#originals) {
+      layer.weight.gpu.release(layer.weight);
+      layer.weight = original;
+    }
+    this.#originals.clear();
+    this.#state = "disabled";
+    this.enable();
+  }
+
+  /** Takes the adapter off and frees its tensors. A merged adapter stays merged into the weights, for good. */
+  detach(): void {
+    if (this.#state === "detached") return;
+    if (this.#state === "merged") for (const original of this.#originals.values()) original.gpu.release(original);
+    else this.disable();
+    for (const t of this.parameters) t.gpu.release(t);
+    this.#originals.clear();
+    this.#state = "detached";
+  }
+
+  #demand(call: string, ...states: string[]): void {
+    if (!states.includes(this.#state))
+      throw new ShapeError(`${call}: the adapter must be ${states.join(" or ")}, got ${this.#state}`);
+  }
+}
+
+/**
+ * Adds a fresh adapter to the modules that `targetModules` names: A uniform in ±1/√K (Kaiming, as PEFT), B zero, so that the
+ * model's output is unchanged at first. The base weights are frozen by not requiring gradients; A and B require them.
+ *
+ * Throws ShapeError for a rank below 1 and for a target that matches nothing.
+ */
+export function attachLora(model: HasLinears, config: LoraConfig, seed = 0): LoraAdapter {
+  checkConfig(config);
+  const random = new Random(seed);
+  return attachPairs(model, config, ({ layer, name }) => {
+    const [N = 0, K = 0] = layer.weight.shape;
+    const { gpu } = layer.weight;
+    const bound = 1 / Math.sqrt(K);
+    const A = Float32Array.from({ length: config.r * K }, () => random.uniform(-bound, bound));
+    return { A: tensor(gpu, A, [config.r, K]), B: tensor(gpu, new Float32Array(N * config.r), [N, config.r]) };
+  });
+}
+
+/** Attaches the pairs that `make` gives for the matched modules. */
+export function attachPairs(
+  model: HasLinears,
+  config: LoraConfig,
+  make: (module: { readonly name: string; readonly layer: Linear }) => { readonly A: Tensor; readonly B: Tensor },
+): LoraAdapter {
+  const pairs = new Map<string, LoraPair>();
+  for (const name of matchModules(config.targetModules, [...model.linears.keys()])) {
+    const layer = model.linears.get(name);
+    if (!layer) continue;
+    const { A, B } = make({ name, layer });
+    A.requiresGrad = true;
+    B.requiresGrad = true;
+    pairs.set(name, { layer, A, B });
+  }
+  return new LoraAdapter(config, pairs);
+}
+
+/** Throws ShapeError unless r is a whole number above 0 and alpha a positive number. */
+export function checkConfig({ r, alpha }: LoraConfig): void {
+  if (!Number.isInteger(r) || r < 1) throw new ShapeError(`lora: r must be a whole number of at least 1, got ${r}`);
+  if (!(alpha > 0) || !Number.isFinite(alpha)) throw new ShapeError(`lora: alpha must be a positive number, got ${alpha}`);
+}

@@ -1,0 +1,189 @@
+/**
+ * The Llama family: pre-norm decoder blocks with RoPE, grouped-query attention and a gated MLP.
+ *
+ *     h = h + Wo·attention(rope(Wq·n), rope(Wk·n), Wv·n)     n = rmsNorm(h)
+ *     h = h + Wdown·(act(Wgate·n) ∘ Wup·n)                    n = rmsNorm(h)
+ *
+ * Shapes: B rows, T positions, C = hiddenSize, H heads of D, G key-value heads, V words. arXiv:2302.13971, 2307.09288.
+ */
+import { add, gelu, matmul, mul, reshape, silu } from "../autograd/basic-ops.ts";
+import { attention, embedding, rmsNorm, rope } from "../autograd/model-ops.ts";
+import type { Gpu } from "../gpu/gpu.ts";
+import { copyRows } from "../kernels/copy-rows.ts";
+import { type Checkpoint, loadTensor } from "../nn/checkpoint.ts";
+import { type Linear, linear } from "../nn/linear.ts";
+import { ropeTables } from "../nn/rope.ts";
+import { ShapeError } from "../tensor/errors.ts";
+import { empty, type Tensor, tensor } from "../tensor/tensor.ts";
+import type { LlamaConfig } from "./config.ts";
+
+interface Block {
+  readonly inputNorm: Tensor;
+  readonly attention: { readonly q: Linear; readonly k: Linear; readonly v: Linear; readonly o: Linear };
+  readonly postNorm: Tensor;
+  readonly mlp: { readonly gate: Linear; readonly up: Linear; readonly down: Linear };
+}
+
+/** Keys and values of the positions seen so far, so that generation computes each position once. */
+export interface KvCache {
+  /** Positions filled. */
+  length: number;
+  readonly capacity: number;
+  readonly layers: readonly { readonly k: Tensor; readonly v: Tensor }[];
+}
+
+export class Llama {
+  readonly gpu: Gpu;
+  readonly config: LlamaConfig;
+  /** Every linear layer that can take an adapter, by module name: "model.layers.0.self_attn.q_proj". */
+  readonly linears: ReadonlyMap<string, Linear>;
+  readonly #embedding: Tensor;
+  readonly #blocks: readonly Block[];
+  readonly #norm: Tensor;
+  readonly #head: Tensor;
+  readonly #rope: { readonly cos: Tensor; readonly sin: Tensor };
+  readonly #others: ReadonlyMap<string, Tensor>;
+
+  /** `weights` by Hugging Face name, complete: see `llamaShapes`. */
+  constructor(gpu: Gpu, config: LlamaConfig, weights: ReadonlyMap<string, Tensor>) {
+    const get = (name: string): Tensor => {
+      const t = weights.get(name);
+      if (!t) throw new ShapeError(`llama: weight "${name}" must be given, got ${weights.size} others`);
+      return t;
+    };
+    const linears = new Map<string, Linear>();
+    const layer = (module: string): Linear => {
+      const bias = weights.get(`${module}.bias`);
+      const made: Linear = { weight: get(`${module}.weight`), ...(bias && { bias }) };
+      linears.set(module, made);
+      return made;
+    };
+    this.gpu = gpu;
+    this.config = config;
+    this.#embedding = get("model.embed_tokens.weight");
+    this.#blocks = Array.from({ length: config.layers }, (_, i) => {
+      const at = `model.layers.${i}`;
+      return {
+        inputNorm: get(`${at}.input_layernorm.weight`),
+        attention: {
+          q: layer(`${at}.self_attn.q_proj`),
+          k: layer(`${at}.self_attn.k_proj`),
+          v: layer(`${at}.self_attn.v_proj`),
+          o: layer(`${at}.self_attn.o_proj`),
+        },
+        postNorm: get(`${at}.post_attention_layernorm.weight`),
+        mlp: { gate: layer(`${at}.mlp.gate_proj`), up: layer(`${at}.mlp.up_proj`), down: layer(`${at}.mlp.down_proj`) },
+      };
+    });
+    this.#norm = get("model.norm.weight");
+    this.#head = config.tiedEmbeddings ? this.#embedding : get("lm_head.weight");
+    this.linears = linears;
+    this.#others = new Map([...weights].filter(([name]) => !linears.has(name.replace(/\.weight$/, ""))));
+    this.#rope = ropeTables(gpu, config.headDim, config.contextLength, config.rope);
+  }
+
+  /** Every weight as it is now, by Hugging Face name: a merged layer shows its merged weight. */
+  get weights(): Map<string, Tensor> {
+    const linears = [...this.linears].map(([name, { weight }]) => [`${name}.weight`, weight] as const);
+    return new Map([...this.#others, ...linears]);
+  }
+
+  /**
+   * Next-token logits: ids i32 [B,T] → [B,T,V]; with `lastOnly`, those of the last position, [B,1,V].
+   *
+   * With a cache, the ids continue what it holds and are added to it; no gradients then. Throws ShapeError when a row is longer
+   * than the model's context (or the cache).
+   */
+  logits(ids: Tensor, { cache, lastOnly = false }: { cache?: KvCache; lastOnly?: boolean } = {}): Tensor {
+    const [B = 0, T = 0] = ids.shape;
+    const start = cache?.length ?? 0;
+    const limit = cache?.capacity ?? this.config.contextLength;
+    if (start + T > limit) throw new ShapeError(`logits: at most ${limit} positions fit, got ${start + T}. Shorten the rows`);
+    let h = embedding(this.#embedding, ids);
+    this.#blocks.forEach((block, i) => {
+      h = add(h, this.#attend(block, rmsNorm(h, block.inputNorm, this.config.rmsNormEps), start, cache?.layers[i]));
+      h = add(h, this.#feedForward(block, rmsNorm(h, block.postNorm, this.config.rmsNormEps)));
+    });
+    if (cache) cache.length += T;
+    if (lastOnly) {
+      const last = tensor(this.gpu, Int32Array.from({ length: B }, (_, b) => b * T + T - 1), [B, 1]);
+      h = embedding(reshape(h, [B * T, this.config.hiddenSize]), last);
+    }
+    return matmul(rmsNorm(h, this.#norm, this.config.rmsNormEps), this.#head, "nt");
+  }
+
+  /** An empty cache for B rows of up to `capacity` positions. */
+  cache(B: number, capacity: number): KvCache {
+    const { kvHeads, headDim, layers, contextLength } = this.config;
+    const size = Math.min(capacity, contextLength);
+    const one = (): Tensor => empty(this.gpu, [B, size, kvHeads, headDim], "key-value cache");
+    return { length: 0, capacity: size, layers: Array.from({ length: layers }, () => ({ k: one(), v: one() })) };
+  }
+
+  /** Frees every weight. Adapters are freed by their own `detach`. */
+  destroy(): void {
+    this.gpu.release(...new Set([...this.weights.values(), this.#rope.cos, this.#rope.sin]));
+  }
+
+  #attend({ attention: { q, k, v, o } }: Block, n: Tensor, start: number, cached?: { k: Tensor; v: Tensor }): Tensor {
+    const { heads, kvHeads, headDim } = this.config;
+    const [B = 0, T = 0] = n.shape;
+    const { cos, sin } = this.#rope;
+    const queries = rope(reshape(linear(q, n), [B, T, heads, headDim]), cos, sin, start);
+    let keys = rope(reshape(linear(k, n), [B, T, kvHeads, headDim]), cos, sin, start);
+    let values = reshape(linear(v, n), [B, T, kvHeads, headDim]);
+    if (cached) {
+      copyRows(keys, cached.k, start);
+      copyRows(values, cached.v, start);
+      keys = cached.k;
+      values = cached.v;
+    }
+    const mixed = attention(queries, keys, values, { keyLength: start + T });
+    return linear(o, reshape(mixed, [B, T, heads * headDim]));
+  }
+
+  #feedForward({ mlp }: Block, n: Tensor): Tensor {
+    const gate = linear(mlp.gate, n);
+    const { activation } = this.config;
+    const act = activation === "silu" ? silu(gate) : gelu(gate, activation === "gelu" ? "none" : "tanh");
+    return linear(mlp.down, mul(act, linear(mlp.up, n)));
+  }
+}
+
+/** Name and shape of every weight of such a model, in the order of the layers. */
+export function llamaShapes(config: LlamaConfig): Map<string, number[]> {
+  const { hiddenSize: C, intermediateSize: I, headDim: D, vocabSize: V } = config;
+  const [Q, KV] = [config.heads * D, config.kvHeads * D];
+  const shapes = new Map<string, number[]>([["model.embed_tokens.weight", [V, C]]]);
+  const layer = (name: string, N: number, K: number, bias: boolean): void => {
+    shapes.set(`${name}.weight`, [N, K]);
+    if (bias) shapes.set(`${name}.bias`, [N]);
+  };
+  for (let i = 0; i < config.layers; i++) {
+    const at = `model.layers.${i}`;
+    shapes.set(`${at}.input_layernorm.weight`, [C]);
+    layer(`${at}.self_attn.q_proj`, Q, C, config.attentionBias);
+    layer(`${at}.self_attn.k_proj`, KV, C, config.attentionBias);
+    layer(`${at}.self_attn.v_proj`, KV, C, config.attentionBias);
+    layer(`${at}.self_attn.o_proj`, C, Q, config.attentionBias);
+    shapes.set(`${at}.post_attention_layernorm.weight`, [C]);
+    layer(`${at}.mlp.gate_proj`, I, C, config.mlpBias);
+    layer(`${at}.mlp.up_proj`, I, C, config.mlpBias);
+    layer(`${at}.mlp.down_proj`, C, I, config.mlpBias);
+  }
+  shapes.set("model.norm.weight", [C]);
+  if (!config.tiedEmbeddings) shapes.set("lm_head.weight", [V, C]);
+  return shapes;
+}
+
+/** Loads the weights as f32. Throws FormatError naming a tensor that is missing or has a wrong shape. */
+export async function loadLlama(gpu: Gpu, config: LlamaConfig, checkpoint: Checkpoint): Promise<Llama> {
+  const weights = new Map<string, Tensor>();
+  try {
+    for (const [name, shape] of llamaShapes(config)) weights.set(name, await loadTensor(gpu, checkpoint, name, shape));
+  } catch (error) {
+    gpu.release(...weights.values());
+    throw error;
+  }
+  return new Llama(gpu, config, weights);
+}

@@ -1,0 +1,102 @@
+/** Tensors out of and into safetensors files, whole or in shards. */
+import type { Gpu } from "../gpu/gpu.ts";
+import type { Directory } from "../io/bytes.ts";
+import { encodeFloats, type FloatDtype } from "../io/dtype.ts";
+import { FormatError } from "../io/errors.ts";
+import { isObject, readJson } from "../io/json.ts";
+import { openSafetensors, type SafetensorsFile, type TensorToWrite } from "../io/safetensors.ts";
+import { widen16 } from "../kernels/cast.ts";
+import { empty, readAll, type Tensor } from "../tensor/tensor.ts";
+
+/** The tensors of one model or adapter, wherever their shards are. */
+export interface Checkpoint {
+  /** The file to name in errors: the one file, or the index of the shards. */
+  readonly name: string;
+  /** Tensor name → the file that holds it. */
+  readonly tensors: ReadonlyMap<string, SafetensorsFile>;
+}
+
+/** Opens `<stem>.safetensors`, or the shards that `<stem>.safetensors.index.json` lists. Throws FormatError naming what is missing. */
+export async function openCheckpoint(directory: Directory, stem: string): Promise<Checkpoint> {
+  const single = await directory.open(`${stem}.safetensors`);
+  const name = `${directory.name}/${stem}.safetensors`;
+  if (single) {
+    const file = await openSafetensors(single, name);
+    return { name, tensors: new Map([...file.tensors.keys()].map((tensor) => [tensor, file])) };
+  }
+  const indexName = `${name}.index.json`;
+  const index = await readJson(directory, `${stem}.safetensors.index.json`);
+  if (!index) throw new FormatError(`${name}: the weights must be there, or ${stem}.safetensors.index.json, got neither. Download the model again`);
+  const map = index["weight_map"];
+  if (!isObject(map)) throw new FormatError(`${indexName}: "weight_map" must be an object, got ${JSON.stringify(map)}`);
+  const shards = new Map<string, SafetensorsFile>();
+  const tensors = new Map<string, SafetensorsFile>();
+  for (const [tensor, shardName] of Object.entries(map)) {
+    const key = String(shardName);
+    const shard = shards.get(key) ?? (await openShard(directory, key, indexName));
+    shards.set(key, shard);
+    if (!shard.tensors.has(tensor)) throw new FormatError(`${directory.name}/${key}: tensor "${tensor}" must be here by ${indexName}, got none. Download the model again`);
+    tensors.set(tensor, shard);
+  }
+  return { name: indexName, tensors };
+}
+
+async function openShard(directory: Directory, file: string, indexName: string): Promise<SafetensorsFile> {
+  const source = await directory.open(file);
+  if (!source) throw new FormatError(`${directory.name}/${file}: the shard must be there by ${indexName}, got no such file. Download the model again`);
+  return openSafetensors(source, `${directory.name}/${file}`);
+}
+
+/** The type a tensor is stored in. Throws FormatError unless it is there and floating point. */
+export function storedDtype({ name, tensors }: Checkpoint, tensor: string): FloatDtype {
+  const dtype = tensors.get(tensor)?.tensors.get(tensor)?.dtype;
+  if (dtype === undefined) throw new FormatError(`${name}: tensor "${tensor}" must be there, got ${listSome([...tensors.keys()])}`);
+  if (dtype !== "F32" && dtype !== "F16" && dtype !== "BF16")
+    throw new FormatError(`${name}: tensor "${tensor}" must be F32, F16 or BF16, got ${dtype}`);
+  return dtype;
+}
+
+/**
+ * Loads one tensor as f32, in pieces of at most 64 MB, so that the host never holds a whole large one.
+ *
+ * Throws FormatError when there is no such tensor, or it has another shape or a type that is not floating point.
+ */
+export async function loadTensor(gpu: Gpu, checkpoint: Checkpoint, name: string, shape: readonly number[]): Promise<Tensor> {
+  const dtype = storedDtype(checkpoint, name);
+  const file = checkpoint.tensors.get(name);
+  const stored = file?.tensors.get(name)?.shape ?? [];
+  if (`${stored}` !== `${shape}`)
+    throw new FormatError(`${checkpoint.name}: tensor "${name}" must be [${shape}], got [${stored}]`);
+  const size = shape.reduce((a, b) => a * b, 1);
+  const target = dtype === "F32" ? empty(gpu, shape, name) : empty(gpu, [Math.ceil(size / 2)], name, "i32");
+  let offset = 0;
+  for await (const piece of file?.readPieces(name) ?? []) {
+    gpu.write(target, piece, offset);
+    offset += piece.byteLength;
+  }
+  if (dtype === "F32") return target;
+  const wide = widen16(target, shape, dtype === "F16" ? "f16" : "bf16");
+  gpu.release(target);
+  return wide;
+}
+
+/** What `encodeSafetensors` needs to write t; its values are read from the device only when its turn comes. */
+export function tensorToWrite(name: string, t: Tensor, dtype: FloatDtype = "F32"): TensorToWrite {
+  return {
+    name,
+    dtype,
+    shape: t.shape,
+    sizeBytes: t.size * (dtype === "F32" ? 4 : 2),
+    data: async () => {
+      const [values = new Float32Array()] = await readAll([t]);
+      return encodeFloats(dtype, values);
+    },
+  };
+}
+
+/** "a, b, c and 40 more": names for an error message. */
+export function listSome(names: readonly string[], most = 8): string {
+  if (names.length === 0) return "nothing";
+  const more = names.length > most ? ` and ${names.length - most} more` : "";
+  return `${names.slice(0, most).join(", ")}${more}`;
+}

@@ -1,0 +1,25 @@
+/** `lowrank/node`: models, adapters and data on a disk, in Node and Deno. */
+import { join } from "node:path";
+import type { Gpu } from "./gpu/gpu.ts";
+import { diskDirectory, ensureWritableDirectory, writeFileAtomic } from "./io/files.ts";
+import type { HasLinears, LoraAdapter } from "./lora/adapter.ts";
+import { loadPeft, savePeft } from "./lora/peft.ts";
+import type { Llama } from "./models/llama.ts";
+import { loadModel } from "./models/load.ts";
+
+export { appendLine, diskDirectory, ensureWritableDirectory, fileSource, writeFileAtomic } from "./io/files.ts";
+
+/** Loads a model from a Hugging Face directory on disk. See `loadModel`. */
+export const loadModelFrom = async (gpu: Gpu, path: string): Promise<Llama> => loadModel(gpu, diskDirectory(path));
+
+/** Loads a PEFT adapter from a directory on disk onto the model, enabled. See `loadPeft`. */
+export const loadPeftFrom = async (model: HasLinears, path: string): Promise<LoraAdapter> =>
+  loadPeft(model, diskDirectory(path));
+
+/** Saves the adapter as a PEFT directory. Each file is replaced whole or not at all; the weights go first. */
+export async function savePeftTo(adapter: LoraAdapter, path: string, baseModel: string): Promise<void> {
+  await ensureWritableDirectory(path);
+  const files = savePeft(adapter, baseModel);
+  await writeFileAtomic(join(path, "adapter_model.safetensors"), files["adapter_model.safetensors"]);
+  await writeFileAtomic(join(path, "adapter_config.json"), files["adapter_config.json"]);
+}

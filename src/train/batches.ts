@@ -1,0 +1,63 @@
+/** Rows → batches: which rows, in which order, and side by side. */
+import { ShapeError } from "../tensor/errors.ts";
+import { Random } from "../tensor/random.ts";
+import { IGNORED, type Row } from "./data.ts";
+
+export interface Batch {
+  /** [B,T], padded on the right. */
+  readonly ids: Int32Array;
+  /** [B,T], shifted: labels[b,t] is the target of position t, or IGNORED; the last position of a row has none. */
+  readonly labels: Int32Array;
+  readonly B: number;
+  /** The longest row of the batch. */
+  readonly T: number;
+  /** Targets that are not IGNORED: what the loss is the mean over. */
+  readonly tokens: number;
+}
+
+/** Lays rows side by side. Throws a ShapeError if there are none. */
+export function collate(rows: readonly Row[], padId: number): Batch {
+  const B = rows.length;
+  if (B === 0) throw new ShapeError("collate: a batch must have at least one row, got none");
+  const T = Math.max(...rows.map((row) => row.inputIds.length));
+  const ids = new Int32Array(B * T).fill(padId);
+  const labels = new Int32Array(B * T).fill(IGNORED);
+  for (const [b, row] of rows.entries()) {
+    ids.set(row.inputIds, b * T);
+    labels.set(row.labels.slice(1), b * T);
+  }
+  return { ids, labels, B, T, tokens: labels.reduce((n, label) => n + Number(label !== IGNORED), 0) };
+}
+
+export interface Sampling {
+  readonly rows: number;
+  readonly batchSize: number;
+  /** Each epoch in an order of its own, by this seed. Undefined: the order of the file. */
+  readonly seed?: number | undefined;
+}
+
+/** Batches of one epoch. */
+export const batchesPerEpoch = ({ rows, batchSize }: Sampling): number => Math.ceil(rows / batchSize);
+
+/** Far from the streams that steps and layers draw from. */
+const SHUFFLE_STREAM = 0x5eed0000;
+
+/**
+ * The row indices of batch after batch, without end, from batch number `from` (0 is the first of the run) on. An epoch
+ * visits every row once; its last batch is short when batchSize does not divide the rows, and no batch spans two epochs.
+ * The batch number is the whole state: a run that resumes at `from` sees what it would have seen. Throws a ShapeError.
+ */
+export function* batchIndices(sampling: Sampling, from = 0): Generator<number[], never> {
+  const { rows, batchSize, seed } = sampling;
+  for (const [name, n] of Object.entries({ rows, batchSize }))
+    if (!Number.isInteger(n) || n < 1)
+      throw new ShapeError(`batchIndices: ${name} must be a whole number above 0, got ${n}`);
+  const perEpoch = batchesPerEpoch(sampling);
+  let first = from % perEpoch;
+  for (let epoch = Math.floor(from / perEpoch); ; epoch++) {
+    const order = Array.from({ length: rows }, (_, i) => i);
+    if (seed !== undefined) new Random(seed, SHUFFLE_STREAM + epoch).shuffle(order);
+    for (let i = first; i < perEpoch; i++) yield order.slice(i * batchSize, (i + 1) * batchSize);
+    first = 0;
+  }
+}
