@@ -133,7 +133,13 @@ export async function syncCost(gpu: Gpu, now: () => number): Promise<number> {
 /** Compares what one run leaves in poisoned buffers with f64, and returns how many dispatches it took. */
 async function checkCase(gpu: Gpu, what: string, { run, check }: Case): Promise<number> {
   const before = dispatchCount(gpu);
+  const live = gpu.counters().buffersLive;
   const first = Object.values(gpu.scope(run));
+  const made = gpu.counters().buffersLive - live;
+  if (made !== first.length)
+    throw new WrongResultError(
+      `${what}: each of ${first.length} results must be made by the run, got ${made} new buffers`,
+    );
   const dispatches = dispatchCount(gpu) - before;
   gpu.release(...first);
   const poisoned = poisonPool(gpu, first, dispatches);
@@ -144,10 +150,13 @@ async function checkCase(gpu: Gpu, what: string, { run, check }: Case): Promise<
   gpu.release(...tensors);
   results.forEach(([result, t], n) => {
     const got = values[n] ?? new Float32Array();
-    if (!poisoned.has(t.buffer)) throw new WrongResultError(`${what}: ${result} came in a buffer that was not poisoned`);
+    if (!poisoned.has(t.buffer))
+      throw new WrongResultError(`${what}: ${result} came in a buffer that was not poisoned`);
     const holes = got.reduce((count, value) => count + (Number.isFinite(value) ? 0 : 1), 0);
     if (holes > 0)
-      throw new WrongResultError(`${what}: all ${got.length} elements of ${result} must be finite, got ${holes} that are not`);
+      throw new WrongResultError(
+        `${what}: all ${got.length} elements of ${result} must be finite, got ${holes} that are not`,
+      );
     for (const element of sampled(got.length)) {
       const expected = check(result, element);
       const value = got[element] ?? Number.NaN;

@@ -1,6 +1,6 @@
 // Makes dist/: JavaScript by esbuild (kernels inlined as text), declarations by tsc.
 import { execFileSync } from "node:child_process";
-import { chmodSync, rmSync } from "node:fs";
+import { chmodSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { dirname, join } from "node:path";
 import { build } from "esbuild";
@@ -18,11 +18,15 @@ await build({
   packages: "external",
   target: "es2022",
   loader: { ".wgsl": "text" },
-  // Says that a kernel nobody calls may be dropped, so that a bundler leaves out its WGSL too.
-  pure: ["defineKernel"],
   logLevel: "warning",
 });
 chmodSync("dist/cli/main.js", 0o755);
 
 const typescript = dirname(createRequire(import.meta.url).resolve("typescript/package.json"));
 execFileSync(process.execPath, [join(typescript, "bin/tsc"), "-p", "tsconfig.build.json"], { stdio: "inherit" });
+// tsc leaves ".ts" in a declaration's imports; the files that they mean are the built ones.
+for (const file of readdirSync("dist", { recursive: true, encoding: "utf8" })) {
+  if (!file.endsWith(".d.ts")) continue;
+  const text = readFileSync(join("dist", file), "utf8");
+  writeFileSync(join("dist", file), text.replace(/((?:from |import\()"\.{1,2}\/[^"]*)\.ts"/g, '$1.js"'));
+}

@@ -33,7 +33,8 @@ globalThis.finish = (json) => { console.log(json); Deno.exit(JSON.parse(json).ok
 
 /** The environment in which Deno finds an adapter: this one, or one that names the software driver. */
 function adapterEnvironment(): NodeJS.ProcessEnv {
-  const quiet = { ...process.env, NO_COLOR: "1", DENO_NO_UPDATE_CHECK: "1" };
+  // Without XDG_RUNTIME_DIR, Vulkan loaders complain.
+  const quiet = { XDG_RUNTIME_DIR: directory, ...process.env, DENO_NO_UPDATE_CHECK: "1" };
   const wish = adapterWish();
   const probe = "Deno.exit((await navigator.gpu?.requestAdapter()) ? 0 : 1)";
   if (wish === "hardware" || (wish === "auto" && start(["eval", probe], quiet, "ignore") === 0)) return quiet;

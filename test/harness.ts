@@ -44,7 +44,7 @@ export function expectClose(actual: ArrayLike<number>, expected: ArrayLike<numbe
     const a = actual[i] ?? Number.NaN;
     const e = expected[i] ?? Number.NaN;
     const error = Math.abs(a - e) / (1 + Math.abs(e));
-    if (!(error <= worst)) {
+    if (!(error <= worst) && !Number.isNaN(worst)) {
       worst = error;
       worstAt = i;
     }

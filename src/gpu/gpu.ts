@@ -112,7 +112,9 @@ export class Gpu {
   readonly #checks = new Set<Promise<void>>();
   #staging: GPUBuffer[] = [];
   #ids = 0;
-  #failure: GpuError | undefined;
+  #failure: string | undefined;
+  /** What no error scope caught: mostly a consequence of what one did catch, which arrives later. */
+  #uncaught: string | undefined;
 
   readonly #arena: GPUBuffer;
   readonly #arenaBytes: ArrayBuffer;
@@ -153,7 +155,10 @@ export class Gpu {
     device.lost.then((lost) => {
       if (lost.reason !== "destroyed") this.#fail(`the device was lost (${lost.message}). Open a new one with openGpu`);
     });
-    device.addEventListener("uncapturederror", (event) => this.#fail(event.error.message));
+    device.addEventListener("uncapturederror", (event) => {
+      event.preventDefault();
+      this.#uncaught ??= event.error.message;
+    });
   }
 
   get features(): ReadonlySet<string> {
@@ -215,9 +220,9 @@ export class Gpu {
     return buffer;
   }
 
-  /** Gives buffers back to the pool. They may be handed out again at once: the queue keeps the order. */
+  /** Gives buffers back to the pool, each once. They may be handed out again at once: the queue keeps the order. */
   release(...buffers: readonly HasBuffer[]): void {
-    for (const { buffer } of buffers) {
+    for (const buffer of new Set(buffers.map((held) => held.buffer))) {
       for (const scope of this.#scopes) scope.owned.delete(buffer);
       this.#recycle(buffer);
     }
@@ -453,11 +458,12 @@ export class Gpu {
   }
 
   #fail(message: string): void {
-    this.#failure ??= new GpuError(message);
+    this.#failure ??= message;
   }
 
   #throwIfFailed(): void {
-    if (this.#failure) throw new GpuError(this.#failure.message);
+    const message = this.#failure ?? this.#uncaught;
+    if (message !== undefined) throw new GpuError(message);
   }
 }
 

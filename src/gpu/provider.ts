@@ -1,4 +1,5 @@
 /** Finds a `GPU`: the browser's and Deno's own, or Dawn in Node, on hardware or else on the software adapter. */
+import { pauseDawnPolling } from "./dawn-polling.ts";
 import { GpuError } from "./errors.ts";
 import { useSoftwareAdapter } from "./software.ts";
 
@@ -55,6 +56,7 @@ async function fromDawn(): Promise<AdapterChoice> {
       throw new GpuError("openGpu: no hardware adapter was found and LOWRANK_ADAPTER=hardware forbids the software one. Install a Vulkan, Metal or D3D12 driver");
   }
   useSoftwareAdapter();
+  pauseDawnPolling();
   const adapter = await fromNewInstance();
   if (!adapter)
     throw new GpuError("openGpu: neither a hardware adapter nor the software adapter could be opened. Run: npx lowrank doctor");

@@ -17,5 +17,5 @@ export const sum2 = (x: Tensor, z: Tensor): Tensor => axpy(1, x, 1, z);
 
 /** a·x. */
 export function scale(x: Tensor, a: number): Tensor {
-  return axpy(a, x, 0, x);
+  return axpy(a / 2, x, a / 2, x); // not 0·x: that would make NaN of an infinity
 }

@@ -10,7 +10,9 @@ let dir = "";
 beforeEach(async () => {
   dir = await mkdtemp(join(tmpdir(), "lowrank-io-"));
 });
-afterEach(() => rm(dir, { recursive: true, force: true }));
+afterEach(async () => {
+  await rm(dir, { recursive: true, force: true });
+});
 
 async function* pieces(...parts: (string | Error)[]): AsyncGenerator<Uint8Array> {
   for (const part of parts) {
@@ -19,11 +21,11 @@ async function* pieces(...parts: (string | Error)[]): AsyncGenerator<Uint8Array>
   }
 }
 
-test.each([
+test.each<[what: string, content: () => string | Uint8Array | AsyncIterable<Uint8Array>]>([
   ["a string", () => "héllo"],
   ["bytes", () => new TextEncoder().encode("héllo")],
   ["pieces", () => pieces("hé", "", "llo")],
-] as const)("%s is written, over the old file, and leaves no other file", async (_, content) => {
+])("%s is written, over the old file, and leaves no other file", async (_, content) => {
   const path = join(dir, "a");
   await writeFile(path, "something that was longer before");
   await writeFileAtomic(path, content());

@@ -1,0 +1,83 @@
+/** The differentiable ops of transformers: norms, positions, attention, embeddings and their loss. */
+import * as attn from "../kernels/attention.ts";
+import * as entropy from "../kernels/cross-entropy.ts";
+import * as table from "../kernels/embedding.ts";
+import * as layer from "../kernels/layer-norm.ts";
+import { reduce } from "../kernels/reduce.ts";
+import * as rms from "../kernels/rms-norm.ts";
+import * as rotary from "../kernels/rope.ts";
+import { dims2, type Tensor, view } from "../tensor/tensor.ts";
+import { once, record } from "./engine.ts";
+
+/** RMSNorm over the last axis: x·rsqrt(mean(x²) + eps)·w. x [...,H], weight [H]. Keeps x and one number per row. */
+export function rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
+  const { y, r } = rms.rmsNorm(x, weight, eps);
+  return record("rmsNorm", y, [x, weight], (dy) => [
+    () => rms.rmsNormBackward(dy, x, weight, r),
+    () => rms.rmsNormBackwardWeight(dy, x, r),
+  ]);
+}
+
+/** LayerNorm over the last axis: (x − mean)·rsqrt(var + eps)·w + b. x [...,H], weight and bias [H]. Keeps x and two numbers per row. */
+export function layerNorm(x: Tensor, weight: Tensor, bias: Tensor, eps: number): Tensor {
+  const { y, stats } = layer.layerNorm(x, weight, bias, eps);
+  return record("layerNorm", y, [x, weight, bias], (dy) => [
+    () => layer.layerNormBackward(dy, x, weight, stats),
+    () => layer.layerNormBackwardWeight(dy, x, stats),
+    () => reduce("sum", view(dy, dims2("layerNorm", "dy", dy)), 0),
+  ]);
+}
+
+/**
+ * Rotary position embedding of x [B,T,H,D]: pair (i, i + D/2) of row t turns by the angle of position offset + t, whose
+ * cos and sin [P,D/2] are given. Keeps nothing of x. Throws ShapeError when a position is past the tables.
+ */
+export function rope(x: Tensor, cos: Tensor, sin: Tensor, offset = 0): Tensor {
+  const y = rotary.rope(x, cos, sin, offset, 1);
+  return record("rope", y, [x], (dy) => [() => rotary.rope(dy, cos, sin, offset, -1)]);
+}
+
+/** Rows of weight [V,H] by ids (i32): [...ids.shape, H]. */
+export function embedding(weight: Tensor, ids: Tensor): Tensor {
+  const [V = 0] = weight.shape;
+  return record("embedding", table.embedding(weight, ids), [weight], (dy) => [
+    () => table.embeddingBackward(dy, ids, V),
+  ]);
+}
+
+export interface AttentionOptions {
+  /** Factor on q·kᵀ; 1/√D unless given. */
+  readonly scale?: number;
+  /** How many of the S keys count: a cache may have room for more. All unless given. */
+  readonly keyLength?: number;
+}
+
+/**
+ * Causal attention with grouped queries: softmax(scale·q·kᵀ)·v. q [B,T,H,D], k and v [B,S,G,D] → [B,T,H,D].
+ *
+ * Query t sees keys 0 … keyLength − T + t; query head h uses key head ⌊h·G/H⌋. No T×S tensor is made, forward or backward; q, k,
+ * v, the result and one number per row are kept. Throws ShapeError if the shapes do not fit or D is not a multiple of 4.
+ */
+export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = {}): Tensor {
+  const { scale = 1 / Math.sqrt(q.shape.at(-1) ?? 1), keyLength = k.shape[1] ?? 0 } = options;
+  const inputs = { q, k, v, scale, keyLength };
+  const { o, lse } = attn.attention(inputs);
+  return record("attention", o, [q, k, v], (dy) => {
+    const delta = once(() => attn.attentionDelta(dy, o));
+    const kv = once(() => attn.attentionBackwardKeyValue(inputs, dy, lse, delta()));
+    return [() => attn.attentionBackwardQuery(inputs, dy, lse, delta()), () => kv().dk, () => kv().dv];
+  });
+}
+
+/**
+ * Cross-entropy of logits [...,V] against labels i32 [...]: scale·Σ −log softmax(logits)[label], shape [].
+ *
+ * Rows with a negative label (−100 by custom) take no part. For the mean, scale is 1 / the number of labels that count. Keeps the
+ * logits. Throws ShapeError if the shapes do not fit.
+ */
+export function crossEntropy(logits: Tensor, labels: Tensor, scale = 1): Tensor {
+  const { loss, lse } = entropy.crossEntropy(logits, labels, scale);
+  return record("crossEntropy", loss, [logits], (dy) => [
+    () => entropy.crossEntropyBackward(dy, logits, labels, lse, scale),
+  ]);
+}

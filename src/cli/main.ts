@@ -1,0 +1,35 @@
+#!/usr/bin/env node
+import { Command } from "commander";
+import { doctorCommand } from "./doctor.ts";
+import { evalCommand } from "./eval.ts";
+import { generateCommand } from "./generate.ts";
+import { logitsCommand } from "./logits.ts";
+import { mergeCommand } from "./merge.ts";
+import { say } from "./session.ts";
+import { trainCommand } from "./train.ts";
+import { version } from "./version.ts";
+
+const program = new Command("lowrank")
+  .description("Fine-tune and serve LoRA adapters of Hugging Face models on any GPU, through WebGPU")
+  .version(version())
+  .addCommand(trainCommand())
+  .addCommand(evalCommand())
+  .addCommand(generateCommand())
+  .addCommand(mergeCommand())
+  .addCommand(logitsCommand())
+  .addCommand(doctorCommand())
+  .addHelpText(
+    "after",
+    "\nLOWRANK_ADAPTER=auto|hardware|software chooses the adapter; LOWRANK_DEBUG=1 shows where an error arose.",
+  );
+
+// The reader of a pipe has seen enough, as `head` has.
+process.stdout.on("error", (error: NodeJS.ErrnoException) => process.exit(error.code === "EPIPE" ? 0 : 1));
+
+try {
+  await program.parseAsync();
+} catch (error) {
+  say(`error: ${error instanceof Error ? error.message : String(error)}`);
+  if (process.env.LOWRANK_DEBUG === "1" && error instanceof Error) say(error.stack ?? "");
+  process.exitCode = 1;
+}

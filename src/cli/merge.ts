@@ -1,0 +1,97 @@
+import { realpathSync } from "node:fs";
+import { join, resolve } from "node:path";
+import { Command } from "commander";
+import type { FloatDtype } from "../io/dtype.ts";
+import { FormatError } from "../io/errors.ts";
+import type { Llama } from "../models/llama.ts";
+import { saveModel } from "../models/save.ts";
+import { diskDirectory, ensureWritableDirectory, loadModelFrom, loadPeftFrom, writeFileAtomic } from "../node.ts";
+import { ShapeError } from "../tensor/errors.ts";
+import { Random } from "../tensor/random.ts";
+import { read, tensor } from "../tensor/tensor.ts";
+import { jsonOption, modelOption } from "./options.ts";
+import { result, say, withGpu } from "./session.ts";
+
+interface MergeArguments {
+  readonly model: string;
+  readonly adapter: string;
+  readonly out: string;
+  readonly json?: boolean;
+}
+
+const EXAMPLES = `
+Examples:
+  $ lowrank merge --model models/base --adapter adapters/pirate --out models/pirate`;
+
+export function mergeCommand(): Command {
+  return new Command("merge")
+    .description("write the model with an adapter merged into its weights, as a Hugging Face directory")
+    .addOption(modelOption())
+    .requiredOption("--adapter <dir>", "PEFT directory of the LoRA adapter")
+    .requiredOption("--out <dir>", "directory of the merged model")
+    .addOption(jsonOption())
+    .addHelpText("after", EXAMPLES)
+    .action(run);
+}
+
+/**
+ * Largest difference of a logit that rounding may cause, relative to the largest logit (or 1): some roundings of f32 sums, or
+ * those of every merged weight to the 11 bits of f16 or the 8 of bf16, with room for the depth of a model.
+ */
+const TOLERANCES: Readonly<Record<FloatDtype, number>> = { F32: 1e-4, F16: 1e-2, BF16: 5e-2 };
+
+async function run({ model: path, adapter: adapterPath, out, json }: MergeArguments): Promise<void> {
+  const source = diskDirectory(path);
+  if (realPath(out) === realPath(path))
+    throw new ShapeError(`merge: --out must be another directory than --model, got ${out} for both`);
+  await ensureWritableDirectory(out);
+  await withGpu(async (gpu) => {
+    const model = await loadModelFrom(gpu, path);
+    const adapter = await loadPeftFrom(model, adapterPath);
+    const wanted = await probe(model);
+    adapter.merge();
+    const { files, dtypes } = await saveModel(model, source);
+    for (const [file, content] of files) await writeFileAtomic(join(out, file), content);
+    adapter.detach();
+    model.destroy();
+
+    const found = await probe(await loadModelFrom(gpu, out));
+    const largest = wanted.reduce((most, x) => Math.max(most, Math.abs(x)), 1);
+    const difference = wanted.reduce((most, x, i) => worse(most, Math.abs(x - (found[i] ?? Number.NaN))), 0);
+    const tolerance = largest * Math.max(...[...dtypes].map((dtype) => TOLERANCES[dtype]));
+    const stored = [...dtypes].join(", ");
+    if (!(difference <= tolerance))
+      throw new FormatError(
+        `${out}: the merged model's logits must be within ${tolerance.toPrecision(2)} of the adapter's (${stored}), got a difference of ${difference.toPrecision(2)}. The files are left there: do not use them`,
+      );
+    if (json) result(JSON.stringify({ out, dtypes: [...dtypes], max_difference: difference, tolerance }));
+    else {
+      say(
+        `checked: logits differ by at most ${difference.toPrecision(2)}, ${tolerance.toPrecision(2)} is allowed for ${stored}`,
+      );
+      result(`the merged model is in ${out}`);
+    }
+  });
+}
+
+/** The logits of a fixed row of 16 random tokens. */
+async function probe(model: Llama): Promise<Float32Array> {
+  const { gpu, config } = model;
+  const random = new Random(0);
+  const ids = Int32Array.from({ length: Math.min(16, config.contextLength) }, () => random.below(config.vocabSize));
+  const logits = gpu.scope(() => model.logits(tensor(gpu, ids, [1, ids.length])));
+  const values = await read(logits);
+  gpu.release(logits);
+  return values;
+}
+
+/** The larger; NaN wins. */
+const worse = (a: number, b: number): number => (Number.isNaN(b) || b > a ? b : a);
+
+function realPath(path: string): string {
+  try {
+    return realpathSync(path);
+  } catch {
+    return resolve(path); // not there yet
+  }
+}

@@ -1,0 +1,55 @@
+/** Options that several commands share, and numbers that are checked in the project's own words. */
+import { Option } from "commander";
+import { ShapeError } from "../tensor/errors.ts";
+
+/** An option that takes a number for which `holds` is true; `rule` says in words what that is. Parsing throws ShapeError. */
+export function numeric(
+  command: string,
+  flags: string,
+  description: string,
+  {
+    rule,
+    holds,
+    preset,
+  }: { readonly rule: string; readonly holds: (value: number) => boolean; readonly preset?: number },
+): Option {
+  const option = new Option(flags, description);
+  option.argParser((text: string) => {
+    const value = text.trim() === "" ? Number.NaN : Number(text);
+    if (!holds(value)) throw new ShapeError(`${command}: ${option.long} must be ${rule}, got ${text || "nothing"}`);
+    return value;
+  });
+  return preset === undefined ? option : option.default(preset);
+}
+
+/** A whole number of at least `least`. */
+export function whole(command: string, flags: string, description: string, least: number, preset?: number): Option {
+  const holds = (value: number): boolean => Number.isSafeInteger(value) && value >= least;
+  return numeric(command, flags, description, {
+    rule: `a whole number of at least ${least}`,
+    holds,
+    ...(preset !== undefined && { preset }),
+  });
+}
+
+/** A number of at least 0. */
+export function amount(command: string, flags: string, description: string, preset: number): Option {
+  const holds = (value: number): boolean => Number.isFinite(value) && value >= 0;
+  return numeric(command, flags, description, { rule: "a number of at least 0", holds, preset });
+}
+
+export const modelOption = (): Option =>
+  new Option("--model <dir>", "Hugging Face directory of the model").makeOptionMandatory();
+
+export const adapterOption = (): Option => new Option("--adapter <dir>", "PEFT directory of a LoRA adapter");
+
+export const dataOption = (): Option =>
+  new Option(
+    "--data <file>",
+    'JSONL: {"text"}, {"prompt","completion"} or {"input_ids","labels"}',
+  ).makeOptionMandatory();
+
+export const maxLengthOption = (command: string): Option =>
+  whole(command, "--max-length <n>", "cut rows to so many tokens (default: 512, or the model's context if smaller)", 2);
+
+export const jsonOption = (): Option => new Option("--json", "end stdout with one line of JSON");

@@ -1,0 +1,107 @@
+/** What the commands do alike: open the GPU, read model, adapter and data, speak. */
+
+import { type Gpu, openGpu } from "../gpu/gpu.ts";
+import { diskDirectory, fileSource } from "../io/files.ts";
+import { utf8 } from "../io/json.ts";
+import type { Tokenizer } from "../io/tokenizer.ts";
+import { type LlamaConfig, readConfig } from "../models/config.ts";
+import type { Llama } from "../models/llama.ts";
+import { loadModelFrom, loadPeftFrom } from "../node.ts";
+import { loadTokenizer } from "../tokenizer.ts";
+import { type DataStats, type Row, readRows } from "../train/data.ts";
+
+/** A line for people: on stderr, so that stdout holds only results. */
+export const say = (line: string): void => {
+  process.stderr.write(`${line}\n`);
+};
+
+export const result = (line: string): void => {
+  process.stdout.write(`${line}\n`);
+};
+
+/** Runs a command on the GPU and frees it. Says so when it is a software adapter. */
+export async function withGpu<T>(run: (gpu: Gpu) => Promise<T>): Promise<T> {
+  const gpu = await openGpu();
+  try {
+    if (gpu.isSoftware) say(softwareNotice(gpu));
+    return await run(gpu);
+  } finally {
+    gpu.destroy();
+  }
+}
+
+export function softwareNotice({ info }: Gpu): string {
+  const name = /swiftshader/i.test(`${info.architecture} ${info.description}`) ? "SwiftShader" : deviceName(info);
+  return process.env.LOWRANK_ADAPTER === "software"
+    ? `LOWRANK_ADAPTER=software: running on a software adapter (${name}), right but slow`
+    : `No GPU was found: running on a software adapter (${name}), right but slow`;
+}
+
+export const deviceName = ({ description, device, vendor, architecture }: GPUAdapterInfo): string =>
+  description || device || `${vendor} ${architecture}`.trim() || "unnamed";
+
+/** The model, with the adapter enabled if one is given. */
+export async function openModel(gpu: Gpu, path: string, adapter?: string): Promise<Llama> {
+  const model = await loadModelFrom(gpu, path);
+  if (adapter !== undefined) await loadPeftFrom(model, adapter);
+  return model;
+}
+
+/** The text of a file, of any size that fits a string. */
+export async function readTextFile(path: string): Promise<string> {
+  const source = await fileSource(path);
+  return utf8(await source.read(0, source.sizeBytes), path);
+}
+
+/** What has to be known of a model to turn text into rows for it. */
+export interface Reader {
+  readonly config: LlamaConfig;
+  readonly tokenizer: Tokenizer | undefined;
+}
+
+/** Reads the small files of a model: its configuration and, where it has one, its tokenizer. */
+export async function openReader(path: string): Promise<Reader> {
+  const directory = diskDirectory(path);
+  const config = await readConfig(directory);
+  return { config, tokenizer: (await directory.open("tokenizer.json")) ? await loadTokenizer(directory) : undefined };
+}
+
+/** The rows of a data file, cut to maxLength: 512 unless given, or the model's context if that is smaller. */
+export async function readData(
+  model: string,
+  file: string,
+  maxLength: number | undefined,
+): Promise<{ readonly rows: readonly Row[]; readonly stats: DataStats; readonly maxLength: number }> {
+  const { config, tokenizer } = await openReader(model);
+  const { contextLength, vocabSize } = config;
+  const length = maxLength ?? Math.min(512, contextLength);
+  const read = readRows(await readTextFile(file), file, tokenizer, { maxLength: length, contextLength, vocabSize });
+  return { ...read, maxLength: length };
+}
+
+/** "160 rows (3 cut to 128 tokens, 0 without a token to learn left out), 9,120 tokens, 4,210 to learn" */
+export function dataLine(
+  { rows, truncated, dropped, tokens, trainedTokens, unclearBoundaries }: DataStats,
+  maxLength: number,
+): string {
+  const unclear =
+    unclearBoundaries > 0 ? `; in ${number(unclearBoundaries)} the end of the prompt falls inside a token` : "";
+  return `data: ${number(rows)} rows (${number(truncated)} truncated to ${maxLength} tokens, ${number(dropped)} dropped with nothing to learn), ${number(tokens)} tokens, ${number(trainedTokens)} of them to learn${unclear}`;
+}
+
+export const number = (value: number, digits = 0): string =>
+  value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+
+/** "1.5 GiB" */
+export function bytes(count: number): string {
+  const step = Math.min(3, Math.floor(Math.log2(Math.max(1, count)) / 10));
+  return `${number(count / 1024 ** step, step === 0 ? 0 : 1)} ${["B", "KiB", "MiB", "GiB"][step]}`;
+}
+
+/** "2h 05m", "3m 20s" or "12s" */
+export function duration(seconds: number): string {
+  const whole = Math.round(seconds);
+  const pad = (n: number): string => String(n).padStart(2, "0");
+  if (whole >= 3600) return `${Math.floor(whole / 3600)}h ${pad(Math.floor((whole % 3600) / 60))}m`;
+  return whole >= 60 ? `${Math.floor(whole / 60)}m ${pad(whole % 60)}s` : `${whole}s`;
+}

@@ -1,0 +1,237 @@
+import { join } from "node:path";
+import { Command, Option } from "commander";
+import type { Gpu } from "../gpu/gpu.ts";
+import { attachLora, type LoraAdapter } from "../lora/adapter.ts";
+import type { TargetModules } from "../lora/target-modules.ts";
+import type { Llama } from "../models/llama.ts";
+import {
+  appendLine,
+  ensureWritableDirectory,
+  loadModelFrom,
+  loadPeftFrom,
+  savePeftTo,
+  writeFileAtomic,
+} from "../node.ts";
+import { ShapeError } from "../tensor/errors.ts";
+import { batchesPerEpoch } from "../train/batches.ts";
+import type { Schedule } from "../train/schedule.ts";
+import { type StepMetrics, train } from "../train/trainer.ts";
+import { amount, dataOption, jsonOption, maxLengthOption, modelOption, numeric, whole } from "./options.ts";
+import { Progress } from "./progress.ts";
+import { bytes, dataLine, deviceName, number, readData, result, say, withGpu } from "./session.ts";
+
+interface TrainArguments {
+  readonly model: string;
+  readonly data: string;
+  readonly out: string;
+  readonly rank: number;
+  readonly alpha: number;
+  readonly targetModules: TargetModules;
+  readonly steps?: number;
+  readonly epochs?: number;
+  readonly batchSize: number;
+  readonly gradAccumulation: number;
+  readonly learningRate: number;
+  readonly schedule: Schedule;
+  readonly warmup: number;
+  readonly weightDecay: number;
+  readonly maxGradNorm: number;
+  readonly maxLength?: number;
+  readonly seed: number;
+  readonly shuffle: boolean;
+  readonly initAdapter?: string;
+  readonly json?: boolean;
+}
+
+const EXAMPLES = `
+Examples:
+  $ lowrank train --model models/base --data train.jsonl --out adapters/pirate
+  $ lowrank train --model models/base --data train.jsonl --out adapters/more --init-adapter adapters/pirate --steps 200
+  $ lowrank train --model models/base --data train.jsonl --out adapters/qv --target-modules q_proj,v_proj --rank 8 --alpha 16
+  $ lowrank train --model models/base --data train.jsonl --out adapters/top --target-modules '/model\\.layers\\.[23]\\..*/'
+
+Ctrl-C ends training after the step in progress and saves the adapter; a second one quits at once.`;
+
+export function trainCommand(): Command {
+  const name = "train";
+  return new Command(name)
+    .description("fine-tune a LoRA adapter")
+    .addOption(modelOption())
+    .addOption(dataOption())
+    .requiredOption("--out <dir>", "where adapter_model.safetensors, adapter_config.json and metrics.jsonl go")
+    .addOption(whole(name, "--rank <n>", "rank r of the update", 1, 16))
+    .addOption(
+      numeric(name, "--alpha <x>", "the update is scaled by alpha / rank", {
+        rule: "a number above 0",
+        holds: (x) => Number.isFinite(x) && x > 0,
+        preset: 32,
+      }),
+    )
+    .addOption(
+      new Option("--target-modules <which>", "all-linear, names separated by commas, or /regular expression/")
+        .argParser(parseTargets)
+        .default("all-linear"),
+    )
+    .addOption(whole(name, "--steps <n>", "optimizer steps", 1).conflicts("epochs"))
+    .addOption(whole(name, "--epochs <n>", "times to go through the data (default: 1)", 1))
+    .addOption(whole(name, "--batch-size <n>", "rows of one forward pass", 1, 4))
+    .addOption(whole(name, "--grad-accumulation <n>", "forward passes of one optimizer step", 1, 1))
+    .addOption(amount(name, "--learning-rate <x>", "peak learning rate", 2e-4))
+    .addOption(
+      new Option("--schedule <name>", "course of the learning rate after warmup")
+        .choices(["linear", "cosine", "constant"])
+        .default("linear"),
+    )
+    .addOption(
+      numeric(name, "--warmup <fraction>", "share of the steps over which the learning rate rises from 0", {
+        rule: "a fraction from 0 to 1",
+        holds: (x) => x >= 0 && x <= 1,
+        preset: 0.03,
+      }),
+    )
+    .addOption(amount(name, "--weight-decay <x>", "decoupled weight decay", 0))
+    .addOption(amount(name, "--max-grad-norm <x>", "scale gradients down to this norm; 0: never", 1))
+    .addOption(maxLengthOption(name))
+    .addOption(whole(name, "--seed <n>", "seed of the adapter's start and of the order of the rows", 0, 0))
+    .option("--no-shuffle", "keep the order of the file")
+    .addOption(
+      new Option("--init-adapter <dir>", "go on from this adapter").conflicts(["rank", "alpha", "targetModules"]),
+    )
+    .addOption(jsonOption())
+    .addHelpText("after", EXAMPLES)
+    .action(run);
+}
+
+/** "all-linear" and a regular expression stay a string, as in PEFT; names become a list. */
+function parseTargets(text: string): TargetModules {
+  const pattern = /^\/(.+)\/$/.exec(text)?.[1];
+  if (pattern !== undefined) return pattern;
+  if (text.toLowerCase() === "all-linear") return "all-linear";
+  return text
+    .split(",")
+    .map((entry) => entry.trim())
+    .filter(Boolean);
+}
+
+async function run(options: TrainArguments): Promise<void> {
+  await ensureWritableDirectory(options.out);
+  const { rows, stats, maxLength } = await readData(options.model, options.data, options.maxLength);
+  say(dataLine(stats, maxLength));
+  const { batchSize, gradAccumulation, seed } = options;
+  const perEpoch = batchesPerEpoch({ rows: rows.length, batchSize });
+  const steps = options.steps ?? Math.ceil(((options.epochs ?? 1) * perEpoch) / gradAccumulation);
+
+  await withGpu(async (gpu) => {
+    const model = await loadModelFrom(gpu, options.model);
+    const adapter = await startAdapter(model, options);
+    const { parameters } = adapter;
+    const trainable = parameters.reduce((sum, p) => sum + p.size, 0);
+    say(`adapter: rank ${adapter.config.r} on ${adapter.pairs.size} layers, ${number(trainable)} parameters to train`);
+    const metricsFile = join(options.out, "metrics.jsonl");
+    await writeFileAtomic(metricsFile, "");
+
+    const started = performance.now();
+    const progress = new Progress(steps);
+    const stop = new AbortController();
+    // Once: a second Ctrl-C finds the default again, which quits.
+    const onInterrupt = (): void => {
+      progress.end();
+      say("stopping after the step in progress; Ctrl-C again quits at once without saving");
+      stop.abort();
+    };
+    process.once("SIGINT", onInterrupt);
+    let first: StepMetrics | undefined;
+    let last: StepMetrics | undefined;
+    const save = async (): Promise<string> => {
+      if (!last) return "no step was done: no adapter was saved";
+      await savePeftTo(adapter, options.out, options.model);
+      return `the adapter of step ${last.step} is saved in ${options.out}`;
+    };
+    try {
+      const training = train({
+        model,
+        parameters,
+        rows,
+        steps,
+        batchSize,
+        gradAccumulation,
+        learningRate: options.learningRate,
+        schedule: options.schedule,
+        warmupSteps: Math.ceil(options.warmup * steps),
+        weightDecay: options.weightDecay,
+        maxGradNorm: options.maxGradNorm,
+        shuffleSeed: options.shuffle ? seed : undefined,
+        signal: stop.signal,
+      });
+      for await (const metrics of training) {
+        first ??= metrics;
+        last = metrics;
+        await appendLine(metricsFile, JSON.stringify(metrics));
+        progress.show(metrics);
+      }
+      progress.end();
+      say(await save());
+    } catch (error) {
+      progress.end();
+      say(await save().catch(() => "the adapter could not be saved"));
+      throw error;
+    } finally {
+      process.off("SIGINT", onInterrupt);
+    }
+
+    const interrupted = (last?.step ?? 0) < steps;
+    if (interrupted) process.exitCode = 130;
+    report(gpu, options, {
+      steps: last?.step ?? 0,
+      loss_first: first?.loss ?? null,
+      loss_last: last?.loss ?? null,
+      out: options.out,
+      interrupted,
+      rows: stats.rows,
+      truncated: stats.truncated,
+      dropped: stats.dropped,
+      tokens: stats.tokens,
+      trainable_parameters: trainable,
+      peak_bytes: gpu.counters().bytesPeak,
+      seconds: (performance.now() - started) / 1000,
+    });
+  });
+}
+
+async function startAdapter(model: Llama, options: TrainArguments): Promise<LoraAdapter> {
+  const { rank: r, alpha, targetModules, initAdapter, seed } = options;
+  if (initAdapter === undefined) return attachLora(model, { r, alpha, targetModules }, seed);
+  const adapter = await loadPeftFrom(model, initAdapter);
+  const { dropout = 0 } = adapter.config;
+  if (dropout > 0)
+    throw new ShapeError(
+      `train: the adapter of --init-adapter must have lora_dropout 0, got ${dropout} in ${initAdapter}. Dropout is not supported yet: set "lora_dropout" to 0 in its adapter_config.json to go on without`,
+    );
+  return adapter;
+}
+
+interface Outcome {
+  readonly steps: number;
+  readonly loss_first: number | null;
+  readonly loss_last: number | null;
+  readonly out: string;
+  readonly interrupted: boolean;
+  readonly rows: number;
+  readonly truncated: number;
+  readonly dropped: number;
+  /** Of the data, once through. */
+  readonly tokens: number;
+  readonly trainable_parameters: number;
+  readonly peak_bytes: number;
+  readonly seconds: number;
+}
+
+function report(gpu: Gpu, { json }: TrainArguments, outcome: Outcome): void {
+  if (json) {
+    result(JSON.stringify({ ...outcome, device: deviceName(gpu.info), software: gpu.isSoftware }));
+    return;
+  }
+  const { steps, loss_first, loss_last, seconds, peak_bytes } = outcome;
+  const course = `loss ${loss_first?.toFixed(4) ?? "none"} → ${loss_last?.toFixed(4) ?? "none"}`;
+  result(`${number(steps)} steps in ${number(seconds, 1)} s, ${course}, at most ${bytes(peak_bytes)} of GPU memory`);
+}

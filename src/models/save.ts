@@ -1,0 +1,48 @@
+import type { Directory } from "../io/bytes.ts";
+import type { FloatDtype } from "../io/dtype.ts";
+import { encodeSafetensors } from "../io/safetensors.ts";
+import { openCheckpoint, storedDtype, tensorToWrite } from "../nn/checkpoint.ts";
+import type { Llama } from "./llama.ts";
+
+/** What a model directory has beside its weights, where it has it. */
+const COPIED = [
+  "config.json",
+  "generation_config.json",
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "merges.txt",
+  "chat_template.jinja",
+  "chat_template.json",
+] as const;
+
+export interface ModelFiles {
+  /** File name → content, in the order to write them. */
+  readonly files: ReadonlyMap<string, AsyncIterable<Uint8Array>>;
+  /** The types that the weights are stored in. */
+  readonly dtypes: ReadonlySet<FloatDtype>;
+}
+
+/**
+ * A model as the files of a Hugging Face directory: its weights as they are now, each in the type that it has in `source`
+ * (the directory the model came from), in one `model.safetensors`; the other files are those of `source`, byte for byte.
+ *
+ * Tensors are read from the device, and files from `source`, only when their turn to be written comes. Throws FormatError
+ * where `source` lacks a weight of the model.
+ */
+export async function saveModel(model: Llama, source: Directory): Promise<ModelFiles> {
+  const checkpoint = await openCheckpoint(source, "model");
+  const tensors = [...model.weights].map(([name, t]) => tensorToWrite(name, t, storedDtype(checkpoint, name)));
+  const files = new Map<string, AsyncIterable<Uint8Array>>();
+  for (const name of COPIED) if (await source.open(name)) files.set(name, copied(source, name));
+  files.set("model.safetensors", encodeSafetensors(tensors, { format: "pt" }));
+  return { files, dtypes: new Set(tensors.map(({ dtype }) => dtype as FloatDtype)) };
+}
+
+async function* copied(source: Directory, name: string): AsyncGenerator<Uint8Array> {
+  const file = await source.open(name);
+  if (file) yield file.read(0, file.sizeBytes);
+}

@@ -1,0 +1,186 @@
+import { readFileSync } from "node:fs";
+import { describe, expect, test } from "vitest";
+import { backward } from "../../src/autograd/engine.ts";
+import { memoryDirectory } from "../../src/io/bytes.ts";
+import { decodeFloats } from "../../src/io/dtype.ts";
+import { FormatError } from "../../src/io/errors.ts";
+import { diskDirectory } from "../../src/io/files.ts";
+import { openSafetensors } from "../../src/io/safetensors.ts";
+import { fileSource } from "../../src/io/files.ts";
+import { loadPeft } from "../../src/lora/peft.ts";
+import { readConfig } from "../../src/models/config.ts";
+import { loadModel } from "../../src/models/load.ts";
+import { inverseFrequencies } from "../../src/nn/rope.ts";
+import { ShapeError } from "../../src/tensor/errors.ts";
+import { read, readAll, tensor } from "../../src/tensor/tensor.ts";
+import { batchLoss } from "../../src/train/loss.ts";
+import { collate } from "../../src/train/batches.ts";
+import { expectClose, testGpu } from "../harness.ts";
+
+const VARIANTS = ["llama-default", "llama-rope3", "llama-bias", "llama-sharded"] as const;
+
+interface Expected {
+  readonly input_ids: number[][];
+  readonly labels: number[][];
+  readonly base_loss: number;
+  readonly lora_loss: number;
+}
+
+const folder = (name: string): string => `test/golden/${name}`;
+const expectedOf = (name: string): Expected => JSON.parse(readFileSync(`${folder(name)}/expected.json`, "utf8")) as Expected;
+const batchOf = ({ input_ids, labels }: Expected) =>
+  collate(
+    input_ids.map((inputIds, i) => ({ inputIds, labels: labels[i] ?? [] })),
+    0,
+  );
+
+async function valuesOf(path: string): Promise<Map<string, Float32Array>> {
+  const file = await openSafetensors(await fileSource(path), path);
+  const entries = [...file.tensors.keys()].map(async (name) => [name, decodeFloats("F32", await file.read(name))] as const);
+  return new Map(await Promise.all(entries));
+}
+
+describe.each(VARIANTS)("%s", (name) => {
+  test("logits and loss equal transformers", async () => {
+    const gpu = await testGpu();
+    const model = await loadModel(gpu, diskDirectory(folder(name)));
+    const expected = expectedOf(name);
+    const batch = batchOf(expected);
+    const { logits, loss } = gpu.scope(() => ({
+      logits: model.logits(tensor(gpu, batch.ids, [batch.B, batch.T])),
+      loss: batchLoss(model, batch, 1 / batch.tokens),
+    }));
+    const golden = await valuesOf(`${folder(name)}/expected.safetensors`);
+    expectClose(await read(logits), golden.get("base.logits") ?? [], 1e-4, "logits");
+    expectClose(await read(loss), [expected.base_loss], 1e-5, "loss");
+    gpu.release(logits, loss);
+    model.destroy();
+  });
+
+  // PyTorch's own f32 gradients are up to 6e-5 from its f64 ones here.
+  test("LoRA gradients of every adapted layer equal PEFT's", async () => {
+    const gpu = await testGpu();
+    const model = await loadModel(gpu, diskDirectory(folder(name)));
+    const adapter = await loadPeft(model, diskDirectory(`${folder(name)}/adapter`));
+    const expected = expectedOf(name);
+    const batch = batchOf(expected);
+    const { loss, grads } = gpu.scope(() => {
+      const l = batchLoss(model, batch, 1 / batch.tokens);
+      return { loss: l, grads: backward(l) };
+    });
+    const golden = await valuesOf(`${folder(name)}/expected.safetensors`);
+    expectClose(await read(loss), [expected.lora_loss], 1e-5, "loss");
+    expect(grads.size).toBe(adapter.parameters.length);
+    for (const [module, { A, B }] of adapter.pairs)
+      for (const [part, t] of [["A", A], ["B", B]] as const) {
+        const grad = grads.get(t);
+        if (!grad) expect.fail(`${module} lora_${part} has no gradient`);
+        const key = `lora.grad.base_model.model.${module}.lora_${part}.weight`;
+        expectClose(await read(grad), golden.get(key) ?? [], 2e-4, key);
+      }
+    gpu.release(loss, ...grads.values());
+    adapter.detach();
+    model.destroy();
+  });
+
+  test("gradients of a full fine-tune equal PyTorch's", async () => {
+    const gpu = await testGpu();
+    const model = await loadModel(gpu, diskDirectory(folder(name)));
+    const golden = await valuesOf(`${folder(name)}/expected-full.safetensors`);
+    const biases = [...model.linears].flatMap(([module, { bias }]) => (bias ? [[`${module}.bias`, bias] as const] : []));
+    const weights = new Map([...model.weights, ...biases]);
+    for (const t of weights.values()) t.requiresGrad = true;
+    const batch = batchOf(expectedOf(name));
+    const grads = gpu.scope(() => backward(batchLoss(model, batch, 1 / batch.tokens)));
+    expect(golden.size).toBeGreaterThan(3);
+    for (const [key, want] of golden) {
+      const grad = grads.get(weights.get(key.replace(/^grad\./, "")) as never);
+      if (!grad) expect.fail(`${key} has no gradient`);
+      expectClose(await read(grad), want, 2e-5, key);
+    }
+    gpu.release(...grads.values());
+    model.destroy();
+  });
+});
+
+test("both spellings of RoPE settings are read alike", async () => {
+  const [v5, v4] = ["config.json", "config.v4.json"].map((file) => readFileSync(`${folder("llama-rope3")}/${file}`, "utf8"));
+  const read5 = await readConfig(memoryDirectory("m", { "config.json": v5 ?? "" }));
+  const read4 = await readConfig(memoryDirectory("m", { "config.json": v4 ?? "" }));
+  expect(read4.rope).toEqual(read5.rope);
+  expect(read5.rope).toMatchObject({ type: "llama3", factor: 8 });
+});
+
+test("llama3 scaling keeps fast frequencies, divides slow ones and blends between", () => {
+  const rope = { type: "llama3", theta: 10000, factor: 8, lowFreqFactor: 1, highFreqFactor: 4, originalLength: 64 } as const;
+  const plain = inverseFrequencies(32, { type: "default", theta: 10000 });
+  const scaled = inverseFrequencies(32, rope);
+  expect(scaled[0]).toBe(plain[0]);
+  expect(scaled[15]).toBeCloseTo((plain[15] ?? 0) / 8, 12);
+  const ratios = Array.from(scaled, (f, i) => f / (plain[i] ?? 1));
+  expect(ratios.some((r) => r > 0.126 && r < 0.999)).toBe(true);
+});
+
+test("a cache gives the logits of the last position that a full pass gives", async () => {
+  const gpu = await testGpu();
+  const model = await loadModel(gpu, diskDirectory(folder("llama-default")));
+  const ids = [3, 9, 27, 1, 5];
+  const whole = gpu.scope(() => model.logits(tensor(gpu, Int32Array.from(ids), [1, 5]), { lastOnly: true }));
+  const cache = model.cache(1, 8);
+  const parts = [[3, 9, 27], [1], [5]].map((part) =>
+    gpu.scope(() => model.logits(tensor(gpu, Int32Array.from(part), [1, part.length]), { cache, lastOnly: true })),
+  );
+  const [full, , , last] = await readAll([whole, ...parts]);
+  expect(whole.shape).toEqual([1, 1, model.config.vocabSize]);
+  expectClose(last ?? [], full ?? [], 1e-5, "logits");
+  gpu.release(whole, ...parts, ...cache.layers.flatMap(({ k, v }) => [k, v]));
+  model.destroy();
+});
+
+test("a row longer than the context is refused", async () => {
+  const gpu = await testGpu();
+  const model = await loadModel(gpu, diskDirectory(folder("llama-default")));
+  expect(() => model.logits(tensor(gpu, new Int32Array(65), [1, 65]))).toThrow(
+    new ShapeError("logits: at most 64 positions fit, got 65. Shorten the rows"),
+  );
+  model.destroy();
+});
+
+describe("a model directory that does not fit is refused by name", () => {
+  const config = { model_type: "llama", vocab_size: 8, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 2 };
+  const cases: [string, Record<string, string>, string][] = [
+    ["no config", {}, "m/config.json: a model directory must have it, got no such file. Check the path"],
+    [
+      "another architecture",
+      { "config.json": JSON.stringify({ ...config, model_type: "mamba" }) },
+      'm/config.json: "model_type" must be "llama", got "mamba". No other architecture is supported yet',
+    ],
+    [
+      "no weights",
+      { "config.json": JSON.stringify(config) },
+      "m/model.safetensors: the weights must be there, or model.safetensors.index.json, got neither. Download the model again",
+    ],
+    [
+      "a missing shard",
+      {
+        "config.json": JSON.stringify(config),
+        "model.safetensors.index.json": JSON.stringify({ weight_map: { "model.norm.weight": "model-00001-of-00002.safetensors" } }),
+      },
+      "m/model-00001-of-00002.safetensors: the shard must be there by m/model.safetensors.index.json, got no such file. Download the model again",
+    ],
+    [
+      "a rope scaling that is not supported",
+      { "config.json": JSON.stringify({ ...config, rope_scaling: { rope_type: "yarn", factor: 2 } }) },
+      'm/config.json: "rope_type" must be "default" or "llama3", got "yarn". Other scalings are not supported yet',
+    ],
+    [
+      "heads that do not divide",
+      { "config.json": JSON.stringify({ ...config, num_key_value_heads: 3 }) },
+      'm/config.json: "num_key_value_heads" must be a divisor of num_attention_heads = 2, got 3',
+    ],
+  ];
+  test.each(cases)("%s", async (_, files, message) => {
+    const gpu = await testGpu();
+    await expect(loadModel(gpu, memoryDirectory("m", files))).rejects.toThrow(new FormatError(message));
+  });
+});

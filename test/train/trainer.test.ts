@@ -1,0 +1,139 @@
+import { readFileSync } from "node:fs";
+import { describe, expect, test } from "vitest";
+import { diskDirectory } from "../../src/io/files.ts";
+import { attachLora } from "../../src/lora/adapter.ts";
+import { loadModel } from "../../src/models/load.ts";
+import { ShapeError } from "../../src/tensor/errors.ts";
+import { readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
+import { AdamW } from "../../src/train/adamw.ts";
+import type { Row } from "../../src/train/data.ts";
+import { evaluate } from "../../src/train/loss.ts";
+import { scheduleFactor } from "../../src/train/schedule.ts";
+import { type StepMetrics, train, type TrainOptions } from "../../src/train/trainer.ts";
+import { expectClose, testGpu } from "../harness.ts";
+
+const row = (...inputIds: number[]): Row => ({ inputIds, labels: inputIds });
+const rows = [row(1, 2, 3, 4), row(5, 6, 7, 8, 9, 10), row(11, 12), row(13, 14, 15), row(16, 17, 18, 19, 20)];
+
+async function run(options: Partial<TrainOptions>): Promise<{ metrics: StepMetrics[]; values: Float32Array[] }> {
+  const gpu = await testGpu();
+  const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
+  const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: "all-linear" }, 5);
+  const metrics: StepMetrics[] = [];
+  const base = { model, parameters: adapter.parameters, rows, steps: 2, batchSize: 2, learningRate: 1e-2, schedule: "constant" } as const;
+  for await (const m of train({ ...base, ...options })) metrics.push(m);
+  const values = await readAll(adapter.parameters);
+  adapter.detach();
+  model.destroy();
+  return { metrics, values };
+}
+
+test("accumulating two halves is one step on the whole, token by token", async () => {
+  const whole = await run({ rows: rows.slice(0, 4), batchSize: 4 });
+  const halves = await run({ rows: rows.slice(0, 4), batchSize: 2, gradAccumulation: 2 });
+  expectClose(halves.metrics.map((m) => m.loss), whole.metrics.map((m) => m.loss), 1e-6, "loss");
+  expectClose(halves.metrics.map((m) => m.grad_norm), whole.metrics.map((m) => m.grad_norm), 1e-5, "norm");
+  halves.values.forEach((v, i) => expectClose(v, whole.values[i] ?? [], 1e-5, "adapter"));
+});
+
+test("the same seed repeats bit for bit, another seed shuffles differently", async () => {
+  const first = await run({ shuffleSeed: 1, steps: 4 });
+  const again = await run({ shuffleSeed: 1, steps: 4 });
+  const other = await run({ shuffleSeed: 2, steps: 4 });
+  expect(again.values).toEqual(first.values);
+  expect(again.metrics.map((m) => m.loss)).toEqual(first.metrics.map((m) => m.loss));
+  expect(other.metrics.map((m) => m.loss)).not.toEqual(first.metrics.map((m) => m.loss));
+});
+
+test("training lowers the loss it trains on", async () => {
+  const { metrics } = await run({ steps: 20, batchSize: 5 });
+  expect(metrics.at(-1)?.loss ?? Number.NaN).toBeLessThan(0.8 * (metrics[0]?.loss ?? 0));
+  expect(metrics.map((m) => m.step)).toEqual(Array.from({ length: 20 }, (_, i) => i + 1));
+  expect(metrics[0]?.tokens).toBe(20);
+});
+
+test("padding changes neither loss nor gradient", async () => {
+  const one = await run({ padId: 0 });
+  const two = await run({ padId: 63 });
+  expect(two.metrics.map((m) => m.loss)).toEqual(one.metrics.map((m) => m.loss));
+  expect(two.values).toEqual(one.values);
+});
+
+test("a step whose gradient is not finite is not taken, and says so", async () => {
+  const gpu = await testGpu();
+  const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
+  const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: ["q_proj"] });
+  const broken = model.weights.get("model.norm.weight") as Tensor;
+  gpu.write(broken, new Float32Array(broken.size).fill(Number.NaN));
+  const before = await readAll(adapter.parameters);
+  const steps = train({ model, parameters: adapter.parameters, rows, steps: 1, batchSize: 2, learningRate: 1, maxGradNorm: 1 });
+  await expect(steps.next()).rejects.toThrow(
+    new ShapeError(
+      "train: loss and gradient norm must stay finite, got NaN and NaN at step 1. The parameters are those of step 0. Use a lower learning rate or a maxGradNorm",
+    ),
+  );
+  expect(await readAll(adapter.parameters)).toEqual(before);
+  adapter.detach();
+  model.destroy();
+});
+
+test("an aborted run ends after the step in progress", async () => {
+  const abort = new AbortController();
+  const gpu = await testGpu();
+  const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
+  const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: ["q_proj"] });
+  const seen: number[] = [];
+  for await (const { step } of train({ model, parameters: adapter.parameters, rows, steps: 9, batchSize: 2, learningRate: 1e-3, signal: abort.signal })) {
+    seen.push(step);
+    if (step === 2) abort.abort();
+  }
+  expect(seen).toEqual([1, 2]);
+  adapter.detach();
+  model.destroy();
+});
+
+test("settings out of range name the rule and the value", async () => {
+  const refused = async (options: Partial<TrainOptions>, message: string): Promise<void> =>
+    expect(run(options)).rejects.toThrow(new ShapeError(message));
+  await refused({ steps: 0 }, "train: steps must be a whole number of at least 1, got 0");
+  await refused({ batchSize: 1.5 }, "train: batchSize must be a whole number of at least 1, got 1.5");
+  await refused({ gradAccumulation: 0 }, "train: gradAccumulation must be a whole number of at least 1, got 0");
+  await refused({ learningRate: -1 }, "train: learningRate must be a number of at least 0, got -1");
+  await refused({ maxGradNorm: Number.NaN }, "train: maxGradNorm must be a number of at least 0, got NaN");
+  await refused({ parameters: [] }, "AdamW: at least one parameter is needed, got none");
+});
+
+test("evaluation is the mean over tokens, not over batches", async () => {
+  const gpu = await testGpu();
+  const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
+  const together = await evaluate(model, rows, 5);
+  const apart = await evaluate(model, rows, 2);
+  expect(together.tokens).toBe(15);
+  expect(apart.tokens).toBe(15);
+  expectClose([apart.loss], [together.loss], 1e-6, "loss");
+  expect(together.perplexity).toBeCloseTo(Math.exp(together.loss), 10);
+  model.destroy();
+});
+
+test("schedules equal transformers'", () => {
+  const { schedules } = JSON.parse(readFileSync("test/golden/adamw.json", "utf8")) as { schedules: Record<string, number[]> };
+  for (const [key, name, warmup] of [
+    ["constant_with_warmup", "constant", 3],
+    ["linear", "linear", 3],
+    ["cosine", "cosine", 3],
+    ["linear_no_warmup", "linear", 0],
+  ] as const) {
+    const factors = Array.from({ length: 21 }, (_, k) => scheduleFactor(name, k, 20, warmup));
+    expectClose(factors, schedules[key] ?? [], 1e-12, key);
+  }
+});
+
+describe("AdamW", () => {
+  test("refuses a parameter without a gradient", async () => {
+    const gpu = await testGpu();
+    const p = tensor(gpu, [1, 2], [2]);
+    expect(() => new AdamW([p]).step(new Map(), 0.1)).toThrow(
+      new ShapeError("AdamW: every parameter needs a gradient, got none for one of shape [2]. Is it part of the model?"),
+    );
+  });
+});
