@@ -14,9 +14,9 @@ import {
   generate,
   type LoraAdapter,
   openGpu,
+  type Row,
   readAll,
   readRows,
-  type Row,
   type Tensor,
   tensor,
   train,
@@ -70,7 +70,9 @@ async function tune(name: string, steps: number): Promise<LoraAdapter> {
   const heldOut = (await rowsOf(`${name}-valid`)).slice(0, HELD_OUT_ROWS);
   const adapter = attachLora(model, LORA, 1);
   const trainable = adapter.parameters.reduce((n, t) => n + t.size, 0);
-  title(`LoRA on "${name}": ${count(trainable)} trainable parameters, ${((100 * trainable) / parameters).toFixed(1)} % of the model`);
+  title(
+    `LoRA on "${name}": ${count(trainable)} trainable parameters, ${((100 * trainable) / parameters).toFixed(1)} % of the model`,
+  );
   const before = await evaluate(model, heldOut, 8);
   const from = performance.now();
   for await (const { step, loss, tokens_per_second } of train({
@@ -99,7 +101,9 @@ async function compare(): Promise<void> {
   const batch = collate((await rowsOf("pirate-train")).slice(0, 6), 0);
   pirate.disable();
   const weights = [...model.weights.values()];
-  const setTrainable = (on: boolean): void => weights.forEach((t) => void (t.requiresGrad = on));
+  const setTrainable = (on: boolean): void => {
+    for (const t of weights) t.requiresGrad = on;
+  };
   const adapter = attachLora(model, LORA, 1);
   const variants = { full: weights, LoRA: adapter.parameters };
   const costs = new Map<string, Awaited<ReturnType<typeof measureStep>>>();
@@ -115,14 +119,26 @@ async function compare(): Promise<void> {
   const [full, lora] = [costs.get("full"), costs.get("LoRA")];
   if (!full || !lora) return;
   const line = (what: string, a: string, b: string, ratio: number): void =>
-    console.log(`${what.padEnd(24)}${a.padStart(14)}${b.padStart(14)}${`${ratio.toFixed(ratio < 0.1 ? 3 : 2)}×`.padStart(10)}`);
+    console.log(
+      `${what.padEnd(24)}${a.padStart(14)}${b.padStart(14)}${`${ratio.toFixed(ratio < 0.1 ? 3 : 2)}×`.padStart(10)}`,
+    );
   console.log(`${"".padEnd(24)}${"full".padStart(14)}${"LoRA".padStart(14)}${"ratio".padStart(10)}`);
   line("trainable parameters", count(full.trainable), count(lora.trainable), lora.trainable / full.trainable);
   line("gradient bytes", bytes(full.gradientBytes), bytes(lora.gradientBytes), lora.gradientBytes / full.gradientBytes);
-  line("optimizer bytes", bytes(full.optimizerBytes), bytes(lora.optimizerBytes), lora.optimizerBytes / full.optimizerBytes);
+  line(
+    "optimizer bytes",
+    bytes(full.optimizerBytes),
+    bytes(lora.optimizerBytes),
+    lora.optimizerBytes / full.optimizerBytes,
+  );
   line("peak bytes of a step", bytes(full.peakBytes), bytes(lora.peakBytes), lora.peakBytes / full.peakBytes);
   line("dispatches per step", String(full.dispatches), String(lora.dispatches), lora.dispatches / full.dispatches);
-  line("time per step (median)", `${full.timeMs.toFixed(0)} ms`, `${lora.timeMs.toFixed(0)} ms`, lora.timeMs / full.timeMs);
+  line(
+    "time per step (median)",
+    `${full.timeMs.toFixed(0)} ms`,
+    `${lora.timeMs.toFixed(0)} ms`,
+    lora.timeMs / full.timeMs,
+  );
 }
 
 /** What one step of training `trained` takes: the median time of three after a warm-up, the counts of the last. */
@@ -176,8 +192,11 @@ async function mergeCheck(name: string, adapter: LoraAdapter): Promise<void> {
   loaded.unmerge();
   loaded.disable();
   const difference = merged.reduce((most, x, i) => Math.max(most, Math.abs(x - (adapted[i] ?? Number.NaN))), 0);
-  if (!(difference <= MERGE_TOLERANCE)) throw new Error(`demo: merged and adapter logits must agree within ${MERGE_TOLERANCE}, got ${difference}`);
-  console.log(`${directory}: saved as PEFT, reloaded; merged against adapter logits differ by at most ${difference.toExponential(1)}`);
+  if (!(difference <= MERGE_TOLERANCE))
+    throw new Error(`demo: merged and adapter logits must agree within ${MERGE_TOLERANCE}, got ${difference}`);
+  console.log(
+    `${directory}: saved as PEFT, reloaded; merged against adapter logits differ by at most ${difference.toExponential(1)}`,
+  );
 }
 
 /** What the model makes of the prompt. With `hidden`, as it is without that adapter. */
@@ -193,7 +212,8 @@ async function say(label: string, hidden: LoraAdapter | undefined): Promise<void
 async function rowsOf(name: string): Promise<Row[]> {
   const path = `demo/data/${name}.jsonl`;
   const { contextLength, vocabSize } = model.config;
-  return readRows(await readFile(path, "utf8"), path, tokenizer, { maxLength: contextLength, contextLength, vocabSize }).rows;
+  return readRows(await readFile(path, "utf8"), path, tokenizer, { maxLength: contextLength, contextLength, vocabSize })
+    .rows;
 }
 
 /** One line that is written over on a terminal; now and then a line of its own elsewhere. */

@@ -1,13 +1,27 @@
 /** `lowrank`: the engine. Runs in Chrome, Deno and Node; depends on nothing. Every public name is listed here. */
-export { backward, type Gradients, once, record } from "./autograd/engine.ts";
+
 export * from "./autograd/basic-ops.ts";
+export { backward, type Gradients, once, record } from "./autograd/engine.ts";
 export * from "./autograd/model-ops.ts";
 export { GpuError } from "./gpu/errors.ts";
 export { type Counters, Gpu, type HasBuffer, type OpenGpuOptions, openGpu } from "./gpu/gpu.ts";
 export { defineKernel, type Kernel, type Tuned } from "./gpu/kernel.ts";
-export { blobSource, type ByteSource, type Directory, httpDirectory, memoryDirectory, memorySource } from "./io/bytes.ts";
+export {
+  type ByteSource,
+  blobSource,
+  type Directory,
+  httpDirectory,
+  memoryDirectory,
+  memorySource,
+} from "./io/bytes.ts";
 export { FormatError } from "./io/errors.ts";
-export { encodeSafetensors, openSafetensors, type SafetensorsFile, type TensorInfo, type TensorToWrite } from "./io/safetensors.ts";
+export {
+  encodeSafetensors,
+  openSafetensors,
+  type SafetensorsFile,
+  type TensorInfo,
+  type TensorToWrite,
+} from "./io/safetensors.ts";
 export { attachLora, type HasLinears, LoraAdapter, type LoraConfig, type LoraPair } from "./lora/adapter.ts";
 export { loraLinear } from "./lora/lora-linear.ts";
 export { type AdapterFiles, loadPeft, savePeft } from "./lora/peft.ts";
@@ -17,13 +31,13 @@ export { type KvCache, Llama, llamaShapes } from "./models/llama.ts";
 export { loadModel } from "./models/load.ts";
 export { type Linear, type LinearAdapter, linear } from "./nn/linear.ts";
 export { inverseFrequencies, type RopeSettings, ropeTables } from "./nn/rope.ts";
-export { generate, type GenerateOptions } from "./serve/generate.ts";
+export { type GenerateOptions, generate } from "./serve/generate.ts";
 export { ShapeError } from "./tensor/errors.ts";
 export { Random } from "./tensor/random.ts";
 export { type DType, empty, read, readAll, type Shape, Tensor, tensor, view } from "./tensor/tensor.ts";
 export { AdamW, type AdamWSettings } from "./train/adamw.ts";
 export { type Batch, batchIndices, collate } from "./train/batches.ts";
-export { type DataLimits, type DataStats, IGNORED, readRows, type Row } from "./train/data.ts";
+export { type DataLimits, type DataStats, IGNORED, type Row, readRows } from "./train/data.ts";
 export { batchLoss, type Evaluation, evaluate, type LanguageModel } from "./train/loss.ts";
 export { type Schedule, scheduleFactor } from "./train/schedule.ts";
-export { type StepMetrics, train, type TrainOptions } from "./train/trainer.ts";
+export { type StepMetrics, type TrainOptions, train } from "./train/trainer.ts";

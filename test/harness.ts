@@ -25,7 +25,10 @@ export const zeros = (shape: readonly number[]): Nd => nd(shape, new Float64Arra
 
 /** Values of the normal distribution, rounded to f32 so that both sides start from the same numbers. */
 export function randomNd(shape: readonly number[], random: Random, std = 1): Nd {
-  return nd(shape, zeros(shape).data.map(() => Math.fround(random.normal(0, std))));
+  return nd(
+    shape,
+    zeros(shape).data.map(() => Math.fround(random.normal(0, std))),
+  );
 }
 
 /** A fresh seed each run; failures print it. */
@@ -36,7 +39,12 @@ export function upload(gpu: Gpu, { shape, data }: Nd, dtype: "f32" | "i32" = "f3
 }
 
 /** Fails unless every |actual − expected| ≤ atol + rtol·|expected|. NaN fails. */
-export function expectClose(actual: ArrayLike<number>, expected: ArrayLike<number>, tolerance = 1e-5, what = "values"): void {
+export function expectClose(
+  actual: ArrayLike<number>,
+  expected: ArrayLike<number>,
+  tolerance = 1e-5,
+  what = "values",
+): void {
   expect(actual.length, `${what}: count`).toBe(expected.length);
   let worst = 0;
   let worstAt = -1;
@@ -49,7 +57,10 @@ export function expectClose(actual: ArrayLike<number>, expected: ArrayLike<numbe
       worstAt = i;
     }
   }
-  expect(worst <= tolerance, `${what}: at ${worstAt} got ${actual[worstAt]}, expected ${expected[worstAt]} (error ${worst} > ${tolerance})`).toBe(true);
+  expect(
+    worst <= tolerance,
+    `${what}: at ${worstAt} got ${actual[worstAt]}, expected ${expected[worstAt]} (error ${worst} > ${tolerance})`,
+  ).toBe(true);
 }
 
 export interface OpCheck {
@@ -96,7 +107,12 @@ export async function checkOp(check: OpCheck): Promise<void> {
       else if (!grad) expect.fail(`input ${i} has no gradient (seed ${seed})`);
       else {
         expect(grad.shape, `gradient shape of input ${i}`).toEqual(input.shape);
-        expectClose(await read(grad), numericGradient(check.twin, inputs, i, dy), gradientTolerance, `gradient of input ${i} (seed ${seed})`);
+        expectClose(
+          await read(grad),
+          numericGradient(check.twin, inputs, i, dy),
+          gradientTolerance,
+          `gradient of input ${i} (seed ${seed})`,
+        );
       }
     }
   }

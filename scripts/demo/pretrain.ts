@@ -33,12 +33,12 @@ const CONFIG = {
   architectures: ["LlamaForCausalLM"],
   model_type: "llama",
   vocab_size: 512,
-  hidden_size: 128,
-  intermediate_size: 344,
-  num_hidden_layers: 4,
+  hidden_size: 96,
+  intermediate_size: 256,
+  num_hidden_layers: 3,
   num_attention_heads: 4,
   num_key_value_heads: 2,
-  head_dim: 32,
+  head_dim: 24,
   hidden_act: "silu",
   max_position_embeddings: 256,
   rms_norm_eps: 1e-5,
@@ -51,7 +51,7 @@ const CONFIG = {
   torch_dtype: "float16",
 };
 
-const steps = Number(globalThis.scriptArgs?.[0] ?? process.argv[2] ?? 1200);
+const steps = Number(globalThis.scriptArgs?.[0] ?? process.argv[2] ?? 600);
 const gpu = await openGpu();
 console.log(`pre-training for ${steps} steps on ${gpu.info.description}`);
 
@@ -60,7 +60,10 @@ const readTokenizerFile = async (file: string): Promise<readonly [string, Uint8A
   return [file, await readFile(`${BASE}/${file}`)];
 };
 const tokenizer = await loadTokenizer(
-  memoryDirectory(BASE, Object.fromEntries(await Promise.all(["tokenizer.json", "tokenizer_config.json"].map(readTokenizerFile)))),
+  memoryDirectory(
+    BASE,
+    Object.fromEntries(await Promise.all(["tokenizer.json", "tokenizer_config.json"].map(readTokenizerFile))),
+  ),
 );
 const rowsOf = (stories: readonly string[]): Row[] =>
   stories.map((story) => {
@@ -79,9 +82,9 @@ for await (const { step, loss, tokens_per_second } of train({
   rows,
   steps,
   batchSize: BATCH_SIZE,
-  learningRate: 3e-3,
+  learningRate: 4e-3,
   schedule: "cosine",
-  warmupSteps: 40,
+  warmupSteps: 30,
   weightDecay: 0.05,
   maxGradNorm: 1,
   shuffleSeed: 1,
@@ -90,9 +93,11 @@ for await (const { step, loss, tokens_per_second } of train({
     const minutes = ((performance.now() - started) / 60000).toFixed(1);
     console.log(`step ${step}  loss ${loss.toFixed(3)}  ${tokens_per_second.toFixed(0)} tokens/s  ${minutes} min`);
   }
-  if (step % 200 === 0 || step === steps) {
+  if (step % 100 === 0 || step === steps) {
     await save();
-    console.log(`held-out loss ${(await evaluate(model, heldOut, BATCH_SIZE)).loss.toFixed(4)}: ${await sample("Once there was a little fox named Mia.")}`);
+    console.log(
+      `held-out loss ${(await evaluate(model, heldOut, BATCH_SIZE)).loss.toFixed(4)}: ${await sample("Once there was a little fox named Mia.")}`,
+    );
   }
 }
 gpu.destroy();
@@ -106,7 +111,11 @@ function initialWeights(): Map<string, Tensor> {
     const size = shape.reduce((a, b) => a * b, 1);
     const std = /o_proj|down_proj/.test(name) ? 0.02 / Math.sqrt(2 * config.layers) : 0.02;
     const isNorm = name.includes("norm");
-    const t = tensor(gpu, Float32Array.from({ length: size }, () => (isNorm ? 1 : random.normal(0, std))), shape);
+    const t = tensor(
+      gpu,
+      Float32Array.from({ length: size }, () => (isNorm ? 1 : random.normal(0, std))),
+      shape,
+    );
     t.requiresGrad = true;
     weights.set(name, t);
   }
@@ -117,7 +126,10 @@ async function save(): Promise<void> {
   const tensors = [...model.weights].map(([name, t]) => tensorToWrite(name, t, "F16"));
   await writeFileAtomic(`${BASE}/model.safetensors`, encodeSafetensors(tensors, { format: "pt" }));
   await writeFileAtomic(`${BASE}/config.json`, `${JSON.stringify(CONFIG, null, 2)}\n`);
-  await writeFileAtomic(`${BASE}/generation_config.json`, `${JSON.stringify({ bos_token_id: 0, eos_token_id: 1 }, null, 2)}\n`);
+  await writeFileAtomic(
+    `${BASE}/generation_config.json`,
+    `${JSON.stringify({ bos_token_id: 0, eos_token_id: 1 }, null, 2)}\n`,
+  );
 }
 
 async function sample(prompt: string): Promise<string> {

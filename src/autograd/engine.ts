@@ -29,7 +29,8 @@ export function record(op: string, y: Tensor, inputs: readonly Tensor[], vjp: Gr
 export function backward(y: Tensor, dy?: Tensor): Gradients {
   if (!dy && y.size !== 1) throw new ShapeError(`backward: dy is needed unless y is one number, got y [${y.shape}]`);
   const seed = dy ?? tensor(y.gpu, [1], y.shape);
-  if (seed.size !== y.size) throw new ShapeError(`backward: dy must have the shape of y [${y.shape}], got [${seed.shape}]`);
+  if (seed.size !== y.size)
+    throw new ShapeError(`backward: dy must have the shape of y [${y.shape}], got [${seed.shape}]`);
   const pending: Gradients = new Map([[y, seed]]);
   const leaves: Gradients = new Map();
   for (const t of topological(y).reverse()) {
@@ -45,7 +46,8 @@ export function backward(y: Tensor, dy?: Tensor): Gradients {
     const thunks = vjp(g);
     inputs.forEach((input, i) => {
       const thunk = thunks[i];
-      if (!thunk) throw new ShapeError(`${op}: vjp must return one thunk per input, got ${thunks.length} for ${inputs.length}`);
+      if (!thunk)
+        throw new ShapeError(`${op}: vjp must return one thunk per input, got ${thunks.length} for ${inputs.length}`);
       if (!input.requiresGrad) return;
       const sum = pending.get(input);
       pending.set(input, sum ? sum2(sum, thunk()) : thunk());

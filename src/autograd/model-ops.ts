@@ -76,8 +76,8 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
  * logits. Throws ShapeError if the shapes do not fit.
  */
 export function crossEntropy(logits: Tensor, labels: Tensor, scale = 1): Tensor {
-  const { loss, lse } = entropy.crossEntropy(logits, labels, scale);
+  const { loss, stats } = entropy.crossEntropy(logits, labels, scale);
   return record("crossEntropy", loss, [logits], (dy) => [
-    () => entropy.crossEntropyBackward(dy, logits, labels, lse, scale),
+    () => entropy.crossEntropyBackward(dy, logits, labels, stats, scale),
   ]);
 }

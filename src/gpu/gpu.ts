@@ -238,7 +238,8 @@ export class Gpu {
     const kept = new Set<GPUBuffer>();
     try {
       const result = step();
-      if (result instanceof Promise) throw new GpuError("scope: the step must be synchronous, got a promise. Read results after the scope");
+      if (result instanceof Promise)
+        throw new GpuError("scope: the step must be synchronous, got a promise. Read results after the scope");
       collectBuffers(result, kept);
       return result;
     } finally {
@@ -335,7 +336,11 @@ export class Gpu {
       const pipeline = device.createComputePipeline({
         label: name,
         layout: device.createPipelineLayout({ bindGroupLayouts: [layout] }),
-        compute: { module: device.createShaderModule({ label: name, code: source() }), entryPoint: "main", constants: { ...constants } },
+        compute: {
+          module: device.createShaderModule({ label: name, code: source() }),
+          entryPoint: "main",
+          constants: { ...constants },
+        },
       });
       this.#pipelines.set(key, { name, id: this.#ids++, pipeline, layout, bindings, uniformBytes });
     });
@@ -426,7 +431,12 @@ export class Gpu {
     f();
     const check = this.device.popErrorScope().then(
       (error) => {
-        if (error) this.#fail(filter === "out-of-memory" ? `${label}: out of memory: ${error.message}. Use a smaller batch, length or model` : `${label}: ${error.message}`);
+        if (error)
+          this.#fail(
+            filter === "out-of-memory"
+              ? `${label}: out of memory: ${error.message}. Use a smaller batch, length or model`
+              : `${label}: ${error.message}`,
+          );
       },
       () => {}, // the device is gone: `lost` tells
     );
@@ -443,7 +453,8 @@ export class Gpu {
     const entries = pipeline.bindings.map(({ slot, type }) => {
       if (type === "uniform") return { binding: slot, resource: { buffer: this.#arena, size: pipeline.uniformBytes } };
       const buffer = buffers[next++];
-      if (!buffer) throw new GpuError(`${pipeline.name}: ${pipeline.bindings.length} bindings, got ${buffers.length} buffers`);
+      if (!buffer)
+        throw new GpuError(`${pipeline.name}: ${pipeline.bindings.length} bindings, got ${buffers.length} buffers`);
       return { binding: slot, resource: { buffer } };
     });
     const group = this.device.createBindGroup({ label: pipeline.name, layout: pipeline.layout, entries });
@@ -479,6 +490,7 @@ function collectBuffers(value: unknown, found: Set<GPUBuffer>): void {
     found.add((value as HasBuffer).buffer);
     return;
   }
-  const parts = value instanceof Map || Array.isArray(value) || value instanceof Set ? value.values() : Object.values(value);
+  const parts =
+    value instanceof Map || Array.isArray(value) || value instanceof Set ? value.values() : Object.values(value);
   for (const part of parts) collectBuffers(part, found);
 }

@@ -1,7 +1,7 @@
 /** A WGSL file made callable. Binding names, uniform fields and tunables are read from the WGSL itself. */
 import { GpuError } from "./errors.ts";
-import { unroll } from "./unroll.ts";
 import type { BindingLayout, Gpu, HasBuffer, Pipeline } from "./gpu.ts";
+import { unroll } from "./unroll.ts";
 
 /** Values for a kernel's `override`s and for its replaceable top-level `const NAME: u32 = …;`. */
 export type Tuned = Readonly<Record<string, number>>;
@@ -34,6 +34,7 @@ interface Variant {
  * Rules for the WGSL: one entry point `main`; at most one uniform struct, of 4-byte scalars only, so a field's byte offset
  * is 4 × its index; sizes that may be tuned are `override`s, or `const`s of u32 where WGSL demands a constant.
  */
+/* @__NO_SIDE_EFFECTS__ */
 export function defineKernel(name: string, source: string): Kernel {
   const layout = readWgsl(source);
   const storage = layout.bindings.filter(({ type }) => type !== "uniform");
@@ -61,17 +62,21 @@ export function defineKernel(name: string, source: string): Kernel {
     );
     const bound = storage.map(({ id }) => {
       const given = buffers[id];
-      if (given === undefined) throw new GpuError(`${name}: buffer "${id}" was not given, got ${Object.keys(buffers).join(", ")}`);
+      if (given === undefined)
+        throw new GpuError(`${name}: buffer "${id}" was not given, got ${Object.keys(buffers).join(", ")}`);
       return given.buffer;
     });
     const fill = (slot: DataView): void =>
       layout.fields.forEach(({ id, type }, i) => {
         const value = uniforms[id];
-        if (value === undefined) throw new GpuError(`${name}: uniform "${id}" was not given, got ${Object.keys(uniforms).join(", ")}`);
+        if (value === undefined)
+          throw new GpuError(`${name}: uniform "${id}" was not given, got ${Object.keys(uniforms).join(", ")}`);
         if (type === "f32") slot.setFloat32(4 * i, value, true);
         else slot.setInt32(4 * i, value, true);
       });
-    let [x = 1, y = 1, z = 1] = [0, 1, 2].map((axis) => Math.ceil((threads[axis] ?? 1) / (variant.workgroup[axis] ?? 1)));
+    let [x = 1, y = 1, z = 1] = [0, 1, 2].map((axis) =>
+      Math.ceil((threads[axis] ?? 1) / (variant.workgroup[axis] ?? 1)),
+    );
     if (x > MAX_GROUPS && threads.length === 1) {
       y = Math.ceil(x / MAX_GROUPS);
       x = Math.ceil(x / y);
@@ -96,14 +101,23 @@ export function readWgsl(source: string): WgslLayout {
   const bindings = [...code.matchAll(/@binding\((\d+)\)\s*var<([^>]+)>\s*(\w+)/g)].map(([, slot, space = "", id]) => ({
     slot: Number(slot),
     id: String(id),
-    type: (space === "uniform" ? "uniform" : /read_write/.test(space) ? "storage" : "read-only-storage") as GPUBufferBindingType,
+    type: (space === "uniform"
+      ? "uniform"
+      : /read_write/.test(space)
+        ? "storage"
+        : "read-only-storage") as GPUBufferBindingType,
   }));
   const struct = /var<uniform>\s*\w+\s*:\s*(\w+)/.exec(code)?.[1];
   const body = struct ? (new RegExp(`struct\\s+${struct}\\s*\\{([^}]*)\\}`).exec(code)?.[1] ?? "") : "";
   return {
     bindings,
-    fields: [...body.matchAll(/(\w+)\s*:\s*(u32|i32|f32)/g)].map(([, id, type]) => ({ id: String(id), type: String(type) })),
-    overrides: new Map([...code.matchAll(/\boverride\s+(\w+)[^=;]*=\s*(\d+)/g)].map(([, id, value]) => [String(id), Number(value)])),
+    fields: [...body.matchAll(/(\w+)\s*:\s*(u32|i32|f32)/g)].map(([, id, type]) => ({
+      id: String(id),
+      type: String(type),
+    })),
+    overrides: new Map(
+      [...code.matchAll(/\boverride\s+(\w+)[^=;]*=\s*(\d+)/g)].map(([, id, value]) => [String(id), Number(value)]),
+    ),
     constants: new Set([...code.matchAll(/^const\s+(\w+)\s*:\s*u32\s*=\s*\d+u?\s*;/gm)].map(([, id]) => String(id))),
     workgroup: (/@workgroup_size\(([^)]*)\)/.exec(code)?.[1] ?? "1").split(",").map((size) => size.trim()),
   };
@@ -114,10 +128,16 @@ function specialize(name: string, source: string, layout: WgslLayout, tuned: Tun
   let text = source;
   for (const [id, value] of Object.entries(tuned)) {
     if (layout.overrides.has(id)) constants[id] = value;
-    else if (layout.constants.has(id)) text = text.replace(new RegExp(`^(const\\s+${id}\\s*:\\s*u32\\s*=\\s*)\\d+`, "m"), `$1${value}`);
+    else if (layout.constants.has(id))
+      text = text.replace(new RegExp(`^(const\\s+${id}\\s*:\\s*u32\\s*=\\s*)\\d+`, "m"), `$1${value}`);
     else throw new GpuError(`${name}: there is no override or const "${id}" to tune, got ${id} = ${value}`);
   }
-  const workgroup = layout.workgroup.map((size) => constants[size] ?? layout.overrides.get(size) ?? tuned[size] ?? Number.parseInt(size, 10));
-  if (workgroup.some((size) => !(size > 0))) throw new GpuError(`${name}: @workgroup_size(${layout.workgroup.join(", ")}) is not known before the pipeline is built`);
+  const workgroup = layout.workgroup.map(
+    (size) => constants[size] ?? layout.overrides.get(size) ?? tuned[size] ?? Number.parseInt(size, 10),
+  );
+  if (workgroup.some((size) => !(size > 0)))
+    throw new GpuError(
+      `${name}: @workgroup_size(${layout.workgroup.join(", ")}) is not known before the pipeline is built`,
+    );
   return { key, source: () => unroll(text), constants, workgroup };
 }

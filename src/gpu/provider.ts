@@ -39,7 +39,9 @@ async function fromDawn(): Promise<AdapterChoice> {
   try {
     dawn = (await import(/* @vite-ignore */ name)) as DawnModule;
   } catch (error) {
-    throw new GpuError(`openGpu: Node needs the npm package webgpu (Dawn). Run: npm install webgpu. (${String(error)})`);
+    throw new GpuError(
+      `openGpu: Node needs the npm package webgpu (Dawn). Run: npm install webgpu. (${String(error)})`,
+    );
   }
   const fromNewInstance = async (): Promise<GPUAdapter | null> => {
     const gpu = dawn.create([]);
@@ -53,13 +55,17 @@ async function fromDawn(): Promise<AdapterChoice> {
     const adapter = await quietly(fromNewInstance);
     if (adapter) return { adapter, isSoftware: looksLikeSoftware(adapter.info), runtime: "node" };
     if (wish === "hardware")
-      throw new GpuError("openGpu: no hardware adapter was found and LOWRANK_ADAPTER=hardware forbids the software one. Install a Vulkan, Metal or D3D12 driver");
+      throw new GpuError(
+        "openGpu: no hardware adapter was found and LOWRANK_ADAPTER=hardware forbids the software one. Install a Vulkan, Metal or D3D12 driver",
+      );
   }
   useSoftwareAdapter();
   pauseDawnPolling();
   const adapter = await fromNewInstance();
   if (!adapter)
-    throw new GpuError("openGpu: neither a hardware adapter nor the software adapter could be opened. Run: npx lowrank doctor");
+    throw new GpuError(
+      "openGpu: neither a hardware adapter nor the software adapter could be opened. Run: npx lowrank doctor",
+    );
   return { adapter, isSoftware: true, runtime: "node" };
 }
 
@@ -75,6 +81,9 @@ async function quietly<T>(f: () => Promise<T>): Promise<T> {
 }
 
 function looksLikeSoftware(info: GPUAdapterInfo): boolean {
-  return /swiftshader|llvmpipe|lavapipe|basic render|software/i.test(`${info.vendor} ${info.architecture} ${info.device} ${info.description}`) ||
-    info.isFallbackAdapter === true;
+  return (
+    /swiftshader|llvmpipe|lavapipe|basic render|software/i.test(
+      `${info.vendor} ${info.architecture} ${info.device} ${info.description}`,
+    ) || info.isFallbackAdapter === true
+  );
 }

@@ -39,7 +39,9 @@ export function unpackArchive(archive: string): string {
     try {
       entry = module.createRequire(import.meta.url).resolve(PACKAGE);
     } catch {
-      throw new GpuError(`software adapter: needs the npm package ${PACKAGE}, which is not installed. Run: npm install ${PACKAGE}`);
+      throw new GpuError(
+        `software adapter: needs the npm package ${PACKAGE}, which is not installed. Run: npm install ${PACKAGE}`,
+      );
     }
   }
   const root = entry.slice(0, entry.lastIndexOf(`/${PACKAGE}/`) + PACKAGE.length + 1);
@@ -76,7 +78,11 @@ export function useSoftwareAdapter(): SoftwareAdapter {
   process.env["VK_ICD_FILENAMES"] = software.icd;
   process.env["VK_DRIVER_FILES"] = software.icd;
   try {
-    process.dlopen({ exports: {} }, `${software.directory}/libvulkan.so.1`, builtins().os.constants.dlopen.RTLD_NOW | RTLD_NODELETE);
+    process.dlopen(
+      { exports: {} },
+      `${software.directory}/libvulkan.so.1`,
+      builtins().os.constants.dlopen.RTLD_NOW | RTLD_NODELETE,
+    );
   } catch (error) {
     if (!String(error).includes("did not self-register")) throw new GpuError(`software adapter: ${String(error)}`);
   }

@@ -51,11 +51,17 @@ function arraysToVariables(source: string, constants: ReadonlyMap<string, number
       element = String(inner[1]);
     }
     if (lengths.length === 0 || lengths.some(Number.isNaN)) continue;
-    const names = lengths.reduce<string[]>((all, n) => all.flatMap((name) => Array.from({ length: n }, (_, i) => `${name}_${i}`)), [String(id)]);
+    const names = lengths.reduce<string[]>(
+      (all, n) => all.flatMap((name) => Array.from({ length: n }, (_, i) => `${name}_${i}`)),
+      [String(id)],
+    );
     text = text
       .replace(declaration, names.map((name) => `${indent}var ${name}: ${element};`).join("\n"))
       .replace(new RegExp(`\\b${id}((?:\\[[^\\][]+\\]){${lengths.length}})`, "g"), (_, indices: string) =>
-        [String(id), ...[...indices.matchAll(/\[([^\]]+)\]/g)].map(([, index]) => Number.parseInt(fold(String(index)), 10))].join("_"),
+        [
+          String(id),
+          ...[...indices.matchAll(/\[([^\]]+)\]/g)].map(([, index]) => Number.parseInt(fold(String(index)), 10)),
+        ].join("_"),
       );
   }
   return text;

@@ -5,6 +5,7 @@
 //   v ← β₂·v + (1 − β₂)·g²
 //   p ← p − lr/(1 − β₁ᵗ) · m / (√v/√(1 − β₂ᵗ) + ε)
 //   p, g, m, v [n]   clip [2] = norm, factor   f32; p, m and v are updated in place
+//   where the norm is not finite nothing is: one bad step must not spoil the parameters
 //
 // 1 − β and the bias corrections come from the host, worked out in f64: 1 − 0.999 in f32 is off by 5e-5.
 
@@ -27,10 +28,13 @@ struct Dims {
 @group(0) @binding(4) var<storage, read_write> m: array<f32>;
 @group(0) @binding(5) var<storage, read_write> v: array<f32>;
 
+// By its bits: compilers may take for granted that there is no NaN.
+fn is_finite(x: f32) -> bool { return (bitcast<u32>(x) & 0x7f800000u) != 0x7f800000u; }
+
 @compute @workgroup_size(WG)
 fn main(@builtin(global_invocation_id) id: vec3u, @builtin(num_workgroups) groups: vec3u) {
   let i = id.x + id.y * groups.x * WG;
-  if (i >= d.n) { return; }
+  if (i >= d.n || !is_finite(clip[0])) { return; }
   let g_i = clip[1] * g[i];
   let m_i = m[i] + d.rest1 * (g_i - m[i]);
   let v_i = d.beta2 * v[i] + d.rest2 * g_i * g_i;

@@ -8,25 +8,25 @@ const forward = defineKernel("cross-entropy", source);
 const backward = defineKernel("cross-entropy-backward", backwardSource);
 
 /**
- * scale·Σ over rows with a label ≥ 0 of (log Σ exp(x) − x[label]), shape []; lse [rows] is kept for backward.
+ * scale·Σ over rows with a label ≥ 0 of (log Σ exp(x) − x[label]), shape []; stats [rows,2] are kept for backward.
  *
  * x [...,V], labels i32 [...]; a negative label takes no part. Throws ShapeError if they do not fit.
  */
-export function crossEntropy(x: Tensor, labels: Tensor, scale: number): { loss: Tensor; lse: Tensor } {
+export function crossEntropy(x: Tensor, labels: Tensor, scale: number): { loss: Tensor; stats: Tensor } {
   const [M, V] = dims2("crossEntropy", "logits", x);
   expectShape("crossEntropy", "labels must be the leading axes of logits", labels, x.shape.slice(0, -1));
   expectDType("crossEntropy", "labels", labels, "i32");
   const losses = empty(x.gpu, [M], "crossEntropy");
-  const lse = empty(x.gpu, [M], "crossEntropy");
-  forward(x.gpu, { M, V, c: scale }, { x, labels, loss: losses, lse }, [M]);
+  const stats = empty(x.gpu, [M, 2], "crossEntropy");
+  forward(x.gpu, { M, V, c: scale }, { x, labels, loss: losses, stats }, [M]);
   const loss = reduce("sum", losses);
   x.gpu.release(losses);
-  return { loss, lse };
+  return { loss, stats };
 }
 
 /** dx of `crossEntropy`, like x; dy has one element. */
-export function crossEntropyBackward(dy: Tensor, x: Tensor, labels: Tensor, lse: Tensor, scale: number): Tensor {
+export function crossEntropyBackward(dy: Tensor, x: Tensor, labels: Tensor, stats: Tensor, scale: number): Tensor {
   const dx = empty(x.gpu, x.shape, "crossEntropyBackward");
-  backward(x.gpu, { n: x.size, V: x.shape.at(-1) ?? 0, c: scale }, { x, labels, lse, dy, dx }, [x.size]);
+  backward(x.gpu, { n: x.size, V: x.shape.at(-1) ?? 0, c: scale }, { x, labels, stats, dy, dx }, [x.size]);
   return dx;
 }

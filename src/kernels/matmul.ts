@@ -30,13 +30,24 @@ export interface MatmulOptions {
  * those of x and w must be equal, or w has none and serves every batch (x's are then rows of one product). A low-rank term
  * and batches exclude each other. Throws ShapeError if the shapes do not fit.
  */
-export function matmul(x: Tensor, w: Tensor, layout: Layout = "nn", { scale = 1, lowRank }: MatmulOptions = {}): Tensor {
+export function matmul(
+  x: Tensor,
+  w: Tensor,
+  layout: Layout = "nn",
+  { scale = 1, lowRank }: MatmulOptions = {},
+): Tensor {
   const { M, N, K, batch, rows } = sizes(x, w, layout);
   const R = lowRank?.u.shape.at(-1) ?? 0;
   if (lowRank) {
-    if (batch > 1) throw new ShapeError(`matmul: a low-rank term needs unbatched operands, got x [${x.shape}] and w [${w.shape}]`);
+    if (batch > 1)
+      throw new ShapeError(`matmul: a low-rank term needs unbatched operands, got x [${x.shape}] and w [${w.shape}]`);
     expectShape("matmul", "u must be [M,R]", lowRank.u, [...(lowRank.u.shape.length > 2 ? rows : [M]), R]);
-    expectShape("matmul", layout === "nt" ? "b must be [N,R]" : "b must be [R,N]", lowRank.b, layout === "nt" ? [N, R] : [R, N]);
+    expectShape(
+      "matmul",
+      layout === "nt" ? "b must be [N,R]" : "b must be [R,N]",
+      lowRank.b,
+      layout === "nt" ? [N, R] : [R, N],
+    );
   }
   const y = empty(x.gpu, [...rows, N], "matmul");
   if (y.size === 0) return y;

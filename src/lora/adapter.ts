@@ -142,7 +142,7 @@ export class LoraAdapter {
 export function attachLora(model: HasLinears, config: LoraConfig, seed = 0): LoraAdapter {
   checkConfig(config);
   const random = new Random(seed);
-  return attachPairs(model, config, ({ layer, name }) => {
+  return attachPairs(model, config, ({ layer }) => {
     const [N = 0, K = 0] = layer.weight.shape;
     const { gpu } = layer.weight;
     const bound = 1 / Math.sqrt(K);
@@ -172,5 +172,6 @@ export function attachPairs(
 /** Throws ShapeError unless r is a whole number above 0 and alpha a positive number. */
 export function checkConfig({ r, alpha }: LoraConfig): void {
   if (!Number.isInteger(r) || r < 1) throw new ShapeError(`lora: r must be a whole number of at least 1, got ${r}`);
-  if (!(alpha > 0) || !Number.isFinite(alpha)) throw new ShapeError(`lora: alpha must be a positive number, got ${alpha}`);
+  if (!(alpha > 0) || !Number.isFinite(alpha))
+    throw new ShapeError(`lora: alpha must be a positive number, got ${alpha}`);
 }

@@ -13,7 +13,9 @@ const PREFIX = "base_model.model.";
 const CONFIG = "adapter_config.json";
 
 /** File name → content, as `writeFiles` takes it. */
-export type AdapterFiles = Readonly<Record<"adapter_config.json" | "adapter_model.safetensors", string | AsyncIterable<Uint8Array>>>;
+export type AdapterFiles = Readonly<
+  Record<"adapter_config.json" | "adapter_model.safetensors", string | AsyncIterable<Uint8Array>>
+>;
 
 /**
  * The two files of the adapter as PEFT writes them: f32, the adapter's name left out of the tensor names.
@@ -42,7 +44,8 @@ export function savePeft(adapter: LoraAdapter, baseModel: string): AdapterFiles 
     r,
     rank_pattern: {},
     revision: null,
-    target_modules: typeof targetModules === "string" && targetModules.toLowerCase() === "all-linear" ? leaves : targetModules,
+    target_modules:
+      typeof targetModules === "string" && targetModules.toLowerCase() === "all-linear" ? leaves : targetModules,
     task_type: "CAUSAL_LM",
     use_dora: false,
     use_rslora: useRslora,
@@ -121,27 +124,32 @@ async function readAdapterConfig(directory: Directory): Promise<LoraConfig> {
   const fail = (key: string, rule: string): never => {
     throw new FormatError(`${name}: "${key}" must be ${rule}, got ${JSON.stringify(json[key])}`);
   };
-  if (json["peft_type"] !== "LORA") fail("peft_type", '"LORA"');
+  if (json.peft_type !== "LORA") fail("peft_type", '"LORA"');
   for (const [key, unused] of Object.entries(UNSUPPORTED)) {
     const value = json[key] ?? unused[0];
     const isEmpty = typeof value === "object" && value !== null && Object.keys(value).length === 0;
     if (!unused.includes(value) && !isEmpty)
-      throw new FormatError(`${name}: "${key}" must be ${JSON.stringify(unused[0])}, got ${JSON.stringify(value)}. This setting is not supported yet`);
+      throw new FormatError(
+        `${name}: "${key}" must be ${JSON.stringify(unused[0])}, got ${JSON.stringify(value)}. This setting is not supported yet`,
+      );
   }
-  const init = json["init_lora_weights"] ?? true;
+  const init = json.init_lora_weights ?? true;
   if (typeof init === "string" && init !== "gaussian" && init !== "orthogonal" && init !== "eva")
-    fail("init_lora_weights", "true, false, gaussian, orthogonal or eva: others change the base weights. Convert the adapter with PEFT's path_initial_model_for_weight_conversion");
+    fail(
+      "init_lora_weights",
+      "true, false, gaussian, orthogonal or eva: others change the base weights. Convert the adapter with PEFT's path_initial_model_for_weight_conversion",
+    );
   const number = (key: string, fallback: number): number => {
     const value = json[key] ?? fallback;
     return typeof value === "number" && value > 0 ? value : fail(key, "a number above 0");
   };
-  const dropout = json["lora_dropout"] ?? 0;
+  const dropout = json.lora_dropout ?? 0;
   if (typeof dropout !== "number" || !(dropout >= 0 && dropout < 1)) return fail("lora_dropout", "a number in [0, 1)");
   const config: LoraConfig = {
     r: number("r", 8),
     alpha: number("lora_alpha", 8),
     targetModules: targetsOf(json, fail),
-    useRslora: json["use_rslora"] === true,
+    useRslora: json.use_rslora === true,
     dropout,
   };
   checkConfig(config);
@@ -149,7 +157,7 @@ async function readAdapterConfig(directory: Directory): Promise<LoraConfig> {
 }
 
 function targetsOf(json: JsonObject, fail: (key: string, rule: string) => never): readonly string[] | string {
-  const targets = json["target_modules"] ?? ["q_proj", "v_proj"]; // PEFT's default for Llama
+  const targets = json.target_modules ?? ["q_proj", "v_proj"]; // PEFT's default for Llama
   if (typeof targets === "string") return targets;
   if (Array.isArray(targets) && targets.every((t) => typeof t === "string")) return targets;
   return fail("target_modules", "a list of names, a regular expression or all-linear");
@@ -159,7 +167,8 @@ function modulesOf(config: LoraConfig, model: HasLinears, name: string): string[
   try {
     return matchModules(config.targetModules, [...model.linears.keys()]);
   } catch (error) {
-    if (error instanceof ShapeError) throw new FormatError(`${name}: the adapter does not fit this model: ${error.message}`);
+    if (error instanceof ShapeError)
+      throw new FormatError(`${name}: the adapter does not fit this model: ${error.message}`);
     throw error;
   }
 }
@@ -172,5 +181,7 @@ function checkNames({ name, tensors }: Checkpoint, expected: readonly string[]):
     missing.length > 0 ? `missing ${listSome(missing, 3)}` : "",
     extra.length > 0 ? `unknown ${listSome(extra, 3)}` : "",
   ].filter(Boolean);
-  throw new FormatError(`${name}: the tensors must be those that ${CONFIG} and the model ask for, got ${parts.join("; ")}. Is it an adapter of this model?`);
+  throw new FormatError(
+    `${name}: the tensors must be those that ${CONFIG} and the model ask for, got ${parts.join("; ")}. Is it an adapter of this model?`,
+  );
 }

@@ -21,13 +21,15 @@ export function matchModules(target: TargetModules, modules: readonly string[]):
       throw new ShapeError(`target modules: "${target}" is not a regular expression. ${choices}`);
     }
     const matched = modules.filter((name) => pattern.test(name));
-    if (matched.length === 0) throw new ShapeError(`target modules: "${target}" must match a module, got none. ${choices}`);
+    if (matched.length === 0)
+      throw new ShapeError(`target modules: "${target}" must match a module, got none. ${choices}`);
     return matched;
   }
   const matches = (entry: string, name: string): boolean => name === entry || name.endsWith(`.${entry}`);
   for (const entry of target)
     if (!modules.some((name) => matches(entry, name)))
       throw new ShapeError(`target modules: "${entry}" must match a module, got none. ${choices}`);
-  if (target.length === 0) throw new ShapeError(`target modules: at least one is needed, got an empty list. ${choices}`);
+  if (target.length === 0)
+    throw new ShapeError(`target modules: at least one is needed, got an empty list. ${choices}`);
   return modules.filter((name) => target.some((entry) => matches(entry, name)));
 }

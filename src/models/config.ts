@@ -38,8 +38,10 @@ export async function readConfig(directory: Directory): Promise<LlamaConfig> {
   const json = await readJson(directory, "config.json");
   if (!json) throw new FormatError(`${name}: a model directory must have it, got no such file. Check the path`);
   const generation = (await readJson(directory, "generation_config.json")) ?? {};
-  if (json["model_type"] !== "llama")
-    throw new FormatError(`${name}: "model_type" must be "llama", got ${JSON.stringify(json["model_type"])}. No other architecture is supported yet`);
+  if (json.model_type !== "llama")
+    throw new FormatError(
+      `${name}: "model_type" must be "llama", got ${JSON.stringify(json.model_type)}. No other architecture is supported yet`,
+    );
   return llamaConfig(json, generation, name);
 }
 
@@ -49,7 +51,9 @@ function llamaConfig(json: JsonObject, generation: JsonObject, name: string): Ll
   };
   const count = (key: string, fallback?: number): number => {
     const value = json[key] ?? fallback;
-    return typeof value === "number" && Number.isInteger(value) && value > 0 ? value : fail(key, "a whole number above 0");
+    return typeof value === "number" && Number.isInteger(value) && value > 0
+      ? value
+      : fail(key, "a whole number above 0");
   };
   const positive = (key: string, fallback: number): number => {
     const value = json[key] ?? fallback;
@@ -66,8 +70,11 @@ function llamaConfig(json: JsonObject, generation: JsonObject, name: string): Ll
   const headDim = count("head_dim", Math.floor(hiddenSize / heads));
   if (headDim % 4 !== 0) fail("head_dim", "a multiple of 4");
   const contextLength = count("max_position_embeddings", 2048);
-  const activation = ACTIVATIONS[(json["hidden_act"] ?? "silu") as keyof typeof ACTIVATIONS] ?? fail("hidden_act", `one of ${Object.keys(ACTIVATIONS).join(", ")}`);
-  const ids = (value: unknown): number[] => (Array.isArray(value) ? value : [value]).filter((id) => typeof id === "number");
+  const activation =
+    ACTIVATIONS[(json.hidden_act ?? "silu") as keyof typeof ACTIVATIONS] ??
+    fail("hidden_act", `one of ${Object.keys(ACTIVATIONS).join(", ")}`);
+  const ids = (value: unknown): number[] =>
+    (Array.isArray(value) ? value : [value]).filter((id) => typeof id === "number");
   return {
     modelType: "llama",
     vocabSize: count("vocab_size"),
@@ -84,8 +91,8 @@ function llamaConfig(json: JsonObject, generation: JsonObject, name: string): Ll
     attentionBias: flag("attention_bias"),
     mlpBias: flag("mlp_bias"),
     tiedEmbeddings: flag("tie_word_embeddings"),
-    bosId: ids(json["bos_token_id"] ?? generation["bos_token_id"])[0],
-    eosIds: ids(generation["eos_token_id"] ?? json["eos_token_id"]),
+    bosId: ids(json.bos_token_id ?? generation.bos_token_id)[0],
+    eosIds: ids(generation.eos_token_id ?? json.eos_token_id),
   };
 }
 
@@ -94,7 +101,7 @@ function llamaConfig(json: JsonObject, generation: JsonObject, name: string): Ll
  * `rope_scaling`. Where a file has both, `rope_scaling` counts, as in transformers.
  */
 function ropeSettings(json: JsonObject, contextLength: number, name: string): RopeSettings {
-  const key = isObject(json["rope_scaling"]) ? "rope_scaling" : "rope_parameters";
+  const key = isObject(json.rope_scaling) ? "rope_scaling" : "rope_parameters";
   const settings = isObject(json[key]) ? json[key] : {};
   const number = (field: string, fallback: unknown): number => {
     const value = settings[field] ?? fallback;
@@ -102,11 +109,13 @@ function ropeSettings(json: JsonObject, contextLength: number, name: string): Ro
       throw new FormatError(`${name}: "${field}" of ${key} must be a number above 0, got ${JSON.stringify(value)}`);
     return value;
   };
-  const theta = number("rope_theta", json["rope_theta"] ?? 10000);
-  const type = settings["rope_type"] ?? settings["type"] ?? "default";
+  const theta = number("rope_theta", json.rope_theta ?? 10000);
+  const type = settings.rope_type ?? settings.type ?? "default";
   if (type === "default") return { type, theta };
   if (type !== "llama3")
-    throw new FormatError(`${name}: "rope_type" must be "default" or "llama3", got ${JSON.stringify(type)}. Other scalings are not supported yet`);
+    throw new FormatError(
+      `${name}: "rope_type" must be "default" or "llama3", got ${JSON.stringify(type)}. Other scalings are not supported yet`,
+    );
   return {
     type,
     theta,

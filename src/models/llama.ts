@@ -98,7 +98,8 @@ export class Llama {
     const [B = 0, T = 0] = ids.shape;
     const start = cache?.length ?? 0;
     const limit = cache?.capacity ?? this.config.contextLength;
-    if (start + T > limit) throw new ShapeError(`logits: at most ${limit} positions fit, got ${start + T}. Shorten the rows`);
+    if (start + T > limit)
+      throw new ShapeError(`logits: at most ${limit} positions fit, got ${start + T}. Shorten the rows`);
     let h = embedding(this.#embedding, ids);
     this.#blocks.forEach((block, i) => {
       h = add(h, this.#attend(block, rmsNorm(h, block.inputNorm, this.config.rmsNormEps), start, cache?.layers[i]));
@@ -106,7 +107,11 @@ export class Llama {
     });
     if (cache) cache.length += T;
     if (lastOnly) {
-      const last = tensor(this.gpu, Int32Array.from({ length: B }, (_, b) => b * T + T - 1), [B, 1]);
+      const last = tensor(
+        this.gpu,
+        Int32Array.from({ length: B }, (_, b) => b * T + T - 1),
+        [B, 1],
+      );
       h = embedding(reshape(h, [B * T, this.config.hiddenSize]), last);
     }
     return matmul(rmsNorm(h, this.#norm, this.config.rmsNormEps), this.#head, "nt");

@@ -26,8 +26,11 @@ export async function openCheckpoint(directory: Directory, stem: string): Promis
   }
   const indexName = `${name}.index.json`;
   const index = await readJson(directory, `${stem}.safetensors.index.json`);
-  if (!index) throw new FormatError(`${name}: the weights must be there, or ${stem}.safetensors.index.json, got neither. Download the model again`);
-  const map = index["weight_map"];
+  if (!index)
+    throw new FormatError(
+      `${name}: the weights must be there, or ${stem}.safetensors.index.json, got neither. Download the model again`,
+    );
+  const map = index.weight_map;
   if (!isObject(map)) throw new FormatError(`${indexName}: "weight_map" must be an object, got ${JSON.stringify(map)}`);
   const shards = new Map<string, SafetensorsFile>();
   const tensors = new Map<string, SafetensorsFile>();
@@ -35,7 +38,10 @@ export async function openCheckpoint(directory: Directory, stem: string): Promis
     const key = String(shardName);
     const shard = shards.get(key) ?? (await openShard(directory, key, indexName));
     shards.set(key, shard);
-    if (!shard.tensors.has(tensor)) throw new FormatError(`${directory.name}/${key}: tensor "${tensor}" must be here by ${indexName}, got none. Download the model again`);
+    if (!shard.tensors.has(tensor))
+      throw new FormatError(
+        `${directory.name}/${key}: tensor "${tensor}" must be here by ${indexName}, got none. Download the model again`,
+      );
     tensors.set(tensor, shard);
   }
   return { name: indexName, tensors };
@@ -43,14 +49,18 @@ export async function openCheckpoint(directory: Directory, stem: string): Promis
 
 async function openShard(directory: Directory, file: string, indexName: string): Promise<SafetensorsFile> {
   const source = await directory.open(file);
-  if (!source) throw new FormatError(`${directory.name}/${file}: the shard must be there by ${indexName}, got no such file. Download the model again`);
+  if (!source)
+    throw new FormatError(
+      `${directory.name}/${file}: the shard must be there by ${indexName}, got no such file. Download the model again`,
+    );
   return openSafetensors(source, `${directory.name}/${file}`);
 }
 
 /** The type a tensor is stored in. Throws FormatError unless it is there and floating point. */
 export function storedDtype({ name, tensors }: Checkpoint, tensor: string): FloatDtype {
   const dtype = tensors.get(tensor)?.tensors.get(tensor)?.dtype;
-  if (dtype === undefined) throw new FormatError(`${name}: tensor "${tensor}" must be there, got ${listSome([...tensors.keys()])}`);
+  if (dtype === undefined)
+    throw new FormatError(`${name}: tensor "${tensor}" must be there, got ${listSome([...tensors.keys()])}`);
   if (dtype !== "F32" && dtype !== "F16" && dtype !== "BF16")
     throw new FormatError(`${name}: tensor "${tensor}" must be F32, F16 or BF16, got ${dtype}`);
   return dtype;
@@ -61,7 +71,12 @@ export function storedDtype({ name, tensors }: Checkpoint, tensor: string): Floa
  *
  * Throws FormatError when there is no such tensor, or it has another shape or a type that is not floating point.
  */
-export async function loadTensor(gpu: Gpu, checkpoint: Checkpoint, name: string, shape: readonly number[]): Promise<Tensor> {
+export async function loadTensor(
+  gpu: Gpu,
+  checkpoint: Checkpoint,
+  name: string,
+  shape: readonly number[],
+): Promise<Tensor> {
   const dtype = storedDtype(checkpoint, name);
   const file = checkpoint.tensors.get(name);
   const stored = file?.tensors.get(name)?.shape ?? [];

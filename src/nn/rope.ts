@@ -31,7 +31,12 @@ export function inverseFrequencies(headDim: number, rope: RopeSettings): Float64
 }
 
 /** cos and sin of every angle: two tensors [positions, D/2]. Made on the host: WGSL promises little of sin at large angles. */
-export function ropeTables(gpu: Gpu, headDim: number, positions: number, rope: RopeSettings): { cos: Tensor; sin: Tensor } {
+export function ropeTables(
+  gpu: Gpu,
+  headDim: number,
+  positions: number,
+  rope: RopeSettings,
+): { cos: Tensor; sin: Tensor } {
   const frequencies = inverseFrequencies(headDim, rope).map(Math.fround);
   const angles = Array.from({ length: positions }, (_, p) => Array.from(frequencies, (f) => Math.fround(p * f))).flat();
   const shape = [positions, headDim / 2];

@@ -34,11 +34,15 @@ export async function* generate<C extends { readonly layers: readonly { readonly
   const { gpu, config } = model;
   if (promptIds.length === 0) throw new ShapeError("generate: the prompt must have at least one token, got none");
   if (promptIds.length >= config.contextLength)
-    throw new ShapeError(`generate: the prompt must be shorter than the context of ${config.contextLength} tokens, got ${promptIds.length}`);
+    throw new ShapeError(
+      `generate: the prompt must be shorter than the context of ${config.contextLength} tokens, got ${promptIds.length}`,
+    );
   const bad = promptIds.find((id) => !Number.isInteger(id) || id < 0 || id >= config.vocabSize);
   if (bad !== undefined) throw new ShapeError(`generate: ids must be in [0, ${config.vocabSize}), got ${bad}`);
-  if (!Number.isInteger(maxTokens) || maxTokens < 0) throw new ShapeError(`generate: maxTokens must be a whole number of at least 0, got ${maxTokens}`);
-  if (!(temperature >= 0) || !Number.isFinite(temperature)) throw new ShapeError(`generate: temperature must be a number of at least 0, got ${temperature}`);
+  if (!Number.isInteger(maxTokens) || maxTokens < 0)
+    throw new ShapeError(`generate: maxTokens must be a whole number of at least 0, got ${maxTokens}`);
+  if (!(temperature >= 0) || !Number.isFinite(temperature))
+    throw new ShapeError(`generate: temperature must be a number of at least 0, got ${temperature}`);
 
   const random = new Random(seed);
   const room = Math.min(maxTokens, config.contextLength - promptIds.length);

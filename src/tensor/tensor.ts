@@ -77,7 +77,9 @@ export async function readAll(tensors: readonly Tensor[]): Promise<Float32Array<
   const [first] = tensors;
   if (!first) return [];
   const buffers = await first.gpu.read(tensors);
-  return buffers.map((bytes, i) => (tensors[i]?.dtype === "i32" ? Float32Array.from(new Int32Array(bytes)) : new Float32Array(bytes)));
+  return buffers.map((bytes, i) =>
+    tensors[i]?.dtype === "i32" ? Float32Array.from(new Int32Array(bytes)) : new Float32Array(bytes),
+  );
 }
 
 /** The two sizes of a matrix, leading axes folded into the first. Throws ShapeError below two axes. */

@@ -4,7 +4,9 @@ import { goldenRun } from "./run.ts";
 
 try {
   const gpu = await openGpu();
-  console.log(`golden run on ${gpu.runtime}, ${gpu.info.description || gpu.info.vendor}${gpu.isSoftware ? " (software)" : ""}`);
+  console.log(
+    `golden run on ${gpu.runtime}, ${gpu.info.description || gpu.info.vendor}${gpu.isSoftware ? " (software)" : ""}`,
+  );
   const result = await goldenRun(gpu, (path) => globalThis.readRepoFile(`/shared/${path}`));
   globalThis.finish(JSON.stringify(result));
 } catch (error) {

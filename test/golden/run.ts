@@ -70,7 +70,7 @@ export async function goldenRun(gpu: Gpu, read: ReadShared): Promise<GoldenResul
   const output = gpu.scope(() => model.logits(tensor(gpu, ids, [1, ids.length])));
   const [logits = new Float32Array()] = await readAll([output]);
 
-  const largest = (errors: readonly number[]): number => errors.reduce((a, b) => (b <= a ? a : b), 0); // NaN stays
+  const largest = (errors: readonly number[]): number => Math.max(0, ...errors); // NaN stays NaN
   const difference = (a: ArrayLike<number>, b: ArrayLike<number>): number[] => {
     if (a.length !== b.length) return [Number.NaN];
     return Array.from(a, (value, i) => Math.abs(value - (b[i] ?? Number.NaN)));
@@ -106,7 +106,9 @@ export async function goldenRun(gpu: Gpu, read: ReadShared): Promise<GoldenResul
 
 async function tensorsOf(read: ReadShared, path: string): Promise<Map<string, Float32Array>> {
   const file = await openSafetensors(memorySource(await read(path)), path);
-  const entries = [...file.tensors.keys()].map(async (name) => [name, decodeFloats("F32", await file.read(name))] as const);
+  const entries = [...file.tensors.keys()].map(
+    async (name) => [name, decodeFloats("F32", await file.read(name))] as const,
+  );
   return new Map(await Promise.all(entries));
 }
 

@@ -78,7 +78,9 @@ test("the byte budget refuses what would pass it, and the peak says how far it w
   const gpu = await openGpu({ budgetBytes: 4096 });
   const a = empty(gpu, [512], "a");
   expect(() => empty(gpu, [1024], "b")).toThrow(
-    new GpuError("b: 4096 bytes more would pass the budget of 4096 bytes, 2048 are in use. Use a smaller batch, a shorter length or a larger budgetBytes"),
+    new GpuError(
+      "b: 4096 bytes more would pass the budget of 4096 bytes, 2048 are in use. Use a smaller batch, a shorter length or a larger budgetBytes",
+    ),
   );
   gpu.release(a);
   expect(gpu.counters()).toMatchObject({ bytesLive: 0, bytesPeak: 2048, bytesReserved: 2048 });
@@ -89,13 +91,18 @@ test("a buffer larger than the device allows names the limit", async () => {
   const gpu = await testGpu();
   const limit = Math.min(gpu.limits.maxBufferSize, gpu.limits.maxStorageBufferBindingSize);
   expect(() => gpu.allocate(limit + 4, "huge")).toThrow(
-    new GpuError(`huge: a buffer may have at most ${limit} bytes on this device, got ${limit + 4}. Use a smaller batch, a shorter length or a smaller model`),
+    new GpuError(
+      `huge: a buffer may have at most ${limit} bytes on this device, got ${limit + 4}. Use a smaller batch, a shorter length or a smaller model`,
+    ),
   );
 });
 
 test("WGSL that does not compile is a GpuError at the next read, with the kernel's name", async () => {
   const gpu = await openGpu();
-  const broken = defineKernel("broken", "@group(0) @binding(0) var<storage, read_write> y: array<f32>;\n@compute @workgroup_size(1) fn main() { y[0] = nonsense; }");
+  const broken = defineKernel(
+    "broken",
+    "@group(0) @binding(0) var<storage, read_write> y: array<f32>;\n@compute @workgroup_size(1) fn main() { y[0] = nonsense; }",
+  );
   const y = empty(gpu, [1], "y");
   broken(gpu, {}, { y }, [1]);
   await expect(read(y)).rejects.toThrow(/^broken: .*nonsense/s);

@@ -27,7 +27,12 @@ test.each([
   [1, 4, 4, 1],
 ])("loraLinear of %i rows, %i×%i and rank %i equals its f64 twin, gradients too", async (M, N, K, R) => {
   await checkOp({
-    inputs: [[M, K], [N, K], [R, K], [N, R]],
+    inputs: [
+      [M, K],
+      [N, K],
+      [R, K],
+      [N, R],
+    ],
     op: (...ts) => loraLinear(...four(ts), 0.5),
     twin: (...ts) => loraTwin(...fourNd(ts), 0.5),
   });
@@ -35,7 +40,12 @@ test.each([
 
 test("loraLinear with a frozen W gives W no gradient", async () => {
   await checkOp({
-    inputs: [[6, 8], [4, 8], [2, 8], [4, 2]],
+    inputs: [
+      [6, 8],
+      [4, 8],
+      [2, 8],
+      [4, 2],
+    ],
     op: (...ts) => loraLinear(...four(ts), 2),
     twin: (...ts) => loraTwin(...fourNd(ts), 2),
     frozen: [1],
@@ -46,7 +56,13 @@ async function twoLayers(): Promise<{ model: HasLinears & { linears: Map<string,
   const gpu = await testGpu();
   const random = new Random(1);
   const layer = (): Linear => ({ weight: upload(gpu, randomNd([8, 8], random)) });
-  const model = { linears: new Map([["layers.0.q_proj", layer()], ["layers.0.k_proj", layer()], ["layers.1.q_proj", layer()]]) };
+  const model = {
+    linears: new Map([
+      ["layers.0.q_proj", layer()],
+      ["layers.0.k_proj", layer()],
+      ["layers.1.q_proj", layer()],
+    ]),
+  };
   return { model, x: upload(gpu, randomNd([3, 8], random)) };
 }
 
@@ -109,7 +125,9 @@ test("what does not fit an adapter's state is refused", async () => {
   );
   expect(() => adapter.unmerge()).toThrow(new ShapeError("unmerge: the adapter must be merged, got enabled"));
   adapter.merge();
-  expect(() => adapter.setScale(2)).toThrow(new ShapeError("setScale: the adapter must be enabled or disabled, got merged"));
+  expect(() => adapter.setScale(2)).toThrow(
+    new ShapeError("setScale: the adapter must be enabled or disabled, got merged"),
+  );
   adapter.unmerge();
   adapter.detach();
   expect(() => adapter.enable()).toThrow(new ShapeError("enable: the adapter must be disabled, got detached"));
@@ -117,7 +135,10 @@ test("what does not fit an adapter's state is refused", async () => {
 
 test("settings out of range name the rule and the value", async () => {
   const { model } = await twoLayers();
-  const attach = (r: number, alpha: number): (() => unknown) => () => attachLora(model, { r, alpha, targetModules: ["q_proj"] });
+  const attach =
+    (r: number, alpha: number): (() => unknown) =>
+    () =>
+      attachLora(model, { r, alpha, targetModules: ["q_proj"] });
   expect(attach(0, 1)).toThrow(new ShapeError("lora: r must be a whole number of at least 1, got 0"));
   expect(attach(1.5, 1)).toThrow(new ShapeError("lora: r must be a whole number of at least 1, got 1.5"));
   expect(attach(2, 0)).toThrow(new ShapeError("lora: alpha must be a positive number, got 0"));

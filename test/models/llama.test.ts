@@ -4,17 +4,16 @@ import { backward } from "../../src/autograd/engine.ts";
 import { memoryDirectory } from "../../src/io/bytes.ts";
 import { decodeFloats } from "../../src/io/dtype.ts";
 import { FormatError } from "../../src/io/errors.ts";
-import { diskDirectory } from "../../src/io/files.ts";
+import { diskDirectory, fileSource } from "../../src/io/files.ts";
 import { openSafetensors } from "../../src/io/safetensors.ts";
-import { fileSource } from "../../src/io/files.ts";
 import { loadPeft } from "../../src/lora/peft.ts";
 import { readConfig } from "../../src/models/config.ts";
 import { loadModel } from "../../src/models/load.ts";
 import { inverseFrequencies } from "../../src/nn/rope.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { read, readAll, tensor } from "../../src/tensor/tensor.ts";
-import { batchLoss } from "../../src/train/loss.ts";
 import { collate } from "../../src/train/batches.ts";
+import { batchLoss } from "../../src/train/loss.ts";
 import { expectClose, testGpu } from "../harness.ts";
 
 const VARIANTS = ["llama-default", "llama-rope3", "llama-bias", "llama-sharded"] as const;
@@ -27,7 +26,8 @@ interface Expected {
 }
 
 const folder = (name: string): string => `test/golden/${name}`;
-const expectedOf = (name: string): Expected => JSON.parse(readFileSync(`${folder(name)}/expected.json`, "utf8")) as Expected;
+const expectedOf = (name: string): Expected =>
+  JSON.parse(readFileSync(`${folder(name)}/expected.json`, "utf8")) as Expected;
 const batchOf = ({ input_ids, labels }: Expected) =>
   collate(
     input_ids.map((inputIds, i) => ({ inputIds, labels: labels[i] ?? [] })),
@@ -36,7 +36,9 @@ const batchOf = ({ input_ids, labels }: Expected) =>
 
 async function valuesOf(path: string): Promise<Map<string, Float32Array>> {
   const file = await openSafetensors(await fileSource(path), path);
-  const entries = [...file.tensors.keys()].map(async (name) => [name, decodeFloats("F32", await file.read(name))] as const);
+  const entries = [...file.tensors.keys()].map(
+    async (name) => [name, decodeFloats("F32", await file.read(name))] as const,
+  );
   return new Map(await Promise.all(entries));
 }
 
@@ -72,7 +74,10 @@ describe.each(VARIANTS)("%s", (name) => {
     expectClose(await read(loss), [expected.lora_loss], 1e-5, "loss");
     expect(grads.size).toBe(adapter.parameters.length);
     for (const [module, { A, B }] of adapter.pairs)
-      for (const [part, t] of [["A", A], ["B", B]] as const) {
+      for (const [part, t] of [
+        ["A", A],
+        ["B", B],
+      ] as const) {
         const grad = grads.get(t);
         if (!grad) expect.fail(`${module} lora_${part} has no gradient`);
         const key = `lora.grad.base_model.model.${module}.lora_${part}.weight`;
@@ -87,7 +92,9 @@ describe.each(VARIANTS)("%s", (name) => {
     const gpu = await testGpu();
     const model = await loadModel(gpu, diskDirectory(folder(name)));
     const golden = await valuesOf(`${folder(name)}/expected-full.safetensors`);
-    const biases = [...model.linears].flatMap(([module, { bias }]) => (bias ? [[`${module}.bias`, bias] as const] : []));
+    const biases = [...model.linears].flatMap(([module, { bias }]) =>
+      bias ? [[`${module}.bias`, bias] as const] : [],
+    );
     const weights = new Map([...model.weights, ...biases]);
     for (const t of weights.values()) t.requiresGrad = true;
     const batch = batchOf(expectedOf(name));
@@ -104,7 +111,9 @@ describe.each(VARIANTS)("%s", (name) => {
 });
 
 test("both spellings of RoPE settings are read alike", async () => {
-  const [v5, v4] = ["config.json", "config.v4.json"].map((file) => readFileSync(`${folder("llama-rope3")}/${file}`, "utf8"));
+  const [v5, v4] = ["config.json", "config.v4.json"].map((file) =>
+    readFileSync(`${folder("llama-rope3")}/${file}`, "utf8"),
+  );
   const read5 = await readConfig(memoryDirectory("m", { "config.json": v5 ?? "" }));
   const read4 = await readConfig(memoryDirectory("m", { "config.json": v4 ?? "" }));
   expect(read4.rope).toEqual(read5.rope);
@@ -112,7 +121,14 @@ test("both spellings of RoPE settings are read alike", async () => {
 });
 
 test("llama3 scaling keeps fast frequencies, divides slow ones and blends between", () => {
-  const rope = { type: "llama3", theta: 10000, factor: 8, lowFreqFactor: 1, highFreqFactor: 4, originalLength: 64 } as const;
+  const rope = {
+    type: "llama3",
+    theta: 10000,
+    factor: 8,
+    lowFreqFactor: 1,
+    highFreqFactor: 4,
+    originalLength: 64,
+  } as const;
   const plain = inverseFrequencies(32, { type: "default", theta: 10000 });
   const scaled = inverseFrequencies(32, rope);
   expect(scaled[0]).toBe(plain[0]);
@@ -147,7 +163,14 @@ test("a row longer than the context is refused", async () => {
 });
 
 describe("a model directory that does not fit is refused by name", () => {
-  const config = { model_type: "llama", vocab_size: 8, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 2 };
+  const config = {
+    model_type: "llama",
+    vocab_size: 8,
+    hidden_size: 8,
+    intermediate_size: 8,
+    num_hidden_layers: 1,
+    num_attention_heads: 2,
+  };
   const cases: [string, Record<string, string>, string][] = [
     ["no config", {}, "m/config.json: a model directory must have it, got no such file. Check the path"],
     [
@@ -164,7 +187,9 @@ describe("a model directory that does not fit is refused by name", () => {
       "a missing shard",
       {
         "config.json": JSON.stringify(config),
-        "model.safetensors.index.json": JSON.stringify({ weight_map: { "model.norm.weight": "model-00001-of-00002.safetensors" } }),
+        "model.safetensors.index.json": JSON.stringify({
+          weight_map: { "model.norm.weight": "model-00001-of-00002.safetensors" },
+        }),
       },
       "m/model-00001-of-00002.safetensors: the shard must be there by m/model.safetensors.index.json, got no such file. Download the model again",
     ],

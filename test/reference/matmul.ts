@@ -17,9 +17,13 @@ export function matmulTwin(x: Nd, w: Nd, layout: Layout, scale = 1, low?: { u: N
       for (let j = 0; j < N; j++) {
         let sum = 0;
         for (let k = 0; k < K; k++)
-          sum += at(x, n * M * K + (layout === "tn" ? k * M + i : i * K + k)) * at(w, (w.shape.length > 2 ? n * K * N : 0) + (layout === "nt" ? j * K + k : k * N + j));
+          sum +=
+            at(x, n * M * K + (layout === "tn" ? k * M + i : i * K + k)) *
+            at(w, (w.shape.length > 2 ? n * K * N : 0) + (layout === "nt" ? j * K + k : k * N + j));
         let extra = 0;
-        if (low) for (let k = 0; k < R; k++) extra += at(low.u, i * R + k) * at(low.b, layout === "nt" ? j * R + k : k * N + j);
+        if (low)
+          for (let k = 0; k < R; k++)
+            extra += at(low.u, i * R + k) * at(low.b, layout === "nt" ? j * R + k : k * N + j);
         y.data[(n * M + i) * N + j] = scale * sum + (low?.c ?? 0) * extra;
       }
   return y;

@@ -75,7 +75,8 @@ describe("one training step", () => {
     return cost;
   }
 
-  const products = ({ dispatches }: Cost): number => (dispatches.get("matmul") ?? 0) + (dispatches.get("matmul-naive") ?? 0);
+  const products = ({ dispatches }: Cost): number =>
+    (dispatches.get("matmul") ?? 0) + (dispatches.get("matmul-naive") ?? 0);
 
   test("with LoRA on one layer has gradients and optimizer state for its A and B alone", () => {
     const { cost, sizeBytes } = loraStep("model.layers.1.self_attn.q_proj");

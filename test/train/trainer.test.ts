@@ -9,7 +9,7 @@ import { AdamW } from "../../src/train/adamw.ts";
 import type { Row } from "../../src/train/data.ts";
 import { evaluate } from "../../src/train/loss.ts";
 import { scheduleFactor } from "../../src/train/schedule.ts";
-import { type StepMetrics, train, type TrainOptions } from "../../src/train/trainer.ts";
+import { type StepMetrics, type TrainOptions, train } from "../../src/train/trainer.ts";
 import { expectClose, testGpu } from "../harness.ts";
 
 const row = (...inputIds: number[]): Row => ({ inputIds, labels: inputIds });
@@ -20,7 +20,15 @@ async function run(options: Partial<TrainOptions>): Promise<{ metrics: StepMetri
   const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
   const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: "all-linear" }, 5);
   const metrics: StepMetrics[] = [];
-  const base = { model, parameters: adapter.parameters, rows, steps: 2, batchSize: 2, learningRate: 1e-2, schedule: "constant" } as const;
+  const base = {
+    model,
+    parameters: adapter.parameters,
+    rows,
+    steps: 2,
+    batchSize: 2,
+    learningRate: 1e-2,
+    schedule: "constant",
+  } as const;
   for await (const m of train({ ...base, ...options })) metrics.push(m);
   const values = await readAll(adapter.parameters);
   adapter.detach();
@@ -31,9 +39,19 @@ async function run(options: Partial<TrainOptions>): Promise<{ metrics: StepMetri
 test("accumulating two halves is one step on the whole, token by token", async () => {
   const whole = await run({ rows: rows.slice(0, 4), batchSize: 4 });
   const halves = await run({ rows: rows.slice(0, 4), batchSize: 2, gradAccumulation: 2 });
-  expectClose(halves.metrics.map((m) => m.loss), whole.metrics.map((m) => m.loss), 1e-6, "loss");
-  expectClose(halves.metrics.map((m) => m.grad_norm), whole.metrics.map((m) => m.grad_norm), 1e-5, "norm");
-  halves.values.forEach((v, i) => expectClose(v, whole.values[i] ?? [], 1e-5, "adapter"));
+  expectClose(
+    halves.metrics.map((m) => m.loss),
+    whole.metrics.map((m) => m.loss),
+    1e-6,
+    "loss",
+  );
+  expectClose(
+    halves.metrics.map((m) => m.grad_norm),
+    whole.metrics.map((m) => m.grad_norm),
+    1e-5,
+    "norm",
+  );
+  for (const [i, v] of halves.values.entries()) expectClose(v, whole.values[i] ?? [], 1e-5, "adapter");
 });
 
 test("the same seed repeats bit for bit, another seed shuffles differently", async () => {
@@ -66,7 +84,15 @@ test("a step whose gradient is not finite is not taken, and says so", async () =
   const broken = model.weights.get("model.norm.weight") as Tensor;
   gpu.write(broken, new Float32Array(broken.size).fill(Number.NaN));
   const before = await readAll(adapter.parameters);
-  const steps = train({ model, parameters: adapter.parameters, rows, steps: 1, batchSize: 2, learningRate: 1, maxGradNorm: 1 });
+  const steps = train({
+    model,
+    parameters: adapter.parameters,
+    rows,
+    steps: 1,
+    batchSize: 2,
+    learningRate: 1,
+    maxGradNorm: 1,
+  });
   await expect(steps.next()).rejects.toThrow(
     new ShapeError(
       "train: loss and gradient norm must stay finite, got NaN and NaN at step 1. The parameters are those of step 0. Use a lower learning rate or a maxGradNorm",
@@ -83,7 +109,15 @@ test("an aborted run ends after the step in progress", async () => {
   const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
   const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: ["q_proj"] });
   const seen: number[] = [];
-  for await (const { step } of train({ model, parameters: adapter.parameters, rows, steps: 9, batchSize: 2, learningRate: 1e-3, signal: abort.signal })) {
+  for await (const { step } of train({
+    model,
+    parameters: adapter.parameters,
+    rows,
+    steps: 9,
+    batchSize: 2,
+    learningRate: 1e-3,
+    signal: abort.signal,
+  })) {
     seen.push(step);
     if (step === 2) abort.abort();
   }
@@ -116,7 +150,9 @@ test("evaluation is the mean over tokens, not over batches", async () => {
 });
 
 test("schedules equal transformers'", () => {
-  const { schedules } = JSON.parse(readFileSync("test/golden/adamw.json", "utf8")) as { schedules: Record<string, number[]> };
+  const { schedules } = JSON.parse(readFileSync("test/golden/adamw.json", "utf8")) as {
+    schedules: Record<string, number[]>;
+  };
   for (const [key, name, warmup] of [
     ["constant_with_warmup", "constant", 3],
     ["linear", "linear", 3],
@@ -133,7 +169,9 @@ describe("AdamW", () => {
     const gpu = await testGpu();
     const p = tensor(gpu, [1, 2], [2]);
     expect(() => new AdamW([p]).step(new Map(), 0.1)).toThrow(
-      new ShapeError("AdamW: every parameter needs a gradient, got none for one of shape [2]. Is it part of the model?"),
+      new ShapeError(
+        "AdamW: every parameter needs a gradient, got none for one of shape [2]. Is it part of the model?",
+      ),
     );
   });
 });
