@@ -12,10 +12,11 @@ import { matchModules } from "./target-modules.ts";
 const PREFIX = "base_model.model.";
 const CONFIG = "adapter_config.json";
 
-/** File name → content, as `writeFiles` takes it. */
-export type AdapterFiles = Readonly<
-  Record<"adapter_config.json" | "adapter_model.safetensors", string | AsyncIterable<Uint8Array>>
->;
+/** The two files of an adapter directory. */
+export interface AdapterFiles {
+  readonly "adapter_config.json": string;
+  readonly "adapter_model.safetensors": AsyncIterable<Uint8Array>;
+}
 
 /**
  * The two files of the adapter as PEFT writes them: f32, the adapter's name left out of the tensor names.
