@@ -196,7 +196,7 @@ const LETTER = [
 ];
 
 /** A seeded stream of choices (mulberry32). */
-export class Chooser {
+class Chooser {
   private state: number;
 
   constructor(seed: number) {

@@ -34,7 +34,7 @@ export interface Counters {
 }
 
 // WebGPU §5.1: the values of GPUBufferUsage, which Node has no global for.
-export const BufferUsage = { MAP_READ: 1, COPY_SRC: 4, COPY_DST: 8, UNIFORM: 64, STORAGE: 128 } as const;
+const BufferUsage = { MAP_READ: 1, COPY_SRC: 4, COPY_DST: 8, UNIFORM: 64, STORAGE: 128 } as const;
 const MAP_MODE_READ = 1;
 const SHADER_STAGE_COMPUTE = 4;
 
