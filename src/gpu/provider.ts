@@ -48,7 +48,7 @@ async function fromDawn(): Promise<AdapterChoice> {
     kept.push(gpu);
     return gpu.requestAdapter({ powerPreference: "high-performance" });
   };
-  const wish = process.env["LOWRANK_ADAPTER"] ?? "auto";
+  const wish = process.env.LOWRANK_ADAPTER ?? "auto";
   if (wish !== "auto" && wish !== "software" && wish !== "hardware")
     throw new GpuError(`openGpu: LOWRANK_ADAPTER must be auto, software or hardware, got "${wish}"`);
   if (wish !== "software") {

@@ -75,8 +75,8 @@ export function unpackArchive(archive: string): string {
 export function useSoftwareAdapter(): SoftwareAdapter {
   const software = unpackSoftwareAdapter();
   const RTLD_NODELETE = 0x1000;
-  process.env["VK_ICD_FILENAMES"] = software.icd;
-  process.env["VK_DRIVER_FILES"] = software.icd;
+  process.env.VK_ICD_FILENAMES = software.icd;
+  process.env.VK_DRIVER_FILES = software.icd;
   try {
     process.dlopen(
       { exports: {} },
