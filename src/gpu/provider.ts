@@ -52,7 +52,7 @@ async function fromDawn(): Promise<AdapterChoice> {
   if (wish !== "auto" && wish !== "software" && wish !== "hardware")
     throw new GpuError(`openGpu: LOWRANK_ADAPTER must be auto, software or hardware, got "${wish}"`);
   if (wish !== "software") {
-    const adapter = await quietly(fromNewInstance);
+    const adapter = await fromNewInstance();
     if (adapter) return { adapter, isSoftware: looksLikeSoftware(adapter.info), runtime: "node" };
     if (wish === "hardware")
       throw new GpuError(
@@ -67,17 +67,6 @@ async function fromDawn(): Promise<AdapterChoice> {
       "openGpu: neither a hardware adapter nor the software adapter could be opened. Run: npx lowrank doctor",
     );
   return { adapter, isSoftware: true, runtime: "node" };
-}
-
-/** Dawn warns on stderr when there is no Vulkan; the search for an adapter expects that. */
-async function quietly<T>(f: () => Promise<T>): Promise<T> {
-  const { warn } = console;
-  console.warn = () => {};
-  try {
-    return await f();
-  } finally {
-    console.warn = warn;
-  }
 }
 
 function looksLikeSoftware(info: GPUAdapterInfo): boolean {

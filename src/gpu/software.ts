@@ -48,7 +48,14 @@ export function unpackArchive(archive: string): string {
   const { version } = JSON.parse(fs.readFileSync(`${root}/package.json`, "utf8")) as { version: string };
   const user = os.userInfo().uid;
   const target = path.join(os.tmpdir(), `lowrank-${user}`, `${archive.split(".")[0]}-${version}`);
-  if (fs.existsSync(target)) return target;
+  if (fs.existsSync(target)) {
+    // Libraries are opened from here: another user must not have put them there.
+    if (fs.statSync(target).uid !== user)
+      throw new GpuError(
+        `software adapter: ${target} must belong to user ${user}, got user ${fs.statSync(target).uid}. Remove it`,
+      );
+    return target;
+  }
   // Unpacked beside the target and renamed, so that two processes starting together never see half of it.
   const partial = `${target}.${process.pid}`;
   fs.mkdirSync(partial, { recursive: true, mode: 0o700 });
