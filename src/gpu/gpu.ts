@@ -1,6 +1,7 @@
 /** The one owner of a WebGPU device: pipelines, bind groups, buffers, submits, counters. */
 import { GpuError } from "./errors.ts";
 import { requestAdapter } from "./provider.ts";
+import { defaultTuneStore, Tuner, type TuneStore } from "./tuner.ts";
 
 /** Anything with a GPU buffer. Kernels need no more of a tensor than this. */
 export interface HasBuffer {
@@ -12,6 +13,13 @@ export interface OpenGpuOptions {
   readonly gpu?: GPU;
   /** Refuse allocations that would take live bytes past this. Drivers over-commit silently; this does not. */
   readonly budgetBytes?: number;
+  /**
+   * "auto", the default: plans that `gpu.tuner.tune` found on this adapter before are used. "off": the documented default plans,
+   * always.
+   */
+  readonly tune?: "auto" | "off";
+  /** Where tuned plans are kept, in place of the cache directory or `localStorage`. */
+  readonly tuneStore?: TuneStore;
   /** Fill every buffer with NaN bits when it is handed out, so that reading what was never written shows. For tests. */
   readonly poison?: boolean;
 }
@@ -35,6 +43,7 @@ export interface Counters {
 
 // WebGPU §5.1: the values of GPUBufferUsage, which Node has no global for.
 const BufferUsage = { MAP_READ: 1, COPY_SRC: 4, COPY_DST: 8, UNIFORM: 64, STORAGE: 128 } as const;
+const QUERY_RESOLVE = 0x200;
 const MAP_MODE_READ = 1;
 const SHADER_STAGE_COMPUTE = 4;
 
@@ -42,6 +51,7 @@ const UNIFORM_SLOTS = 1024; // a full arena flushes by itself
 const STORAGE = BufferUsage.STORAGE | BufferUsage.COPY_SRC | BufferUsage.COPY_DST;
 
 export interface BindingLayout {
+  readonly id: string;
   readonly slot: number;
   readonly type: GPUBufferBindingType;
 }
@@ -101,6 +111,7 @@ export class Gpu {
   readonly info: GPUAdapterInfo;
   readonly isSoftware: boolean;
   readonly runtime: "browser" | "deno" | "node";
+  readonly tuner: Tuner;
   readonly #budgetBytes: number;
   readonly #poison: boolean;
 
@@ -122,6 +133,8 @@ export class Gpu {
   #slotsUsed = 0;
   #encoder: GPUCommandEncoder | undefined;
   #pass: GPUComputePassEncoder | undefined;
+  #stopwatch: Stopwatch | undefined;
+  #passTimes: GPUComputePassTimestampWrites | undefined;
 
   #bytesLive = 0;
   #bytesPeak = 0;
@@ -145,6 +158,7 @@ export class Gpu {
     this.runtime = settings.runtime;
     this.#budgetBytes = settings.budgetBytes ?? Number.POSITIVE_INFINITY;
     this.#poison = settings.poison ?? false;
+    this.tuner = new Tuner(this, settings.tune === "off" ? undefined : (settings.tuneStore ?? defaultTuneStore()));
     this.#slotBytes = device.limits.minUniformBufferOffsetAlignment;
     this.#arenaBytes = new ArrayBuffer(UNIFORM_SLOTS * this.#slotBytes);
     this.#arena = device.createBuffer({
@@ -337,7 +351,7 @@ export class Gpu {
         label: name,
         layout: device.createPipelineLayout({ bindGroupLayouts: [layout] }),
         compute: {
-          module: device.createShaderModule({ label: name, code: source() }),
+          module: device.createShaderModule({ label: name, code: this.#forRuntime(source()) }),
           entryPoint: "main",
           constants: { ...constants },
         },
@@ -369,7 +383,7 @@ export class Gpu {
     }
     if (!this.#pass) {
       this.#encoder ??= this.device.createCommandEncoder();
-      this.#pass = this.#encoder.beginComputePass();
+      this.#pass = this.#encoder.beginComputePass(this.#passTimes && { timestampWrites: this.#passTimes });
     }
     this.#pass.setPipeline(pipeline.pipeline);
     this.#pass.setBindGroup(0, this.#bindGroup(pipeline, buffers), hasUniforms ? [offset] : []);
@@ -387,6 +401,34 @@ export class Gpu {
     this.#encoder = undefined;
     this.#slotsUsed = 0;
     this.#submits++;
+  }
+
+  /**
+   * Milliseconds that the device needs for what `step` dispatches, by the device's clock where it has one (timestamp-query), else by
+   * the wall clock. Dispatches that fill more than one pass are timed by the wall clock. Not to be called while another is timed.
+   */
+  async time(step: () => void): Promise<number> {
+    await this.finish();
+    if (this.features.has("timestamp-query")) this.#stopwatch ??= makeStopwatch(this.device);
+    const stopwatch = this.#stopwatch;
+    const submits = this.#submits;
+    if (stopwatch)
+      this.#passTimes = { querySet: stopwatch.queries, beginningOfPassWriteIndex: 0, endOfPassWriteIndex: 1 };
+    const start = performance.now();
+    try {
+      step();
+    } finally {
+      this.#passTimes = undefined;
+    }
+    if (!stopwatch || !this.#pass || this.#submits !== submits) {
+      await this.finish();
+      return performance.now() - start;
+    }
+    this.#endPass();
+    this.#encoder?.resolveQuerySet(stopwatch.queries, 0, 2, stopwatch.result, 0);
+    const [bytes = new ArrayBuffer(16)] = await this.read([{ buffer: stopwatch.result, sizeBytes: 16 }]);
+    const [begin = 0n, end = 0n] = new BigUint64Array(bytes);
+    return Number(end - begin) / 1e6;
   }
 
   /** Waits until the device has done everything dispatched so far. Throws GpuError if any of it failed. */
@@ -449,6 +491,7 @@ export class Gpu {
     for (const buffer of buffers) key += `,${this.#bufferIds.get(buffer)}`;
     const known = this.#bindGroups.get(key);
     if (known) return known;
+    const storage = pipeline.bindings.filter(({ type }) => type !== "uniform");
     let next = 0;
     const entries = pipeline.bindings.map(({ slot, type }) => {
       if (type === "uniform") return { binding: slot, resource: { buffer: this.#arena, size: pipeline.uniformBytes } };
@@ -457,10 +500,22 @@ export class Gpu {
         throw new GpuError(`${pipeline.name}: ${pipeline.bindings.length} bindings, got ${buffers.length} buffers`);
       return { binding: slot, resource: { buffer } };
     });
+    for (const [i, output] of storage.entries())
+      if (output.type === "storage")
+        for (const [k, other] of storage.entries())
+          if (i !== k && buffers[i] === buffers[k])
+            throw new GpuError(
+              `${pipeline.name}: what is written may not share its buffer with another operand, got one buffer for "${output.id}" and "${other.id}"`,
+            );
     const group = this.device.createBindGroup({ label: pipeline.name, layout: pipeline.layout, entries });
     this.#bindGroups.set(key, group);
     this.#bindGroupsCreated++;
     return group;
+  }
+
+  /** naga, in Deno, has the subgroup functions but refuses the line that WGSL wants for them. */
+  #forRuntime(code: string): string {
+    return this.runtime === "deno" ? code.replace(/^enable subgroups;$/m, "") : code;
   }
 
   #endPass(): void {
@@ -476,6 +531,18 @@ export class Gpu {
     const message = this.#failure ?? this.#uncaught;
     if (message !== undefined) throw new GpuError(message);
   }
+}
+
+interface Stopwatch {
+  readonly queries: GPUQuerySet;
+  readonly result: GPUBuffer;
+}
+
+function makeStopwatch(device: GPUDevice): Stopwatch {
+  return {
+    queries: device.createQuerySet({ label: "stopwatch", type: "timestamp", count: 2 }),
+    result: device.createBuffer({ label: "stopwatch", size: 16, usage: QUERY_RESOLVE | BufferUsage.COPY_SRC }),
+  };
 }
 
 /** Rounded up to eighths of the power of two below: few classes, at most an eighth wasted (or 256 bytes). */

@@ -1,11 +1,41 @@
-import { defineKernel } from "../gpu/kernel.ts";
+import type { Gpu, HasBuffer } from "../gpu/gpu.ts";
+import { defineKernel, definePart } from "../gpu/kernel.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { empty, expectShape, type Tensor } from "../tensor/tensor.ts";
-import source from "./matmul.wgsl";
-import naiveSource from "./matmul-naive.wgsl";
+import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
+import { empty, expectDType, expectShape, type Tensor } from "../tensor/tensor.ts";
+import directSource from "./matmul-direct.wgsl";
+import directNtSource from "./matmul-direct-nt.wgsl";
+import { defaultPlan, type MatmulPlan, type MatmulShape, plans, shapeClass } from "./matmul-plans.ts";
+import rowsSource from "./matmul-rows.wgsl";
+import splitsSource from "./matmul-splits.wgsl";
+import tiledSource from "./matmul-tiled.wgsl";
+import epilogueSource from "./parts/epilogue.wgsl";
+import halfSource from "./parts/half.wgsl";
+import raggedWSource from "./parts/ragged-w.wgsl";
+import raggedXSource from "./parts/ragged-x.wgsl";
+import raggedYSource from "./parts/ragged-y.wgsl";
+import subgroupSumsSource from "./parts/subgroup-sums.wgsl";
+import oneSource from "./parts/weight-one.wgsl";
+import unarySource from "./unary.wgsl";
+import { weightParts } from "./weight-parts.ts";
 
-const tiled = defineKernel("matmul", source);
-const naive = defineKernel("matmul-naive", naiveSource);
+const tiled = defineKernel("matmul-tiled", tiledSource);
+const direct = defineKernel("matmul-direct", directSource);
+const directNt = defineKernel("matmul-direct-nt", directNtSource);
+const rows = defineKernel("matmul-rows", rowsSource);
+const splits = defineKernel("matmul-splits", splitsSource);
+
+const ONE_BY_ONE = definePart("one", oneSource);
+const RAGGED_X = definePart("ragged-x", raggedXSource);
+const RAGGED_W = definePart("ragged-w", raggedWSource);
+const RAGGED_Y = definePart("ragged-y", raggedYSource);
+const HALF = definePart("half", halfSource);
+const SUBGROUP_SUMS = definePart("subgroup-sums", subgroupSumsSource);
+const EPILOGUE = [
+  definePart("epilogue", epilogueSource),
+  definePart("activation", unarySource, ["OP", "ROOT", "CUBIC", "sigmoid", "normal", "activate"]),
+];
+const ACTIVATIONS = { silu: 0, gelu: 1, geluTanh: 2 } as const;
 
 /** BLAS letters for (x, w): "n" as stored, "t" transposed. */
 export type Layout = "nn" | "nt" | "tn";
@@ -21,60 +51,178 @@ export interface MatmulOptions {
   /** Factor on x·w; 1 unless given. */
   readonly scale?: number;
   readonly lowRank?: LowRank;
+  /** [N], added to every row. */
+  readonly bias?: Tensor;
+  /** Applied after the bias: x·σ(x), x·Φ(x), or the latter's approximation by tanh. */
+  readonly activation?: keyof typeof ACTIVATIONS;
+  /** Of y's shape, added last. */
+  readonly residual?: Tensor;
+  /** How to compute it, in place of the tuned or the documented default plan. */
+  readonly plan?: MatmulPlan;
 }
 
 /**
- * y = scale·op(x)·op(w) (+ lowRank.scale·u·b), one dispatch.
+ * y = act(scale·op(x)·op(w) + lowRank.scale·u·b + bias) + residual, one dispatch (two where k is split).
  *
  * "nn": x [M,K], w [K,N]. "nt": x [M,K], w [N,K]. "tn": x [K,M], w [K,N]. All give y [M,N]. Further leading axes are batches:
  * those of x and w must be equal, or w has none and serves every batch (x's are then rows of one product). A low-rank term
- * and batches exclude each other. Throws ShapeError if the shapes do not fit.
+ * and batches exclude each other. w may be a packed matrix, which is widened as it is read. f32 throughout, sums included.
+ * Throws ShapeError if the shapes do not fit.
  */
 export function matmul(
   x: Tensor,
-  w: Tensor,
+  w: Tensor | PackedMatrix,
   layout: Layout = "nn",
-  { scale = 1, lowRank }: MatmulOptions = {},
+  options: MatmulOptions = {},
 ): Tensor {
-  const { M, N, K, batch, rows } = sizes(x, w, layout);
+  const { gpu } = x;
+  const { M, N, K, batch, shape } = sizes(x, w, layout);
+  const { lowRank } = options;
   const R = lowRank?.u.shape.at(-1) ?? 0;
+  expectDType("matmul", "x", x, "f32");
+  if (!isPacked(w)) expectDType("matmul", "w", w, "f32");
   if (lowRank) {
     if (batch > 1)
       throw new ShapeError(`matmul: a low-rank term needs unbatched operands, got x [${x.shape}] and w [${w.shape}]`);
-    expectShape("matmul", "u must be [M,R]", lowRank.u, [...(lowRank.u.shape.length > 2 ? rows : [M]), R]);
-    expectShape(
-      "matmul",
-      layout === "nt" ? "b must be [N,R]" : "b must be [R,N]",
-      lowRank.b,
-      layout === "nt" ? [N, R] : [R, N],
-    );
+    expectShape("matmul", "u must be [M,R]", lowRank.u, [
+      ...(lowRank.u.shape.length > 2 ? shape.slice(0, -1) : [M]),
+      R,
+    ]);
+    const [rule, b] = layout === "nt" ? ["b must be [N,R]", [N, R]] : ["b must be [R,N]", [R, N]];
+    expectShape("matmul", rule as string, lowRank.b, b as number[]);
   }
-  const y = empty(x.gpu, [...rows, N], "matmul");
+  if (options.bias) expectShape("matmul", "bias must be [N]", options.bias, [N]);
+  if (options.residual) expectShape("matmul", "residual must have the shape of y", options.residual, shape);
+  const y = empty(gpu, shape, "matmul");
   if (y.size === 0) return y;
-  const X_T = layout === "tn" ? 1 : 0;
-  const W_T = layout === "nt" ? 1 : 0;
-  const fits = (X_T ? M : K) % 4 === 0 && (W_T ? K : N) % 4 === 0;
-  const uniforms = { M, N, K, R, s: scale, c: lowRank?.scale ?? 0, x_batch: M * K, w_batch: K * N };
-  const buffers = { x, w, u: lowRank?.u ?? x, b: lowRank?.b ?? w, y };
-  if (!fits) naive(x.gpu, uniforms, buffers, [N, M, batch], { X_T, W_T });
-  else {
-    const { TM, TN, WX, WY } = tile(M, N, x.gpu.isSoftware);
-    tiled(x.gpu, uniforms, buffers, [Math.ceil(N / TN), Math.ceil(M / TM), batch], { TM, TN, WX, WY, X_T, W_T });
-  }
+  const product: MatmulShape = { layout, M, N, K, R, batch, format: isPacked(w) ? w.format : "f32" };
+  const plan =
+    options.plan ??
+    gpu.tuner.choose(shapeClass(product), () => ({
+      candidates: plans(gpu, product),
+      trial: () => trial(gpu, product),
+    })) ??
+    defaultPlan(gpu, product);
+  run(gpu, product, plan, x, w, y, options);
   return y;
 }
 
-/**
- * A thread's tile TM×TN and the workgroup WX×WY. A CPU wants the tallest tile its registers hold and few threads to a group
- * (16×8 ran 1.3 times faster than 8×8 on SwiftShader); few rows want a tile no taller than they are.
- */
-function tile(M: number, N: number, isSoftware: boolean): { TM: number; TN: number; WX: number; WY: number } {
-  const TN = N <= 4 ? 4 : 8;
-  if (M < 8) return { TM: M === 1 ? 1 : 4, TN, WX: isSoftware ? 4 : 64, WY: 1 };
-  return isSoftware ? { TM: M >= 16 ? 16 : 8, TN, WX: 4, WY: 1 } : { TM: 8, TN, WX: 8, WY: 8 };
+/** Encodes the product by a plan into y. */
+function run(
+  gpu: Gpu,
+  { layout, M, N, K, R, batch }: MatmulShape,
+  plan: MatmulPlan,
+  x: Tensor,
+  w: Tensor | PackedMatrix,
+  y: Tensor,
+  { scale = 1, lowRank, bias, activation, residual }: MatmulOptions,
+): void {
+  const { u, b } = lowRank ?? { u: x, b: x };
+  const { tuned } = plan;
+  const [X_T, W_T] = [layout === "tn" ? 1 : 0, layout === "nt" ? 1 : 0];
+  const packed = isPacked(w) ? w : undefined;
+  const ragged = { x: (X_T ? M : K) % 4 !== 0, w: (W_T ? K : N) % 4 !== 0, y: N % 4 !== 0 };
+  const uniforms = {
+    ...{ M, N, K, R, s: scale, c: lowRank?.scale ?? 0, x_batch: M * K, w_batch: K * N },
+    ...{ splits: plan.splits, group: packed?.group ?? 1 },
+  };
+  const weight = packed ? weightParts(packed) : [];
+  const hasEpilogue = Boolean(bias || activation || residual);
+  const finish = hasEpilogue
+    ? {
+        parts: EPILOGUE,
+        tuned: {
+          ...{ BIAS: bias ? 1 : 0, RESIDUAL: residual ? 1 : 0 },
+          ...{ ACT: activation ? 1 : 0, OP: activation ? ACTIVATIONS[activation] : 0 },
+        },
+      }
+    : { parts: [], tuned: {} };
+  const rest = { bias: bias ?? x, residual: residual ?? x };
+  const buffers: Record<string, HasBuffer> = {
+    ...{ x, w: packed?.words ?? (w as Tensor), u, b, y, scales: packed?.scales ?? x },
+    ...rest,
+  };
+  const { TM = 1, TN = 1 } = tuned;
+
+  switch (plan.family) {
+    case "tiled": {
+      const P = plan.splits;
+      const parts = [
+        ...weight,
+        ...(ragged.x ? [RAGGED_X] : []),
+        ...(ragged.w && !packed ? [RAGGED_W] : []),
+        ...(ragged.y ? [RAGGED_Y] : []),
+        ...(plan.half ? [HALF] : []),
+      ];
+      const threads = [Math.ceil(N / TN), Math.ceil(M / TM), batch * P] as const;
+      const variant = { ...tuned, X_T, W_T };
+      if (P === 1) {
+        tiled(gpu, uniforms, buffers, threads, { ...variant, ...finish.tuned }, [...parts, ...finish.parts]);
+        return;
+      }
+      gpu.scope(() => {
+        const sums = empty(gpu, [batch, P, M, N], "matmul");
+        tiled(gpu, uniforms, { ...buffers, y: sums }, threads, variant, parts);
+        splits(gpu, { n: y.size, M, N, P }, { parts: sums, y, ...rest }, [y.size], finish.tuned, finish.parts);
+      });
+      return;
+    }
+    case "rows": {
+      const parts = [
+        ...weight,
+        ...(ragged.x ? [RAGGED_X] : []),
+        ...(ragged.w && !packed ? [RAGGED_W] : []),
+        ...(plan.subgroups ? [SUBGROUP_SUMS] : []),
+        ...finish.parts,
+      ];
+      const threads = [Math.ceil(N / TN) * (tuned.WG ?? 1), Math.ceil(M / TM), batch] as const;
+      rows(gpu, uniforms, buffers, threads, { ...tuned, ...finish.tuned }, parts);
+      return;
+    }
+    case "direct": {
+      const parts = [...weight, ...(packed ? [ONE_BY_ONE] : []), ...finish.parts];
+      const variant = { ...tuned, LOW_RANK: R > 0 ? 1 : 0, ...finish.tuned };
+      const [across, down] = [Math.ceil(N / TN), Math.ceil(M / TM)];
+      if (layout === "nt") directNt(gpu, uniforms, buffers, [across * (tuned.LANES ?? 1), down, batch], variant, parts);
+      else direct(gpu, uniforms, buffers, [across, down, batch], { ...variant, X_T }, parts);
+    }
+  }
 }
 
-function sizes(x: Tensor, w: Tensor, layout: Layout) {
+/** Operands of such a product, for the tuner to time plans on. */
+function trial(
+  gpu: Gpu,
+  product: MatmulShape,
+): { readonly run: (plan: MatmulPlan) => void; readonly done: () => void } {
+  const { layout, M, N, K, R, batch, format } = product;
+  const pair = (m: number, n: number): number[] => [...(batch > 1 ? [batch] : []), m, n];
+  const x = empty(gpu, layout === "tn" ? pair(K, M) : pair(M, K), "tune");
+  const [a, c] = layout === "nt" ? [N, K] : [K, N];
+  const bits = { f32: 32, f16: 16, bf16: 16, int8: 8, nf4: 4 }[format];
+  const store = empty(gpu, [Math.ceil((a * c * batch * bits) / 32)], "tune", format === "f32" ? "f32" : "i32");
+  const scales = empty(gpu, [Math.ceil((a * c) / 64)], "tune");
+  const lowRank = {
+    u: empty(gpu, [M, R], "tune"),
+    b: empty(gpu, layout === "nt" ? [N, R] : [R, N], "tune"),
+    scale: 1,
+  };
+  const y = empty(gpu, pair(M, N), "tune");
+  const buffers = [x, store, scales, lowRank.u, lowRank.b, y];
+  // Operands near 1: zeros run faster than data on some devices, and what was left in a buffer may be denormal.
+  for (const t of buffers) gpu.write(t, noise(t.sizeBytes));
+  const w: Tensor | PackedMatrix =
+    format === "f32" ? store : { gpu, format, shape: [a, c], words: store, scales, group: 64, doubleQuant: false };
+  return {
+    run: (plan) => run(gpu, product, plan, x, w, y, R > 0 ? { lowRank } : {}),
+    done: () => gpu.release(...buffers),
+  };
+}
+
+function noise(sizeBytes: number): Float32Array {
+  return Float32Array.from({ length: sizeBytes / 4 }, (_, i) => ((i * 2654435761) % 1024) / 1024 - 0.5);
+}
+
+function sizes(x: Tensor, w: Tensor | PackedMatrix, layout: Layout) {
   if (x.shape.length < 2 || w.shape.length < 2)
     throw new ShapeError(`matmul: x and w must have at least two axes, got [${x.shape}] and [${w.shape}]`);
   const [wa = 0, wb = 0] = w.shape.slice(-2);
@@ -91,6 +239,6 @@ function sizes(x: Tensor, w: Tensor, layout: Layout) {
   if (!fold && `${batches}` !== `${lead}`)
     throw new ShapeError(`matmul: the leading axes of x and w must be equal, got x [${x.shape}] and w [${w.shape}]`);
   return fold
-    ? { M, N, K, batch: 1, rows: x.shape.slice(0, -1) }
-    : { M, N, K, batch: lead.reduce((a, b) => a * b, 1), rows: [...lead, M] };
+    ? { M, N, K, batch: 1, shape: [...x.shape.slice(0, -1), N] }
+    : { M, N, K, batch: lead.reduce((a, b) => a * b, 1), shape: [...lead, M, N] };
 }

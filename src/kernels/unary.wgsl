@@ -16,8 +16,8 @@ struct Dims { n: u32 }
 @group(0) @binding(2) var<storage, read> dy: array<f32>;
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
 
-const K: f32 = 0.7978845608028654;  // √(2/π)
-const C: f32 = 0.044715;
+const ROOT: f32 = 0.7978845608028654;  // √(2/π)
+const CUBIC: f32 = 0.044715;
 
 fn sigmoid(z: f32) -> f32 { return 1.0 / (1.0 + exp(-clamp(z, -87.0, 87.0))); }
 
@@ -32,12 +32,12 @@ fn normal(x: f32) -> f32 {
   return select(1.0 - tail, tail, x < 0.0);
 }
 
-fn f(x: f32) -> f32 {
+fn activate(x: f32) -> f32 {
   let c = clamp(x, -30.0, 30.0);
   switch OP {
     case 0u: { return x * sigmoid(x); }
     case 1u: { return x * normal(c); }
-    default: { return x * sigmoid(2.0 * K * (c + C * c * c * c)); }
+    default: { return x * sigmoid(2.0 * ROOT * (c + CUBIC * c * c * c)); }
   }
 }
 
@@ -50,8 +50,8 @@ fn derivative(x: f32) -> f32 {
     }
     case 1u: { return normal(c) + c * density(c); }
     default: {
-      let s = sigmoid(2.0 * K * (c + C * c * c * c));
-      return s + c * s * (1.0 - s) * 2.0 * K * (1.0 + 3.0 * C * c * c);
+      let s = sigmoid(2.0 * ROOT * (c + CUBIC * c * c * c));
+      return s + c * s * (1.0 - s) * 2.0 * ROOT * (1.0 + 3.0 * CUBIC * c * c);
     }
   }
 }
@@ -60,5 +60,5 @@ fn derivative(x: f32) -> f32 {
 fn main(@builtin(global_invocation_id) id: vec3u, @builtin(num_workgroups) groups: vec3u) {
   let i = id.x + id.y * groups.x * WG;
   if (i >= d.n) { return; }
-  if (BACKWARD == 1u) { y[i] = dy[i] * derivative(x[i]); } else { y[i] = f(x[i]); }
+  if (BACKWARD == 1u) { y[i] = dy[i] * derivative(x[i]); } else { y[i] = activate(x[i]); }
 }

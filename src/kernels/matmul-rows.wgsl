@@ -1,0 +1,83 @@
+// y = s·x·wᵀ + c·u·bᵀ        few rows, as in decoding: the parallelism is taken from k
+//   x [M,K]     w [N,K]     u [M,R]     b [N,R]     y [M,N]     row-major, f32; K a multiple of 4 (parts/ragged-*.wgsl)
+//
+// Such a product is bound by the bytes of w, so each of its elements is read once and used for all TM rows. A workgroup owns
+// TM × TN elements of y, its threads stride along k, and their sums are added up once at the end, in a fixed order.
+
+const TM: u32 = 1u;
+const TN: u32 = 4u;
+const WG: u32 = 64u;
+const TILE: u32 = TM * TN;
+override X_T: u32 = 0;
+override W_T: u32 = 1;
+
+struct Dims {
+  M: u32, N: u32, K: u32, R: u32,
+  s: f32, c: f32,
+  group: u32,  // elements of w that share a scale: parts/weight-*.wgsl
+}
+@group(0) @binding(0) var<uniform> d: Dims;
+@group(0) @binding(1) var<storage, read> x: array<Left>;
+@group(0) @binding(2) var<storage, read> w: array<Stored>;
+@group(0) @binding(3) var<storage, read> u: array<f32>;
+@group(0) @binding(4) var<storage, read> b: array<f32>;
+@group(0) @binding(5) var<storage, read_write> y: array<f32>;
+
+alias Left = vec4f;
+alias Stored = vec4f;
+
+const x0 = 0u;
+const w0 = 0u;
+var<workgroup> sums: array<f32, TILE * WG>;
+
+// Four elements from (row, column) on. Rows past the end repeat the last one and are not written.
+fn x4(row: u32, column: u32) -> vec4f { return x[(min(row, d.M - 1u) * d.K + column) / 4u]; }
+
+fn w4(row: u32, column: u32) -> vec4f { return widen((min(row, d.N - 1u) * d.K + column) / 4u); }
+
+fn widen(at: u32) -> vec4f { return w[at]; }
+
+// What becomes of a finished element: parts/epilogue.wgsl.
+fn finish(value: f32, row: u32, column: u32) -> f32 { return value; }
+
+// Adds up sums[e * WG … e * WG + WG), where each thread has put one value, into its first place.
+fn add_up(thread: u32) {
+  for (var half = WG / 2u; half > 0u; half /= 2u) {
+    workgroupBarrier();
+    if (thread < half) {
+      for (var e = 0u; e < TILE; e += 1u) { sums[e * WG + thread] += sums[e * WG + thread + half]; }
+    }
+  }
+}
+
+@compute @workgroup_size(WG)
+fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_index) thread: u32) {
+  var acc: array<array<f32, TN>, TM>;
+  var left: array<vec4f, TM>;
+  for (var k = 4u * thread; k < d.K; k += 4u * WG) {
+    for (var i = 0u; i < TM; i++) { left[i] = x4(tile.y * TM + i, k); }
+    for (var j = 0u; j < TN; j++) {
+      let right = w4(tile.x * TN + j, k);
+      for (var i = 0u; i < TM; i++) { acc[i][j] += dot(left[i], right); }
+    }
+  }
+  for (var i = 0u; i < TM; i++) {
+    for (var j = 0u; j < TN; j++) { acc[i][j] *= d.s; }
+  }
+  for (var r = thread; r < d.R; r += WG) {
+    for (var j = 0u; j < TN; j++) {
+      let right = d.c * b[min(tile.x * TN + j, d.N - 1u) * d.R + r];
+      for (var i = 0u; i < TM; i++) { acc[i][j] += u[min(tile.y * TM + i, d.M - 1u) * d.R + r] * right; }
+    }
+  }
+  for (var i = 0u; i < TM; i++) {
+    for (var j = 0u; j < TN; j++) { sums[(i * TN + j) * WG + thread] = acc[i][j]; }
+  }
+  add_up(thread);
+  workgroupBarrier();
+  for (var e = thread; e < TILE; e += WG) {
+    let i = tile.y * TM + e / TN;
+    let j = tile.x * TN + e % TN;
+    if (i < d.M && j < d.N) { y[i * d.N + j] = finish(sums[e * WG], i, j); }
+  }
+}

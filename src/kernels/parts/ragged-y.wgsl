@@ -1,0 +1,9 @@
+// y whose rows are not a multiple of 4 elements: written one by one
+
+alias Result = f32;
+
+fn store(row: u32, column: u32, value: vec4f) {
+  for (var q = 0u; q < 4u; q++) {
+    if (column + q < d.N) { y[row * d.N + column + q] = value[q]; }
+  }
+}

@@ -1,0 +1,28 @@
+/** A frozen matrix stored in fewer than 32 bits per element. Products widen it as they read it. */
+import type { Gpu } from "../gpu/gpu.ts";
+import type { Tensor } from "./tensor.ts";
+
+/**
+ * How an element is stored. f16 and bf16 as they are; int8 and nf4 as codes with a scale for each `group` elements of the
+ * row-major matrix.
+ */
+export type PackedFormat = "f16" | "bf16" | "int8" | "nf4";
+
+/** A matrix [rows, columns] in a packed format; columns must be a multiple of 4. Made by `packMatrix`. */
+export interface PackedMatrix {
+  readonly gpu: Gpu;
+  readonly format: PackedFormat;
+  readonly shape: readonly [rows: number, columns: number];
+  /** The elements or codes, as words (i32). */
+  readonly words: Tensor;
+  /** int8, nf4: scales as f32, or as words when they are quantised themselves (`doubleQuant`). */
+  readonly scales?: Tensor;
+  /** Elements that share a scale; for int8 by rows it is the number of columns. */
+  readonly group: number;
+  readonly doubleQuant: boolean;
+}
+
+/** True for a packed matrix, false for a tensor. */
+export function isPacked(w: Tensor | PackedMatrix): w is PackedMatrix {
+  return "format" in w;
+}
