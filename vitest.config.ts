@@ -15,6 +15,7 @@ const config: ViteUserConfig = defineConfig({
     include: ["test/**/*.test.ts"],
     pool: "forks",
     maxWorkers: 2,
+    env: { LOWRANK_TUNE: "off" },
     // A software GPU is slow, and the first use of a kernel compiles it.
     testTimeout: 120_000,
     hookTimeout: 120_000,

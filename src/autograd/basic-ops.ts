@@ -5,6 +5,7 @@ import * as products from "../kernels/matmul.ts";
 import { reduce, sumTo } from "../kernels/reduce.ts";
 import * as rows from "../kernels/softmax.ts";
 import * as unary from "../kernels/unary.ts";
+import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
 import { dims2, type Shape, type Tensor, view } from "../tensor/tensor.ts";
 import { record } from "./engine.ts";
 
@@ -74,22 +75,21 @@ export function softmax(x: Tensor): Tensor {
 }
 
 /**
- * op(x)·op(w), shapes and layouts as in `kernels/matmul.ts`. Keeps x and w.
+ * op(x)·op(w) + bias, shapes and layouts as in `kernels/matmul.ts`; bias [N]. Keeps x and w.
  *
- * A w of two axes serves every row of x, so its gradient is one product over all of them.
+ * A w of two axes serves every row of x, so its gradient is one product over all of them. A packed w is frozen.
  */
-export function matmul(x: Tensor, w: Tensor, layout: products.Layout = "nn"): Tensor {
-  const y = products.matmul(x, w, layout);
+export function matmul(x: Tensor, w: Tensor | PackedMatrix, layout: products.Layout = "nn", bias?: Tensor): Tensor {
+  const y = products.matmul(x, w, layout, bias && { bias });
   const flat = (t: Tensor): Tensor =>
     w.shape.length === 2 && t.shape.length > 2 ? view(t, dims2("matmul", "x", t)) : t;
-  return record("matmul", y, [x, w], (dy) => {
-    switch (layout) {
-      case "nn":
-        return [() => products.matmul(dy, w, "nt"), () => products.matmul(flat(x), flat(dy), "tn")];
-      case "nt":
-        return [() => products.matmul(dy, w, "nn"), () => products.matmul(flat(dy), flat(x), "tn")];
-      case "tn":
-        return [() => products.matmul(w, dy, "nt"), () => products.matmul(x, dy, "nn")];
-    }
+  const inputs = [x, ...(bias ? [bias] : []), ...(isPacked(w) ? [] : [w])];
+  return record("matmul", y, inputs, (dy) => {
+    const [dx, dw] = {
+      nn: [() => products.matmul(dy, w, "nt"), () => products.matmul(flat(x), flat(dy), "tn")],
+      nt: [() => products.matmul(dy, w, "nn"), () => products.matmul(flat(dy), flat(x), "tn")],
+      tn: [() => products.matmul(w as Tensor, dy, "nt"), () => products.matmul(x, dy, "nn")],
+    }[layout] as [() => Tensor, () => Tensor];
+    return [dx, ...(bias ? [() => sumTo(dy, bias.shape)] : []), dw];
   });
 }

@@ -39,6 +39,7 @@ interface TrainArguments {
   readonly maxLength?: number;
   readonly seed: number;
   readonly shuffle: boolean;
+  readonly tune?: boolean;
   readonly initAdapter?: string;
   readonly json?: boolean;
 }
@@ -94,6 +95,7 @@ export function trainCommand(): Command {
     .addOption(maxLengthOption(name))
     .addOption(whole(name, "--seed <n>", "seed of the adapter's start and of the order of the rows", 0, 0))
     .option("--no-shuffle", "keep the order of the file")
+    .option("--tune", "first time the kernels on this device and keep the fastest for all later runs")
     .addOption(
       new Option("--init-adapter <dir>", "go on from this adapter").conflicts(["rank", "alpha", "targetModules"]),
     )
@@ -162,6 +164,9 @@ async function run(options: TrainArguments): Promise<void> {
         maxGradNorm: options.maxGradNorm,
         shuffleSeed: options.shuffle ? seed : undefined,
         signal: stop.signal,
+        tune: options.tune ?? false,
+        onTuned: ({ key, chosen, timesMs }) =>
+          say(`tuned ${key}: ${chosen}, ${number(timesMs[chosen] ?? 0)} ms, of ${Object.keys(timesMs).length} ways`),
       });
       for await (const metrics of training) {
         first ??= metrics;

@@ -14,8 +14,8 @@ export interface OpenGpuOptions {
   /** Refuse allocations that would take live bytes past this. Drivers over-commit silently; this does not. */
   readonly budgetBytes?: number;
   /**
-   * "auto", the default: plans that `gpu.tuner.tune` found on this adapter before are used. "off": the documented default plans,
-   * always.
+   * "auto", the default: plans that `gpu.tuner.tune` found on this adapter before are used. "off", also by LOWRANK_TUNE=off: the
+   * documented default plans, always.
    */
   readonly tune?: "auto" | "off";
   /** Where tuned plans are kept, in place of the cache directory or `localStorage`. */
@@ -158,7 +158,10 @@ export class Gpu {
     this.runtime = settings.runtime;
     this.#budgetBytes = settings.budgetBytes ?? Number.POSITIVE_INFINITY;
     this.#poison = settings.poison ?? false;
-    this.tuner = new Tuner(this, settings.tune === "off" ? undefined : (settings.tuneStore ?? defaultTuneStore()));
+    const tune = settings.tune ?? (globalThis as { process?: NodeJS.Process }).process?.env.LOWRANK_TUNE ?? "auto";
+    if (tune !== "auto" && tune !== "off")
+      throw new GpuError(`openGpu: tune (or LOWRANK_TUNE) must be auto or off, got "${tune}"`);
+    this.tuner = new Tuner(this, tune === "off" ? undefined : (settings.tuneStore ?? defaultTuneStore()));
     this.#slotBytes = device.limits.minUniformBufferOffsetAlignment;
     this.#arenaBytes = new ArrayBuffer(UNIFORM_SLOTS * this.#slotBytes);
     this.#arena = device.createBuffer({

@@ -104,23 +104,30 @@ export class Tuner {
     return tunings;
   }
 
-  /** Times the candidates in turns; the best of its turns is a candidate's time, for noise only ever adds. */
+  /**
+   * Times the candidates in turns; the best of its turns is a candidate's time, for noise only ever adds. Those far behind after
+   * one run take no further part.
+   */
   async #measure(key: string, candidates: readonly Candidate[], trial: Trial<Candidate>): Promise<Tuning> {
+    const gpu = this.#gpu;
     const timesMs: Record<string, number> = {};
     try {
-      let runs = 1;
-      for (const [n, candidate] of candidates.entries()) {
-        await this.#gpu.time(() => trial.run(candidate)); // compiles
-        const ms = await this.#gpu.time(() => trial.run(candidate));
-        if (n === 0) runs = Math.max(1, Math.min(MOST_RUNS, Math.ceil(BATCH_MS / Math.max(ms, 1e-3))));
-        timesMs[candidate.name] = runs === 1 ? ms : Number.POSITIVE_INFINITY;
+      for (const candidate of candidates) {
+        await gpu.time(() => trial.run(candidate)); // compiles
+        timesMs[candidate.name] = await gpu.time(() => trial.run(candidate));
       }
+      const best = Math.min(...Object.values(timesMs));
+      const runs = Math.max(1, Math.min(MOST_RUNS, Math.ceil(BATCH_MS / Math.max(best, 1e-3))));
+      const close = candidates.filter(({ name }) => (timesMs[name] ?? 0) <= FAR_BEHIND * best);
       for (let turn = 0; turn < TURNS; turn++)
-        for (const candidate of candidates) {
-          const ms = await this.#gpu.time(() => {
+        for (const candidate of close) {
+          const ms = await gpu.time(() => {
             for (let i = 0; i < runs; i++) trial.run(candidate);
           });
-          timesMs[candidate.name] = Math.min(timesMs[candidate.name] ?? Number.POSITIVE_INFINITY, ms / runs);
+          timesMs[candidate.name] = Math.min(
+            turn === 0 ? Number.POSITIVE_INFINITY : (timesMs[candidate.name] ?? 0),
+            ms / runs,
+          );
         }
     } finally {
       trial.done();
@@ -132,6 +139,7 @@ export class Tuner {
 
 const TURNS = 3;
 const BATCH_MS = 5;
+const FAR_BEHIND = 3;
 const MOST_RUNS = 200;
 
 /** Choices by adapter. What cannot be read is as good as nothing: it will be measured again. */

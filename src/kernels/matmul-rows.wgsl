@@ -14,7 +14,7 @@ override W_T: u32 = 1;
 struct Dims {
   M: u32, N: u32, K: u32, R: u32,
   s: f32, c: f32,
-  group: u32,  // elements of w that share a scale: parts/weight-*.wgsl
+  group_bits: u32,  // 2^group_bits elements of w share a scale: parts/weight-*.wgsl
 }
 @group(0) @binding(0) var<uniform> d: Dims;
 @group(0) @binding(1) var<storage, read> x: array<Left>;

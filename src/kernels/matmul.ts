@@ -124,7 +124,7 @@ function run(
   const ragged = { x: (X_T ? M : K) % 4 !== 0, w: (W_T ? K : N) % 4 !== 0, y: N % 4 !== 0 };
   const uniforms = {
     ...{ M, N, K, R, s: scale, c: lowRank?.scale ?? 0, x_batch: M * K, w_batch: K * N },
-    ...{ splits: plan.splits, group: packed?.group ?? 1 },
+    ...{ splits: plan.splits, group_bits: Math.log2(packed?.group ?? 1) },
   };
   const weight = packed ? weightParts(packed) : [];
   const hasEpilogue = Boolean(bias || activation || residual);
@@ -183,7 +183,7 @@ function run(
       const parts = [...weight, ...(packed ? [ONE_BY_ONE] : []), ...finish.parts];
       const variant = { ...tuned, LOW_RANK: R > 0 ? 1 : 0, ...finish.tuned };
       const [across, down] = [Math.ceil(N / TN), Math.ceil(M / TM)];
-      if (layout === "nt") directNt(gpu, uniforms, buffers, [across * (tuned.LANES ?? 1), down, batch], variant, parts);
+      if (layout === "nt") directNt(gpu, uniforms, buffers, [across * (tuned.LANES ?? 4), down, batch], variant, parts);
       else direct(gpu, uniforms, buffers, [across, down, batch], { ...variant, X_T }, parts);
     }
   }
@@ -223,6 +223,8 @@ function noise(sizeBytes: number): Float32Array {
 }
 
 function sizes(x: Tensor, w: Tensor | PackedMatrix, layout: Layout) {
+  if (layout === "tn" && isPacked(w))
+    throw new ShapeError(`matmul: a packed w takes "nn" or "nt", got "tn" with w [${w.shape}]`);
   if (x.shape.length < 2 || w.shape.length < 2)
     throw new ShapeError(`matmul: x and w must have at least two axes, got [${x.shape}] and [${w.shape}]`);
   const [wa = 0, wb = 0] = w.shape.slice(-2);

@@ -82,7 +82,7 @@ export class LoraAdapter {
       if (layer.adapter)
         throw new ShapeError(`enable: a layer takes one enabled adapter, got a second on ${name}. Disable the first`);
     for (const { layer, A, B } of this.pairs.values())
-      layer.adapter = { apply: (x, W) => loraLinear(x, W, A, B, this.scale) };
+      layer.adapter = { apply: (x, W, bias) => loraLinear(x, W, A, B, this.scale, bias) };
     this.#state = "enabled";
   }
 

@@ -1,4 +1,4 @@
-import { add, matmul } from "../autograd/basic-ops.ts";
+import { matmul } from "../autograd/basic-ops.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 
 /** A linear layer's parameters: y = x·Wᵀ + b, W [N,K], b [N]. */
@@ -10,12 +10,11 @@ export interface Linear {
 }
 
 export interface LinearAdapter {
-  /** x·Wᵀ and whatever the adapter adds. */
-  apply(x: Tensor, weight: Tensor): Tensor;
+  /** x·Wᵀ + b and whatever the adapter adds. */
+  apply(x: Tensor, weight: Tensor, bias?: Tensor): Tensor;
 }
 
 /** y = x·Wᵀ + b, through the layer's adapter if it has one. x [...,K] → y [...,N]. */
-export function linear(layer: Linear, x: Tensor): Tensor {
-  const y = layer.adapter ? layer.adapter.apply(x, layer.weight) : matmul(x, layer.weight, "nt");
-  return layer.bias ? add(y, layer.bias) : y;
+export function linear({ weight, bias, adapter }: Linear, x: Tensor): Tensor {
+  return adapter ? adapter.apply(x, weight, bias) : matmul(x, weight, "nt", bias);
 }

@@ -17,7 +17,7 @@ export interface PackedMatrix {
   readonly words: Tensor;
   /** int8, nf4: scales as f32, or as words when they are quantised themselves (`doubleQuant`). */
   readonly scales?: Tensor;
-  /** Elements that share a scale; for int8 by rows it is the number of columns. */
+  /** Elements that share a scale, a power of two: kernels find the scale by a shift. A scale for a whole row is there once per group. */
   readonly group: number;
   readonly doubleQuant: boolean;
 }

@@ -1,4 +1,5 @@
 import { backward, type Gradients } from "../autograd/engine.ts";
+import type { Tuning } from "../gpu/tuner.ts";
 import { sum2 } from "../kernels/axpy.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { readAll, type Tensor } from "../tensor/tensor.ts";
@@ -27,6 +28,9 @@ export interface TrainOptions extends AdamWSettings {
   readonly shuffleSeed?: number | undefined;
   /** Fills rows up to the longest of a batch; never seen by the loss. */
   readonly padId?: number;
+  /** Time the ways to compute this model's products on this device first, where that was not done before: see `Tuner`. */
+  readonly tune?: boolean;
+  readonly onTuned?: (tuning: Tuning) => void;
   /** Stops after the step in progress. */
   readonly signal?: AbortSignal | undefined;
 }
@@ -56,6 +60,10 @@ export async function* train(options: TrainOptions): AsyncGenerator<StepMetrics,
   const { model, rows, steps, batchSize, gradAccumulation = 1, learningRate, schedule = "linear", padId = 0 } = options;
   checkOptions(options);
   const { gpu } = model;
+  if (options.tune) {
+    const batch = collate(rows.slice(0, batchSize), padId);
+    await gpu.tuner.tune(() => backward(batchLoss(model, batch, 1 / batch.tokens)), options.onTuned);
+  }
   const batches = batchIndices({ rows: rows.length, batchSize, seed: options.shuffleSeed });
   const optimizer = new AdamW(options.parameters, options);
   try {

@@ -1,5 +1,7 @@
 import { expect, test } from "vitest";
 import { backward } from "../../src/autograd/engine.ts";
+import { packMatrix } from "../../src/kernels/pack.ts";
+import { unpackMatrix } from "../../src/kernels/unpack.ts";
 import { attachLora, type HasLinears } from "../../src/lora/adapter.ts";
 import { loraLinear } from "../../src/lora/lora-linear.ts";
 import { matchModules } from "../../src/lora/target-modules.ts";
@@ -37,6 +39,37 @@ test.each([
     twin: (...ts) => loraTwin(...fourNd(ts), 0.5),
   });
 });
+
+test("loraLinear adds its bias in the same product, and its gradients equal the f64 twin", async () => {
+  const plus = (y: Nd, bias: Nd): Nd => ({
+    shape: y.shape,
+    data: y.data.map((value, i) => value + (bias.data[i % bias.data.length] ?? Number.NaN)),
+  });
+  await checkOp({
+    inputs: [[5, 8], [12, 8], [4, 8], [12, 4], [12]],
+    op: (...ts) => loraLinear(...four(ts.slice(0, 4)), 0.5, ts[4]),
+    twin: (...ts) => plus(loraTwin(...fourNd(ts.slice(0, 4)), 0.5), ts[4] as Nd),
+    frozen: [1],
+  });
+});
+
+test.each(["f16", "bf16", "int8", "nf4"] as const)(
+  "loraLinear on a base packed as %s equals its f64 twin on the widened base, gradients too",
+  async (format) => {
+    const gpu = await testGpu();
+    const packed = packMatrix(gpu, Float32Array.from(randomNd([12, 64], new Random(3)).data), [12, 64], format);
+    const W: Nd = { shape: [12, 64], data: Float64Array.from(await read(unpackMatrix(packed))) };
+    await checkOp({
+      inputs: [
+        [5, 64],
+        [4, 64],
+        [12, 4],
+      ],
+      op: (...[x, A, B]) => loraLinear(x as Tensor, packed, A as Tensor, B as Tensor, 0.5),
+      twin: (...[x, A, B]) => loraTwin(x as Nd, W, A as Nd, B as Nd, 0.5),
+    });
+  },
+);
 
 test("loraLinear with a frozen W gives W no gradient", async () => {
   await checkOp({

@@ -1,5 +1,5 @@
 // w = NF4[code] · scale        4-bit NormalFloat: Dettmers et al., arXiv:2305.14314, appendix E; levels as bitsandbytes has them
-//   codes of 4 bits, two to a byte, the first in the high half, bytes in order of their addresses; a scale for each d.group elements
+//   codes of 4 bits, two to a byte, the first in the high half, bytes in order of their addresses; a scale for each 2^group_bits
 
 alias Stored = u32;
 
@@ -15,5 +15,5 @@ fn scale_of(block: u32) -> f32 { return scales[block]; }
 fn widen(at: u32) -> vec4f {
   let word = w[at / 2u] >> (16u * (at % 2u));
   let code = (vec4u(word) >> vec4u(4u, 0u, 12u, 8u)) & vec4u(15u);
-  return scale_of(4u * at / d.group) * vec4f(NF4[code.x], NF4[code.y], NF4[code.z], NF4[code.w]);
+  return scale_of((4u * at) >> d.group_bits) * vec4f(NF4[code.x], NF4[code.y], NF4[code.z], NF4[code.w]);
 }
