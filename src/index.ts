@@ -5,7 +5,8 @@ export { backward, type Gradients, once, record } from "./autograd/engine.ts";
 export * from "./autograd/model-ops.ts";
 export { GpuError } from "./gpu/errors.ts";
 export { type Counters, Gpu, type HasBuffer, type OpenGpuOptions, openGpu } from "./gpu/gpu.ts";
-export { defineKernel, type Kernel, type Tuned } from "./gpu/kernel.ts";
+export { defineKernel, definePart, type Kernel, type Part, type Tuned } from "./gpu/kernel.ts";
+export type { Candidate, Question, Trial, Tuner, TuneStore, Tuning } from "./gpu/tuner.ts";
 export {
   type ByteSource,
   blobSource,
@@ -22,6 +23,9 @@ export {
   type TensorInfo,
   type TensorToWrite,
 } from "./io/safetensors.ts";
+export type { Layout } from "./kernels/matmul.ts";
+export { type PackOptions, packMatrix } from "./kernels/pack.ts";
+export { unpackMatrix } from "./kernels/unpack.ts";
 export { attachLora, type HasLinears, LoraAdapter, type LoraConfig, type LoraPair } from "./lora/adapter.ts";
 export { loraLinear } from "./lora/lora-linear.ts";
 export { type AdapterFiles, loadPeft, savePeft } from "./lora/peft.ts";
@@ -33,6 +37,7 @@ export { type Linear, type LinearAdapter, linear } from "./nn/linear.ts";
 export { inverseFrequencies, type RopeSettings, ropeTables } from "./nn/rope.ts";
 export { type GenerateOptions, generate } from "./serve/generate.ts";
 export { ShapeError } from "./tensor/errors.ts";
+export { isPacked, type PackedFormat, type PackedMatrix } from "./tensor/packed.ts";
 export { Random } from "./tensor/random.ts";
 export { type DType, empty, read, readAll, type Shape, Tensor, tensor, view } from "./tensor/tensor.ts";
 export { AdamW, type AdamWSettings } from "./train/adamw.ts";

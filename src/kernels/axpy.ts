@@ -1,6 +1,7 @@
 import { defineKernel } from "../gpu/kernel.ts";
 import { empty, expectShape, type Tensor } from "../tensor/tensor.ts";
 import source from "./axpy.wgsl";
+import { lanes } from "./lanes.ts";
 
 const kernel = defineKernel("axpy", source);
 
@@ -8,7 +9,8 @@ const kernel = defineKernel("axpy", source);
 export function axpy(a: number, x: Tensor, b: number, z: Tensor): Tensor {
   expectShape("axpy", "z must have the shape of x", z, x.shape);
   const y = empty(x.gpu, x.shape, "axpy");
-  kernel(x.gpu, { n: x.size, a, b }, { x, z, y }, [x.size]);
+  const { n, parts } = lanes(x.gpu, x.size);
+  kernel(x.gpu, { n, a, b }, { x, z, y }, [n], {}, parts);
   return y;
 }
 

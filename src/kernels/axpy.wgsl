@@ -5,9 +5,11 @@ override WG: u32 = 64;
 
 struct Dims { n: u32, a: f32, b: f32 }
 @group(0) @binding(0) var<uniform> d: Dims;
-@group(0) @binding(1) var<storage, read> x: array<f32>;
-@group(0) @binding(2) var<storage, read> z: array<f32>;
-@group(0) @binding(3) var<storage, read_write> y: array<f32>;
+@group(0) @binding(1) var<storage, read> x: array<Lane>;
+@group(0) @binding(2) var<storage, read> z: array<Lane>;
+@group(0) @binding(3) var<storage, read_write> y: array<Lane>;
+
+alias Lane = f32;  // parts/four-lanes.wgsl: vec4f
 
 @compute @workgroup_size(WG)
 fn main(@builtin(global_invocation_id) id: vec3u, @builtin(num_workgroups) groups: vec3u) {

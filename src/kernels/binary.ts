@@ -2,6 +2,7 @@ import { defineKernel } from "../gpu/kernel.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { empty, type Shape, type Tensor } from "../tensor/tensor.ts";
 import source from "./binary.wgsl";
+import { lanes } from "./lanes.ts";
 
 const kernel = defineKernel("binary", source);
 
@@ -38,7 +39,8 @@ function elementwise(op: keyof typeof OPS, a: Tensor, b: Tensor, shape: Shape): 
       `${op}: operands may alternate over at most 4 groups of axes, got [${a.shape}] and [${b.shape}]`,
     );
   const FLAT = axes.every((axis) => axis.inA && axis.inB) ? 1 : 0;
-  const uniforms: Record<string, number> = { n: y.size };
+  const { n, parts } = FLAT ? lanes(a.gpu, y.size) : { n: y.size, parts: [] };
+  const uniforms: Record<string, number> = { n };
   let [strideA, strideB] = [1, 1];
   for (let k = 3; k >= 0; k--) {
     const { size, inA, inB } = axes[axes.length - 4 + k] ?? { size: 1, inA: false, inB: false };
@@ -48,7 +50,7 @@ function elementwise(op: keyof typeof OPS, a: Tensor, b: Tensor, shape: Shape): 
     if (inA) strideA *= size;
     if (inB) strideB *= size;
   }
-  kernel(a.gpu, uniforms, { a, b, y }, [y.size], { OP: OPS[op], FLAT });
+  kernel(a.gpu, uniforms, { a, b, y }, [n], { OP: OPS[op], FLAT }, parts);
   return y;
 }
 

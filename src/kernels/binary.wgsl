@@ -11,9 +11,11 @@ struct Dims {
   b0: u32, b1: u32, b2: u32, b3: u32,
 }
 @group(0) @binding(0) var<uniform> d: Dims;
-@group(0) @binding(1) var<storage, read> a: array<f32>;
-@group(0) @binding(2) var<storage, read> b: array<f32>;
-@group(0) @binding(3) var<storage, read_write> y: array<f32>;
+@group(0) @binding(1) var<storage, read> a: array<Lane>;
+@group(0) @binding(2) var<storage, read> b: array<Lane>;
+@group(0) @binding(3) var<storage, read_write> y: array<Lane>;
+
+alias Lane = f32;  // parts/four-lanes.wgsl: vec4f
 
 @compute @workgroup_size(WG)
 fn main(@builtin(global_invocation_id) id: vec3u, @builtin(num_workgroups) groups: vec3u) {

@@ -18,11 +18,11 @@ fn main(@builtin(global_invocation_id) id: vec3u, @builtin(num_workgroups) group
   let is_v = row < d.M;
   let step = select(d.N, d.M, is_v) * pitch;
   let count = select(d.blocks, d.strips, is_v);
-  var from = select(d.strips * d.M * pitch + (row - d.M) * pitch, row * pitch, is_v) + at % d.R;
+  var place = select(d.strips * d.M * pitch + (row - d.M) * pitch, row * pitch, is_v) + at % d.R;
   var sum = 0.0;
   for (var p = 0u; p < count; p++) {
-    sum += parts[from];
-    from += step;
+    sum += parts[place];
+    place += step;
   }
   if (is_v) { v[at] = d.s * sum; } else { dB[at - d.M * d.R] = d.s * sum; }
 }

@@ -53,51 +53,49 @@ fn u4(row: u32, rank: u32) -> vec4f { return u[(min(row, d.M - 1u) * d.R + min(r
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
-  let end = min((group.x + 1u) * d.tiles, (d.N + 4u * BN4 - 1u) / (4u * BN4));
+  let first = group.x * d.tiles;
+  let end = min(first + d.tiles, (d.N + 4u * BN4 - 1u) / (4u * BN4));
   let row0 = group.y * BM;
   let rank4 = thread % R4;
   let pitch = (d.R + 3u) / 4u;
   let dB0 = d.strips * d.M * pitch;
   var next: array<vec4f, SHARE>;
   var v: array<vec4f, TM>;
+  var block: array<vec4f, FOUR>;
 
-  for (var n = 0u; n < SHARE; n++) {
-    let at = thread + n * WG;
-    next[n] = dy4(row0 + at / BN4, 4u * (group.x * d.tiles * BN4 + at % BN4));
-  }
-  for (var t = group.x * d.tiles; t < end; t++) {
+  // Each round fetches a tile and computes the one before it.
+  for (var at = first; at <= end; at++) {
     for (var n = 0u; n < SHARE; n++) {
-      let at = thread + n * WG;
-      tile[at / BN4 * PITCH + at % BN4] = next[n];
+      let place = thread + n * WG;
+      if (at < end) { next[n] = dy4(row0 + place / BN4, 4u * (at * BN4 + place % BN4)); }
     }
-    workgroupBarrier();
-    if (t + 1u < end) {
-      for (var n = 0u; n < SHARE; n++) {
-        let at = thread + n * WG;
-        next[n] = dy4(row0 + at / BN4, 4u * ((t + 1u) * BN4 + at % BN4));
+    if (at > first) {
+      let left4 = (at - 1u) * BN4;
+      for (var c = 0u; c < BN4; c += 1u) {
+        let j = 4u * (left4 + c);
+        let b = mat4x4f(b4(j, 4u * rank4), b4(j + 1u, 4u * rank4), b4(j + 2u, 4u * rank4), b4(j + 3u, 4u * rank4));
+        for (var i = 0u; i < TM; i++) { v[i] += b * tile[(thread / R4 + i * RG) * PITCH + c]; }
+      }
+      for (var q = 0u; q < FOUR; q++) { block[q] = vec4f(); }
+      for (var i = thread / BLOCKS; i < BM; i += SEG) {
+        let right = u4(row0 + i, 4u * rank4);
+        let left = tile[i * PITCH + thread / R4 % BN4];
+        for (var q = 0u; q < FOUR; q++) { block[q] += left[q] * right; }
+      }
+      workgroupBarrier();
+      for (var q = 0u; q < FOUR; q++) { tile[q * WG + thread] = block[q]; }
+      workgroupBarrier();
+      for (var e = thread; e < 4u * BLOCKS; e += WG) {
+        var sum = vec4f();
+        for (var i = 0u; i < SEG; i += 1u) { sum += tile[e / BLOCKS * WG + i * BLOCKS + e % BLOCKS]; }
+        let j = 4u * (left4 + e % BLOCKS / R4) + e / BLOCKS;
+        if (j < d.N && e % R4 < pitch) { parts[dB0 + (group.y * d.N + j) * pitch + e % R4] = sum; }
       }
     }
-
-    for (var c = 0u; c < BN4; c += 1u) {
-      let column = 4u * (t * BN4 + c);
-      let b = mat4x4f(b4(column, 4u * rank4), b4(column + 1u, 4u * rank4), b4(column + 2u, 4u * rank4), b4(column + 3u, 4u * rank4));
-      for (var i = 0u; i < TM; i++) { v[i] += b * tile[(thread / R4 + i * RG) * PITCH + c]; }
-    }
-
-    var block: array<vec4f, FOUR>;
-    for (var i = thread / BLOCKS; i < BM; i += SEG) {
-      let right = u4(row0 + i, 4u * rank4);
-      let left = tile[i * PITCH + thread / R4 % BN4];
-      for (var q = 0u; q < FOUR; q++) { block[q] += left[q] * right; }
-    }
     workgroupBarrier();
-    for (var q = 0u; q < FOUR; q++) { tile[q * WG + thread] = block[q]; }
-    workgroupBarrier();
-    for (var e = thread; e < 4u * BLOCKS; e += WG) {
-      var sum = vec4f();
-      for (var i = 0u; i < SEG; i += 1u) { sum += tile[e / BLOCKS * WG + i * BLOCKS + e % BLOCKS]; }
-      let column = 4u * (t * BN4 + e % BLOCKS / R4) + e / BLOCKS;
-      if (column < d.N && e % R4 < pitch) { parts[dB0 + (group.y * d.N + column) * pitch + e % R4] = sum; }
+    for (var n = 0u; n < SHARE; n++) {
+      let place = thread + n * WG;
+      tile[place / BN4 * PITCH + place % BN4] = next[n];
     }
     workgroupBarrier();
   }

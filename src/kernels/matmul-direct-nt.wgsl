@@ -1,4 +1,4 @@
-// y = s·x·wᵀ + c·u·bᵀ        for "nt": the rows of x and of w both run along k
+// y = s·(x·wᵀ + c·u·bᵀ)        for "nt": the rows of x and of w both run along k
 //   x [M,K]     w [N,K]     u [M,R]     b [N,R]     y [M,N]     row-major, f32, any size
 //
 // The twin of matmul-direct.wgsl for CPU adapters. Here the lanes of a load must run along k, so the LANES threads of a workgroup
@@ -49,9 +49,6 @@ fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_id) lane: 
       for (var i = 0u; i < TM; i++) { acc[i][j] += left[i] * right; }
     }
   }
-  for (var i = 0u; i < TM; i++) {
-    for (var j = 0u; j < TN; j++) { acc[i][j] *= d.s; }
-  }
   if (LOW_RANK == 1u) {
     for (var r = lane.x; r < d.R; r += LANES) {
       for (var i = 0u; i < TM; i++) { left[i] = d.c * u[row[i] * d.R + r]; }
@@ -70,6 +67,6 @@ fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_id) lane: 
     for (var n = 0u; n < LANES; n++) { sum += sums[e * LANES + n]; }
     let i = tile.y * TM + e / TN;
     let j = tile.x * TN + e % TN;
-    if (i < d.M && j < d.N) { y[(tile.z * d.M + i) * d.N + j] = finish(sum, tile.z * d.M + i, j); }
+    if (i < d.M && j < d.N) { y[(tile.z * d.M + i) * d.N + j] = finish(d.s * sum, tile.z * d.M + i, j); }
   }
 }

@@ -1,4 +1,4 @@
-// y = s·x·w + c·u·b          for "nn" and "tn": the columns of w lie side by side
+// y = s·(x·w + c·u·b)          for "nn" and "tn": the columns of w lie side by side
 //   x [M,K], or [K,M] if X_T     w [K,N]     u [M,R]     b [R,N]     y [M,N]     row-major, f32, any size
 //
 // For adapters that run on a CPU, where workgroup memory and barriers cost and threads are the lanes of vector registers. A thread
@@ -56,9 +56,6 @@ fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_id) lane: 
       }
     }
   }
-  for (var i = 0u; i < TM; i++) {
-    for (var j = 0u; j < TN; j++) { acc[i][j] *= d.s; }
-  }
   if (LOW_RANK == 1u) {
     for (var r = 0u; r < d.R; r++) {
       for (var j = 0u; j < TN; j++) { right[j] = d.c * b[r * d.N + column[j]]; }
@@ -72,7 +69,7 @@ fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_id) lane: 
     let row = tile.y * TM + i;
     for (var j = 0u; j < TN; j++) {
       if (row < d.M && (tile.x * TN + j) * LANES + lane.x < d.N) {
-        y[(tile.z * d.M + row) * d.N + column[j]] = finish(acc[i][j], tile.z * d.M + row, column[j]);
+        y[(tile.z * d.M + row) * d.N + column[j]] = finish(d.s * acc[i][j], tile.z * d.M + row, column[j]);
       }
     }
   }

@@ -19,8 +19,8 @@ export interface MatmulShape {
 export interface MatmulPlan {
   /** What the tuner's cache calls it. */
   readonly name: string;
-  /** `matmul-tiled.wgsl`, `matmul-rows.wgsl`, or `matmul-direct.wgsl` and its "nt" twin. */
-  readonly family: "tiled" | "rows" | "direct";
+  /** `matmul-<family>.wgsl`; "direct" has a twin for "nt". */
+  readonly family: "tiled" | "registers" | "rows" | "direct";
   readonly tuned: Tuned;
   /** Pieces into which k is cut. */
   readonly splits: number;
@@ -38,6 +38,7 @@ export function shapeClass({ layout, M, N, K, R, batch, format }: MatmulShape): 
 
 /** A thread's tile × its workgroup, widest first. After the tables of several engines and their tuning runs on many GPUs. */
 const TILES = {
+  "128×128/16": { BK: 16, TM: 8, TN: 8, WX: 16, WY: 16 },
   "128×128": { BK: 8, TM: 8, TN: 8, WX: 16, WY: 16 },
   "128×64": { BK: 8, TM: 8, TN: 8, WX: 8, WY: 16 },
   "64×64": { BK: 8, TM: 8, TN: 8, WX: 8, WY: 8 },
@@ -61,13 +62,14 @@ const BUSY = 128;
 export function defaultPlan(gpu: Gpu, shape: MatmulShape): MatmulPlan {
   if (gpu.isSoftware) return directPlan(shape, 16, 8);
   const { layout, M, N, K, R, batch } = shape;
-  if (layout === "nt" && M <= FEW_ROWS) return rowsPlan(gpu, shape, M > 4 ? 8 : 4, 64);
+  if (layout === "nt" && M <= FEW_ROWS) return rowsPlan(gpu, shape, 4, 64);
   const skinny = N <= 32 ? "64×16/4" : M <= 32 ? "16×64/4" : undefined;
   const groups = (of: keyof typeof TILES): number => {
     const { TM, TN, WX, WY } = TILES[of];
     return Math.ceil(M / (TM * WY)) * Math.ceil(N / (TN * WX)) * batch;
   };
-  const fits = (["128×128", "64×64", "64×32/4"] as const).find((of) => groups(of) >= BUSY);
+  const widest = fitsMemory(gpu, TILES["128×128/16"]) ? "128×128/16" : "128×128";
+  const fits = ([widest, "64×64", "64×32/4"] as const).find((of) => groups(of) >= BUSY);
   const tile = skinny ?? fits ?? "32×32/4";
   const most = Math.max(1, Math.floor((K + R) / 256));
   return tiledPlan(tile, Math.min(most, Math.max(1, Math.ceil(BUSY / groups(tile)))));
@@ -81,9 +83,15 @@ export function plans(gpu: Gpu, shape: MatmulShape): readonly MatmulPlan[] {
     for (const [TM, TN] of [[4, 8], [8, 8], [8, 16], [16, 8], [16, 16]] as const) all.push(directPlan(shape, TM, TN)); // biome-ignore format: one line
   else {
     if (layout === "nt" && M <= FEW_ROWS)
-      for (const TN of [2, 4, 8]) for (const WG of [32, 64, 128, 256]) all.push(rowsPlan(gpu, shape, TN, WG));
+      for (const TN of [2, 4, 8])
+        for (const WG of [32, 64, 128, 256]) {
+          const plan = rowsPlan(gpu, shape, TN, WG);
+          if (4 * (plan.tuned.TM ?? 1) * TN * WG <= gpu.limits.maxComputeWorkgroupStorageSize) all.push(plan);
+        }
     const most = Math.floor((K + R) / 128);
-    for (const [tile, { TM, TN, WX, WY }] of Object.entries(TILES)) {
+    for (const [tile, sizes] of Object.entries(TILES)) {
+      const { TM, TN, WX, WY } = sizes;
+      if (!fitsMemory(gpu, sizes)) continue;
       if (TM * WY >= 4 * M || TN * WX >= 4 * N) continue; // mostly empty
       const groups = Math.ceil(M / (TM * WY)) * Math.ceil(N / (TN * WX));
       for (const splits of [1, 2, 4, 8, 16, 32])
@@ -92,6 +100,11 @@ export function plans(gpu: Gpu, shape: MatmulShape): readonly MatmulPlan[] {
     }
   }
   return [...new Map(all.map((plan) => [plan.name, plan])).values()];
+}
+
+/** Whether a stage of f32 fits the device's workgroup memory: ROW vec4 for each of its k, as `matmul-tiled.wgsl` has it. */
+function fitsMemory(gpu: Gpu, { BK, TM, TN, WX, WY }: { [size in "BK" | "TM" | "TN" | "WX" | "WY"]: number }): boolean {
+  return 4 * BK * (TM * WY + TN * WX + 4) <= gpu.limits.maxComputeWorkgroupStorageSize;
 }
 
 function tiledPlan(tile: keyof typeof TILES, splits: number): MatmulPlan {

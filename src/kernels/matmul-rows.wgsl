@@ -1,4 +1,4 @@
-// y = s·x·wᵀ + c·u·bᵀ        few rows, as in decoding: the parallelism is taken from k
+// y = s·(x·wᵀ + c·u·bᵀ)        few rows, as in decoding: the parallelism is taken from k
 //   x [M,K]     w [N,K]     u [M,R]     b [N,R]     y [M,N]     row-major, f32; K a multiple of 4 (parts/ragged-*.wgsl)
 //
 // Such a product is bound by the bytes of w, so each of its elements is read once and used for all TM rows. A workgroup owns
@@ -10,6 +10,7 @@ const WG: u32 = 64u;
 const TILE: u32 = TM * TN;
 override X_T: u32 = 0;
 override W_T: u32 = 1;
+override LOW_RANK: u32 = 1;  // 0 where R is 0: less to compile
 
 struct Dims {
   M: u32, N: u32, K: u32, R: u32,
@@ -61,13 +62,12 @@ fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_index) thr
       for (var i = 0u; i < TM; i++) { acc[i][j] += dot(left[i], right); }
     }
   }
-  for (var i = 0u; i < TM; i++) {
-    for (var j = 0u; j < TN; j++) { acc[i][j] *= d.s; }
-  }
-  for (var r = thread; r < d.R; r += WG) {
-    for (var j = 0u; j < TN; j++) {
-      let right = d.c * b[min(tile.x * TN + j, d.N - 1u) * d.R + r];
-      for (var i = 0u; i < TM; i++) { acc[i][j] += u[min(tile.y * TM + i, d.M - 1u) * d.R + r] * right; }
+  if (LOW_RANK == 1u) {
+    for (var r = thread; r < d.R; r += WG) {
+      for (var j = 0u; j < TN; j++) {
+        let right = d.c * b[min(tile.x * TN + j, d.N - 1u) * d.R + r];
+        for (var i = 0u; i < TM; i++) { acc[i][j] += u[min(tile.y * TM + i, d.M - 1u) * d.R + r] * right; }
+      }
     }
   }
   for (var i = 0u; i < TM; i++) {
@@ -78,6 +78,6 @@ fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_index) thr
   for (var e = thread; e < TILE; e += WG) {
     let i = tile.y * TM + e / TN;
     let j = tile.x * TN + e % TN;
-    if (i < d.M && j < d.N) { y[i * d.N + j] = finish(sums[e * WG], i, j); }
+    if (i < d.M && j < d.N) { y[i * d.N + j] = finish(d.s * sums[e * WG], i, j); }
   }
 }

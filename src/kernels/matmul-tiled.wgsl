@@ -1,4 +1,4 @@
-// y = s·x·w + c·u·b          LoRA is R more columns of one product: y = [s·x | c·u]·[w ; b], written once
+// y = s·(x·w + c·u·b)          LoRA is R more columns of one product: y = s·[x | c·u]·[w ; b], written once
 //   x [M,K], or [K,M] if X_T     w [K,N], or [N,K] if W_T     u [M,R]     b [R,N], or [N,R] if W_T     y [M,N]
 //   row-major, f32; the rows of x, w and y hold multiples of 4 elements (parts/ragged-*.wgsl take all others)
 //
@@ -16,6 +16,7 @@ const WX: u32 = 8u;
 const WY: u32 = 8u;
 override X_T: u32 = 0;
 override W_T: u32 = 0;
+override LOW_RANK: u32 = 1;  // 0 where R is 0: less to compile
 
 const TM4: u32 = TM / 4u;
 const TN4: u32 = TN / 4u;
@@ -96,16 +97,16 @@ fn fetch(at: vec2u, tile: vec2u, stage_at: u32) -> mat4x4f {
   let base_stages = (d.K + BK - 1u) / BK;
   if (at.y < BM4) {
     let i = 4u * (tile.y * BM4 + at.y);
-    if (stage_at >= base_stages) {
+    if (LOW_RANK == 1u && stage_at >= base_stages) {
       let k = (stage_at - base_stages) * BK + 4u * at.x;
       return d.c * transpose(mat4x4f(u4(i, k), u4(i + 1u, k), u4(i + 2u, k), u4(i + 3u, k)));
     }
     let k = stage_at * BK + 4u * at.x;
-    if (X_T == 1u) { return d.s * mat4x4f(x4(k, i), x4(k + 1u, i), x4(k + 2u, i), x4(k + 3u, i)); }
-    return d.s * transpose(mat4x4f(x4(i, k), x4(i + 1u, k), x4(i + 2u, k), x4(i + 3u, k)));
+    if (X_T == 1u) { return mat4x4f(x4(k, i), x4(k + 1u, i), x4(k + 2u, i), x4(k + 3u, i)); }
+    return transpose(mat4x4f(x4(i, k), x4(i + 1u, k), x4(i + 2u, k), x4(i + 3u, k)));
   }
   let j = 4u * (tile.x * BN4 + at.y - BM4);
-  if (stage_at >= base_stages) {
+  if (LOW_RANK == 1u && stage_at >= base_stages) {
     let k = (stage_at - base_stages) * BK + 4u * at.x;
     if (W_T == 1u) { return transpose(mat4x4f(b4(j, k), b4(j + 1u, k), b4(j + 2u, k), b4(j + 3u, k))); }
     return mat4x4f(b4(k, j), b4(k + 1u, j), b4(k + 2u, j), b4(k + 3u, j));
@@ -163,7 +164,7 @@ fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_id) thread
       let column = 4u * (tile.x * BN4 + thread.x + j * WX);
       if (row < d.M && column < d.N) {
         let to = tile.z * d.M + row;
-        for (var q = 0u; q < FOUR; q++) { acc[i][j][q] = finish(acc[i][j][q], to, column + q); }
+        for (var q = 0u; q < FOUR; q++) { acc[i][j][q] = finish(d.s * acc[i][j][q], to, column + q); }
         store(to, column, acc[i][j]);
       }
     }

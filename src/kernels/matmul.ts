@@ -6,6 +6,7 @@ import { empty, expectDType, expectShape, type Tensor } from "../tensor/tensor.t
 import directSource from "./matmul-direct.wgsl";
 import directNtSource from "./matmul-direct-nt.wgsl";
 import { defaultPlan, type MatmulPlan, type MatmulShape, plans, shapeClass } from "./matmul-plans.ts";
+import registersSource from "./matmul-registers.wgsl";
 import rowsSource from "./matmul-rows.wgsl";
 import splitsSource from "./matmul-splits.wgsl";
 import tiledSource from "./matmul-tiled.wgsl";
@@ -20,6 +21,7 @@ import unarySource from "./unary.wgsl";
 import { weightParts } from "./weight-parts.ts";
 
 const tiled = defineKernel("matmul-tiled", tiledSource);
+const registers = defineKernel("matmul-registers", registersSource);
 const direct = defineKernel("matmul-direct", directSource);
 const directNt = defineKernel("matmul-direct-nt", directNtSource);
 const rows = defineKernel("matmul-rows", rowsSource);
@@ -122,8 +124,10 @@ function run(
   const [X_T, W_T] = [layout === "tn" ? 1 : 0, layout === "nt" ? 1 : 0];
   const packed = isPacked(w) ? w : undefined;
   const ragged = { x: (X_T ? M : K) % 4 !== 0, w: (W_T ? K : N) % 4 !== 0, y: N % 4 !== 0 };
+  // The kernels compute s·(x·w + c·u·b).
+  const [k, s, c] = scale === 0 && lowRank ? [0, 1, lowRank.scale] : [K, scale, (lowRank?.scale ?? 0) / scale];
   const uniforms = {
-    ...{ M, N, K, R, s: scale, c: lowRank?.scale ?? 0, x_batch: M * K, w_batch: K * N },
+    ...{ M, N, K: k, R, s, c: lowRank ? c : 0, x_batch: M * K, w_batch: K * N },
     ...{ splits: plan.splits, group_bits: Math.log2(packed?.group ?? 1) },
   };
   const weight = packed ? weightParts(packed) : [];
@@ -143,6 +147,7 @@ function run(
     ...rest,
   };
   const { TM = 1, TN = 1 } = tuned;
+  const LOW_RANK = R > 0 ? 1 : 0;
 
   switch (plan.family) {
     case "tiled": {
@@ -155,7 +160,7 @@ function run(
         ...(plan.half ? [HALF] : []),
       ];
       const threads = [Math.ceil(N / TN), Math.ceil(M / TM), batch * P] as const;
-      const variant = { ...tuned, X_T, W_T };
+      const variant = { ...tuned, X_T, W_T, LOW_RANK };
       if (P === 1) {
         tiled(gpu, uniforms, buffers, threads, { ...variant, ...finish.tuned }, [...parts, ...finish.parts]);
         return;
@@ -167,6 +172,18 @@ function run(
       });
       return;
     }
+    case "registers": {
+      const parts = [
+        ...weight,
+        ...(ragged.x ? [RAGGED_X] : []),
+        ...(ragged.w && !packed ? [RAGGED_W] : []),
+        ...(ragged.y ? [RAGGED_Y] : []),
+        ...finish.parts,
+      ];
+      const variant = { ...tuned, X_T, W_T, LOW_RANK, ...finish.tuned };
+      registers(gpu, uniforms, buffers, [Math.ceil(N / TN), Math.ceil(M / TM), batch], variant, parts);
+      return;
+    }
     case "rows": {
       const parts = [
         ...weight,
@@ -176,12 +193,12 @@ function run(
         ...finish.parts,
       ];
       const threads = [Math.ceil(N / TN) * (tuned.WG ?? 1), Math.ceil(M / TM), batch] as const;
-      rows(gpu, uniforms, buffers, threads, { ...tuned, ...finish.tuned }, parts);
+      rows(gpu, uniforms, buffers, threads, { ...tuned, LOW_RANK, ...finish.tuned }, parts);
       return;
     }
     case "direct": {
       const parts = [...weight, ...(packed ? [ONE_BY_ONE] : []), ...finish.parts];
-      const variant = { ...tuned, LOW_RANK: R > 0 ? 1 : 0, ...finish.tuned };
+      const variant = { ...tuned, LOW_RANK, ...finish.tuned };
       const [across, down] = [Math.ceil(N / TN), Math.ceil(M / TM)];
       if (layout === "nt") directNt(gpu, uniforms, buffers, [across * (tuned.LANES ?? 4), down, batch], variant, parts);
       else direct(gpu, uniforms, buffers, [across, down, batch], { ...variant, X_T }, parts);

@@ -1,9 +1,12 @@
+import type { Gpu } from "../gpu/gpu.ts";
 import { defineKernel } from "../gpu/kernel.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { empty, type Shape, type Tensor, view } from "../tensor/tensor.ts";
 import source from "./reduce.wgsl";
+import rowsSource from "./reduce-rows.wgsl";
 
 const kernel = defineKernel("reduce", source);
+const rows = defineKernel("reduce-rows", rowsSource);
 
 const LONG = 512; // a longer axis goes in two passes, of about √axis steps each
 
@@ -54,15 +57,28 @@ export function sumTo(x: Tensor, shape: Shape): Tensor {
 
 /** Reduces the middle axis of x, seen as [outer, length, inner], to [outer, inner]. */
 function middle(op: Reduction, x: Tensor, outer: number, length: number, inner: number): Tensor {
-  const pass = (from: Tensor, axis: number, C: number): Tensor => {
-    const y = empty(x.gpu, [outer, C, inner], op);
-    const s = op === "mean" && C === 1 ? 1 / length : 1;
-    kernel(x.gpu, { n: y.size, axis, inner, C, s }, { x: from, y }, [y.size], { MAX: op === "max" ? 1 : 0 });
+  const { gpu } = x;
+  const pass = (of: Tensor, steps: number, parts: number): Tensor => {
+    const y = empty(gpu, [outer, parts, inner], op);
+    const s = op === "mean" && parts === 1 ? 1 / length : 1;
+    const variant = { MAX: op === "max" ? 1 : 0 };
+    if (inner > 1) kernel(gpu, { n: y.size, axis: steps, inner, C: parts, s }, { x: of, y }, [y.size], variant);
+    else {
+      const WG = gpu.isSoftware ? 4 : steps < 128 ? 32 : 256;
+      rows(gpu, { n: y.size, axis: steps, C: parts, s }, { x: of, y }, [y.size * WG], { ...variant, WG });
+    }
     return y;
   };
-  if (length <= LONG) return pass(x, length, 1);
-  const partials = pass(x, length, Math.ceil(Math.sqrt(length)));
-  const y = pass(partials, Math.ceil(Math.sqrt(length)), 1);
-  x.gpu.release(partials);
+  const C = inner > 1 ? (length <= LONG ? 1 : Math.ceil(Math.sqrt(length))) : stretches(gpu, outer, length);
+  if (C === 1) return pass(x, length, 1);
+  const partials = pass(x, length, C);
+  const y = pass(partials, C, 1);
+  gpu.release(partials);
   return y;
+}
+
+/** Into how many stretches a row is cut: one where the rows alone keep the device busy, else some thousand elements each. */
+function stretches(gpu: Gpu, outer: number, length: number): number {
+  const [busy, most] = gpu.isSoftware ? [8, 512] : [256, 4096];
+  return outer >= busy ? 1 : Math.ceil(length / most);
 }

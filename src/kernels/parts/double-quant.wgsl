@@ -3,8 +3,8 @@
 
 @group(0) @binding(6) var<storage, read> scales: array<u32>;
 
-fn scale_of(block: u32) -> f32 {
-  let outer = 257u + block / 256u * 65u;
-  let code = (scales[outer + 1u + block % 256u / 4u] >> (8u * (block % 4u))) & 255u;
+fn scale_of(n: u32) -> f32 {
+  let outer = 257u + n / 256u * 65u;
+  let code = (scales[outer + 1u + n % 256u / 4u] >> (8u * (n % 4u))) & 255u;
   return bitcast<f32>(scales[code]) * bitcast<f32>(scales[outer]) + bitcast<f32>(scales[256]);
 }

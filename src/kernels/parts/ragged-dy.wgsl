@@ -3,22 +3,22 @@ alias Stored = f32;
 
 fn dy4(row: u32, column: u32) -> vec4f {
   var four = vec4f();
-  for (var q = 0u; q < FOUR; q++) {
+  for (var q = 0u; q < 4u; q++) {
     if (row < d.M && column + q < d.N) { four[q] = dy[row * d.N + column + q]; }
   }
   return four;
 }
 
 fn b4(row: u32, rank: u32) -> vec4f {
-  let from = min(row, d.N - 1u) * d.R;
+  let first = min(row, d.N - 1u) * d.R;
   var four = vec4f();
-  for (var q = 0u; q < FOUR; q++) { four[q] = B[from + min(rank + q, d.R - 1u)]; }
+  for (var q = 0u; q < 4u; q++) { four[q] = B[first + min(rank + q, d.R - 1u)]; }
   return four;
 }
 
 fn u4(row: u32, rank: u32) -> vec4f {
-  let from = min(row, d.M - 1u) * d.R;
+  let first = min(row, d.M - 1u) * d.R;
   var four = vec4f();
-  for (var q = 0u; q < FOUR; q++) { four[q] = u[from + min(rank + q, d.R - 1u)]; }
+  for (var q = 0u; q < 4u; q++) { four[q] = u[first + min(rank + q, d.R - 1u)]; }
   return four;
 }

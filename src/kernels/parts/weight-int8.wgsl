@@ -4,4 +4,4 @@ alias Stored = u32;
 
 @group(0) @binding(6) var<storage, read> scales: array<f32>;
 
-fn widen(at: u32) -> vec4f { return scales[(4u * at) >> d.group_bits] * vec4f(unpack4xI8(w[at])); }
+fn widen(at: u32) -> vec4f { return scales[at >> (d.group_bits - 2u)] * vec4f(unpack4xI8(w[at])); }

@@ -10,10 +10,10 @@ const NF4 = array<f32, 16>(
   -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
   0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0);
 
-fn scale_of(block: u32) -> f32 { return scales[block]; }
+fn scale_of(n: u32) -> f32 { return scales[n]; }
 
 fn widen(at: u32) -> vec4f {
   let word = w[at / 2u] >> (16u * (at % 2u));
   let code = (vec4u(word) >> vec4u(4u, 0u, 12u, 8u)) & vec4u(15u);
-  return scale_of((4u * at) >> d.group_bits) * vec4f(NF4[code.x], NF4[code.y], NF4[code.z], NF4[code.w]);
+  return scale_of(at >> (d.group_bits - 2u)) * vec4f(NF4[code.x], NF4[code.y], NF4[code.z], NF4[code.w]);
 }
