@@ -20,6 +20,12 @@ export interface OpenGpuOptions {
   readonly tune?: "auto" | "off";
   /** Where tuned plans are kept, in place of the cache directory or `localStorage`. */
   readonly tuneStore?: TuneStore;
+  /**
+   * Multiply matrices on the device's matrix units where it has them and the sizes suit: operands are rounded to f16, so that an
+   * element of x·w is off by up to 2⁻¹⁰·Σ|x·w|; values beyond 65504 become infinite, those below 3·10⁻⁸ zero. Sums are f32.
+   * In Node this turns on Dawn's unsafe APIs, in Chrome it needs `--enable-unsafe-webgpu`. Without such units nothing changes.
+   */
+  readonly matrixUnits?: boolean;
   /** Fill every buffer with NaN bits when it is handed out, so that reading what was never written shows. For tests. */
   readonly poison?: boolean;
 }
@@ -73,8 +79,9 @@ export interface Pipeline {
  * (`LOWRANK_ADAPTER=software` forces it). Throws GpuError saying what is missing and how to get it.
  */
 export async function openGpu(options: OpenGpuOptions = {}): Promise<Gpu> {
-  const { adapter, isSoftware, runtime } = await requestAdapter(options.gpu);
-  const wanted: GPUFeatureName[] = ["shader-f16", "subgroups", "timestamp-query"];
+  const { adapter, isSoftware, runtime } = await requestAdapter(options.gpu, options.matrixUnits);
+  const wanted: string[] = ["shader-f16", "subgroups", "timestamp-query"];
+  if (options.matrixUnits) wanted.push("chromium-experimental-subgroup-matrix");
   const requiredLimits: Record<string, number> = {};
   for (const limit of ADAPTER_LIMITS) {
     const value = adapter.limits[limit];
@@ -83,7 +90,7 @@ export async function openGpu(options: OpenGpuOptions = {}): Promise<Gpu> {
   let device: GPUDevice;
   try {
     device = await adapter.requestDevice({
-      requiredFeatures: wanted.filter((feature) => adapter.features.has(feature)),
+      requiredFeatures: wanted.filter((feature) => adapter.features.has(feature)) as GPUFeatureName[],
       requiredLimits,
     });
   } catch (error) {

@@ -196,7 +196,11 @@ function specialize(name: string, source: string, tuned: Tuned, key: string): Va
   }
   const values = readWgsl(text).constants;
   const workgroup = layout.workgroup.map(
-    (size) => constants[size] ?? layout.overrides.get(size) ?? values.get(size) ?? Number.parseInt(size, 10),
+    (size) =>
+      constants[size] ??
+      layout.overrides.get(size) ??
+      values.get(size) ??
+      (/^\d+u?$/.test(size) ? Number.parseInt(size, 10) : Number.NaN),
   );
   if (workgroup.some((size) => !(size > 0)))
     throw new GpuError(

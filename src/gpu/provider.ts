@@ -14,18 +14,21 @@ interface DawnModule {
   create(options: string[]): GPU;
 }
 
+/** Matrix units are an unsafe API still, and Dawn keeps f16 from NVIDIA's GPUs unless told otherwise. */
+const MATRIX_UNITS = "enable-dawn-features=allow_unsafe_apis,vulkan_enable_f16_on_nvidia";
+
 /** Dawn instances, kept for the life of the process: when one is collected the process crashes at its next use. */
 const kept: GPU[] = [];
 
 /** Asks for the fastest adapter. Throws GpuError saying what is missing and how to get it. */
-export async function requestAdapter(injected?: GPU): Promise<AdapterChoice> {
+export async function requestAdapter(injected?: GPU, matrixUnits = false): Promise<AdapterChoice> {
   const deno = "Deno" in globalThis;
   const node = !deno && typeof process !== "undefined" && Boolean(process.versions?.node);
   const gpu = injected ?? (globalThis.navigator as Navigator | undefined)?.gpu;
   const runtime = deno ? "deno" : node ? "node" : "browser";
   const adapter = gpu ? await gpu.requestAdapter({ powerPreference: "high-performance" }) : null;
   if (adapter) return { adapter, isSoftware: looksLikeSoftware(adapter.info), runtime };
-  if (node && !gpu) return fromDawn();
+  if (node && !gpu) return fromDawn(matrixUnits);
   throw new GpuError(
     gpu
       ? "openGpu: WebGPU is here but no adapter was given. Update the graphics driver, or in Deno on a machine without a GPU set VK_ICD_FILENAMES to a software driver"
@@ -33,7 +36,7 @@ export async function requestAdapter(injected?: GPU): Promise<AdapterChoice> {
   );
 }
 
-async function fromDawn(): Promise<AdapterChoice> {
+async function fromDawn(matrixUnits: boolean): Promise<AdapterChoice> {
   const name = "webgpu"; // an optional peer: a bundler must not follow it
   let dawn: DawnModule;
   try {
@@ -44,7 +47,7 @@ async function fromDawn(): Promise<AdapterChoice> {
     );
   }
   const fromNewInstance = async (): Promise<GPUAdapter | null> => {
-    const gpu = dawn.create([]);
+    const gpu = dawn.create(matrixUnits ? [MATRIX_UNITS] : []);
     kept.push(gpu);
     return gpu.requestAdapter({ powerPreference: "high-performance" });
   };

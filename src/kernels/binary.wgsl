@@ -20,7 +20,10 @@ alias Lane = f32;  // parts/four-lanes.wgsl: vec4f
 @compute @workgroup_size(WG)
 fn main(@builtin(global_invocation_id) id: vec3u, @builtin(num_workgroups) groups: vec3u) {
   let i = id.x + id.y * groups.x * WG;
-  if (i >= d.n) { return; }
+  if (i < d.n) { y[i] = result(i); }
+}
+
+fn result(i: u32) -> Lane {
   var at_a = i;
   var at_b = i;
   if (FLAT == 0u) {
@@ -31,9 +34,9 @@ fn main(@builtin(global_invocation_id) id: vec3u, @builtin(num_workgroups) group
     at_b = index.x * d.b0 + index.y * d.b1 + index.z * d.b2 + index.w * d.b3;
   }
   switch OP {
-    case 0u: { y[i] = a[at_a] + b[at_b]; }
-    case 1u: { y[i] = a[at_a] - b[at_b]; }
-    case 2u: { y[i] = a[at_a] * b[at_b]; }
-    default: { y[i] = a[at_a]; }
+    case 0u: { return a[at_a] + b[at_b]; }
+    case 1u: { return a[at_a] - b[at_b]; }
+    case 2u: { return a[at_a] * b[at_b]; }
+    default: { return a[at_a]; }
   }
 }

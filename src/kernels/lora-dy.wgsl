@@ -61,7 +61,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
   let dB0 = d.strips * d.M * pitch;
   var next: array<vec4f, SHARE>;
   var v: array<vec4f, TM>;
-  var block: array<vec4f, FOUR>;
+  var four: array<vec4f, FOUR>;
 
   // Each round fetches a tile and computes the one before it.
   for (var at = first; at <= end; at++) {
@@ -76,14 +76,14 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
         let b = mat4x4f(b4(j, 4u * rank4), b4(j + 1u, 4u * rank4), b4(j + 2u, 4u * rank4), b4(j + 3u, 4u * rank4));
         for (var i = 0u; i < TM; i++) { v[i] += b * tile[(thread / R4 + i * RG) * PITCH + c]; }
       }
-      for (var q = 0u; q < FOUR; q++) { block[q] = vec4f(); }
+      for (var q = 0u; q < FOUR; q++) { four[q] = vec4f(); }
       for (var i = thread / BLOCKS; i < BM; i += SEG) {
         let right = u4(row0 + i, 4u * rank4);
         let left = tile[i * PITCH + thread / R4 % BN4];
-        for (var q = 0u; q < FOUR; q++) { block[q] += left[q] * right; }
+        for (var q = 0u; q < FOUR; q++) { four[q] += left[q] * right; }
       }
       workgroupBarrier();
-      for (var q = 0u; q < FOUR; q++) { tile[q * WG + thread] = block[q]; }
+      for (var q = 0u; q < FOUR; q++) { tile[q * WG + thread] = four[q]; }
       workgroupBarrier();
       for (var e = thread; e < 4u * BLOCKS; e += WG) {
         var sum = vec4f();

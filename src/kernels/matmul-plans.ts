@@ -19,8 +19,8 @@ export interface MatmulShape {
 export interface MatmulPlan {
   /** What the tuner's cache calls it. */
   readonly name: string;
-  /** `matmul-<family>.wgsl`; "direct" has a twin for "nt". */
-  readonly family: "tiled" | "registers" | "rows" | "direct";
+  /** `matmul-<family>.wgsl`. */
+  readonly family: "tiled" | "registers" | "rows" | "units";
   readonly tuned: Tuned;
   /** Pieces into which k is cut. */
   readonly splits: number;
@@ -56,12 +56,18 @@ const BUSY = 128;
 /**
  * The plan without tuning, the same on every device of a kind.
  *
- * CPU adapters: `direct`, tiles as tall as the rows allow up to 16 × 8. GPUs: `rows` for "nt" up to 16 rows; else the widest tile
+ * With matrix units (`openGpu({ matrixUnits: true })`): `units`, the widest tile of which there are 128, where one suits.
+ * CPU adapters: `registers`, tiles of at most 16 × 16, or 8 × 8 below 2²⁶ operations. GPUs: `rows` for "nt" up to 16 rows; else the widest tile
  * that gives 128 workgroups, at most 64 × 16 or 16 × 64 for skinny results, with k split while there are fewer.
  */
 export function defaultPlan(gpu: Gpu, shape: MatmulShape): MatmulPlan {
-  if (gpu.isSoftware) return directPlan(shape, 16, 8);
+  const units = unitsPlans(gpu, shape).find(({ tuned }) => {
+    const tile = unitsTile(tuned);
+    return (shape.M / tile.M) * (shape.N / tile.N) >= BUSY;
+  });
+  if (units) return units;
   const { layout, M, N, K, R, batch } = shape;
+  if (gpu.isSoftware) return 2 * M * N * K * batch < CPU_WIDE ? cpuPlan(shape, 8, 8) : cpuPlan(shape, 16, 16);
   if (layout === "nt" && M <= FEW_ROWS) return rowsPlan(gpu, shape, 4, 64);
   const skinny = N <= 32 ? "64×16/4" : M <= 32 ? "16×64/4" : undefined;
   const groups = (of: keyof typeof TILES): number => {
@@ -78,9 +84,9 @@ export function defaultPlan(gpu: Gpu, shape: MatmulShape): MatmulPlan {
 /** What tuning tries, the default first. */
 export function plans(gpu: Gpu, shape: MatmulShape): readonly MatmulPlan[] {
   const { layout, M, N, K, R } = shape;
-  const all: MatmulPlan[] = [defaultPlan(gpu, shape)];
+  const all: MatmulPlan[] = [defaultPlan(gpu, shape), ...unitsPlans(gpu, shape)];
   if (gpu.isSoftware)
-    for (const [TM, TN] of [[4, 8], [8, 8], [8, 16], [16, 8], [16, 16]] as const) all.push(directPlan(shape, TM, TN)); // biome-ignore format: one line
+    for (const [TM, TN] of [[4, 8], [8, 8], [8, 16], [16, 8], [16, 16]] as const) all.push(cpuPlan(shape, TM, TN)); // biome-ignore format: one line
   else {
     if (layout === "nt" && M <= FEW_ROWS)
       for (const TN of [2, 4, 8])
@@ -107,6 +113,78 @@ function fitsMemory(gpu: Gpu, { BK, TM, TN, WX, WY }: { [size in "BK" | "TM" | "
   return 4 * BK * (TM * WY + TN * WX + 4) <= gpu.limits.maxComputeWorkgroupStorageSize;
 }
 
+/** A subgroup's matrices × a workgroup's subgroups, widest first. NVIDIA's 16×16×16 gives a subgroup 64×64, 64×32 or 32×32 of y. */
+const UNITS_TILES = [
+  { TM: 4, TN: 4, WX: 4, WY: 2, BK: 32, BUFFERS: 1 },
+  { TM: 4, TN: 4, WX: 2, WY: 2, BK: 32, BUFFERS: 2 },
+  { TM: 4, TN: 4, WX: 2, WY: 2, BK: 64, BUFFERS: 1 },
+  { TM: 4, TN: 4, WX: 2, WY: 2, BK: 32, BUFFERS: 0 },
+  { TM: 4, TN: 2, WX: 4, WY: 2, BK: 32, BUFFERS: 2 },
+  { TM: 2, TN: 2, WX: 2, WY: 2, BK: 32, BUFFERS: 2 },
+] as const;
+
+/** One of `GPUAdapterInfo.subgroupMatrixConfigs`, which the types of WebGPU do not have yet. */
+interface UnitsConfig {
+  readonly componentType: string;
+  readonly resultComponentType: string;
+  readonly M: number;
+  readonly N: number;
+  readonly K: number;
+}
+
+/** The rows and columns of y that a workgroup of `matmul-units.wgsl` makes. */
+export function unitsTile({ UM = 1, UN = 1, TM = 1, TN = 1, WX = 1, WY = 1 }: Tuned): { M: number; N: number } {
+  return { M: UM * TM * WY, N: UN * TN * WX };
+}
+
+/** False if the plan cannot compute such a product: `matmul-units.wgsl` takes whole tiles only. */
+export function suits({ family, tuned }: MatmulPlan, { layout, M, N, K, R, batch, format }: MatmulShape): boolean {
+  if (family !== "units") return true;
+  const tile = unitsTile(tuned);
+  const { BK = 1, BUFFERS = 2 } = tuned;
+  return (
+    batch === 1 &&
+    (format === "f32" || format === "f16") &&
+    M % tile.M === 0 &&
+    N % tile.N === 0 &&
+    K % BK === 0 &&
+    R % (BUFFERS === 0 ? BK : 8) === 0 &&
+    !(R > 0 && layout === "tn")
+  );
+}
+
+/** The tiles of matrix units that this device and product allow; none without the units. */
+function unitsPlans(gpu: Gpu, shape: MatmulShape): MatmulPlan[] {
+  if (!UNITS_FEATURES.every((feature) => gpu.features.has(feature))) return [];
+  const info: GPUAdapterInfo & { readonly subgroupMatrixConfigs?: readonly UnitsConfig[] } = gpu.info;
+  const { subgroupMinSize: lanes, subgroupMaxSize, subgroupMatrixConfigs: configs = [] } = info;
+  // How many subgroups a workgroup has is fixed when the pipeline is made: their size must be.
+  if (lanes !== subgroupMaxSize) return [];
+  const unit = configs
+    .filter(({ componentType, resultComponentType }) => componentType === "f16" && resultComponentType === "f32")
+    .sort((a, b) => b.M * b.N * b.K - a.M * a.N * a.K)[0];
+  if (!unit) return [];
+  return UNITS_TILES.map((tile): MatmulPlan => {
+    const tuned = { ...tile, UM: unit.M, UN: unit.N, UK: unit.K, WG: tile.WX * tile.WY * lanes };
+    const { M, N } = unitsTile(tuned);
+    return { name: `units ${M}×${N}×${tile.BK}/${tuned.WG}, ${tile.BUFFERS} held`, family: "units", tuned, splits: 1 };
+  }).filter((plan) => {
+    const { BK = 1, BUFFERS = 0, WG = 1, UK = 1 } = plan.tuned;
+    const { M, N } = unitsTile(plan.tuned);
+    const bytes = (side: number): number => 2 * Math.max(1, BUFFERS) * Math.max(side * (BK + 8), BK * (side + 8));
+    return (
+      WG <= gpu.limits.maxComputeInvocationsPerWorkgroup &&
+      bytes(M) + bytes(N) <= gpu.limits.maxComputeWorkgroupStorageSize &&
+      BK % UK === 0 &&
+      (M * BK) % (8 * WG) === 0 &&
+      (N * BK) % (8 * WG) === 0 &&
+      suits(plan, shape)
+    );
+  });
+}
+
+const UNITS_FEATURES = ["chromium-experimental-subgroup-matrix", "shader-f16"];
+
 function tiledPlan(tile: keyof typeof TILES, splits: number): MatmulPlan {
   return { name: `tiled ${tile}${splits > 1 ? ` k/${splits}` : ""}`, family: "tiled", tuned: TILES[tile], splits };
 }
@@ -117,16 +195,14 @@ function rowsPlan(gpu: Gpu, { M }: MatmulShape, TN: number, WG: number): MatmulP
   return { name: `rows ${TN}/${WG}`, family: "rows", tuned, splits: 1, subgroups };
 }
 
-function directPlan({ layout, M, N }: MatmulShape, most: number, TN: number): MatmulPlan {
+/** For a CPU adapter: `registers`, a tile of at most TM × TN, invocations side by side along the columns. */
+function cpuPlan({ M, N }: MatmulShape, most: number, widest: number): MatmulPlan {
   const TM = Math.min(most, 2 ** Math.ceil(Math.log2(M)));
-  const columns = layout === "nt" ? N : Math.ceil(N / LANES);
-  return {
-    name: `direct ${most}×${TN}`,
-    family: "direct",
-    tuned: { TM, TN: Math.min(TN, 2 ** Math.ceil(Math.log2(columns))), LANES },
-    splits: 1,
-  };
+  const TN = Math.max(4, Math.min(widest, 2 ** Math.ceil(Math.log2(N / LANES))));
+  return { name: `cpu ${most}×${widest}`, family: "registers", tuned: { TM, TN, WX: LANES, WY: 1 }, splits: 1 };
 }
 
-/** Invocations that a CPU adapter runs side by side: four f32 are a vector register of every x86-64 and Arm. */
-const LANES = 4;
+/** Invocations that a CPU adapter runs side by side: eight f32 are a vector register of AVX2, or two of SSE and Neon. */
+const LANES = 8;
+/** Operations from which the wide tile's longer compilation pays. */
+const CPU_WIDE = 2 ** 26;

@@ -11,8 +11,8 @@ const TN: u32 = 4u;
 const TM4: u32 = (TM + 3u) / 4u;
 const TN4: u32 = TN / 4u;
 const FOUR: u32 = 4u;
-override WX: u32 = 8;
-override WY: u32 = 8;
+const WX: u32 = 8u;
+const WY: u32 = 8u;
 override X_T: u32 = 0;
 override W_T: u32 = 0;
 override LOW_RANK: u32 = 1;  // 0 where R is 0: less to compile
@@ -69,8 +69,9 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
   x0 = id.z * d.x_batch;
   w0 = id.z * d.w_batch;
   var acc: array<array<vec4f, TN4>, TM>;
-  var left: array<array<vec4f, FOUR>, TM4>;   // left[i / 4][i % 4]: four steps of row i
-  var right: array<array<vec4f, TN4>, FOUR>;  // right[k][j / 4]: four columns at step k
+  // left[i / 4][i % 4]: four steps of row i. right[k][j / 4]: four columns at step k.
+  var left: array<array<vec4f, FOUR>, TM4>;
+  var right: array<array<vec4f, TN4>, FOUR>;
 
   for (var k = 0u; k < d.K; k += 4u) {
     for (var i = 0u; i < TM4; i++) {
@@ -101,7 +102,7 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
     for (var k = 0u; k < d.R; k++) {
       for (var j = 0u; j < TN4; j++) {
         let column = j0 + 4u * j;
-        right[0][j] = d.c * vec4f(b1(k, column), b1(k, column + 1u), b1(k, column + 2u), b1(k, column + 3u));
+        for (var q = 0u; q < FOUR; q++) { right[0][j][q] = d.c * b1(k, column + q); }
       }
       for (var i = 0u; i < TM; i++) {
         let low = u[min(i0 + i, d.M - 1u) * d.R + k];

@@ -3,31 +3,28 @@ import { defineKernel, definePart } from "../gpu/kernel.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
 import { empty, expectDType, expectShape, type Tensor } from "../tensor/tensor.ts";
-import directSource from "./matmul-direct.wgsl";
-import directNtSource from "./matmul-direct-nt.wgsl";
-import { defaultPlan, type MatmulPlan, type MatmulShape, plans, shapeClass } from "./matmul-plans.ts";
+import { narrow16 } from "./cast.ts";
+import { defaultPlan, type MatmulPlan, type MatmulShape, plans, shapeClass, suits, unitsTile } from "./matmul-plans.ts";
 import registersSource from "./matmul-registers.wgsl";
 import rowsSource from "./matmul-rows.wgsl";
 import splitsSource from "./matmul-splits.wgsl";
 import tiledSource from "./matmul-tiled.wgsl";
+import unitsSource from "./matmul-units.wgsl";
 import epilogueSource from "./parts/epilogue.wgsl";
 import halfSource from "./parts/half.wgsl";
 import raggedWSource from "./parts/ragged-w.wgsl";
 import raggedXSource from "./parts/ragged-x.wgsl";
 import raggedYSource from "./parts/ragged-y.wgsl";
 import subgroupSumsSource from "./parts/subgroup-sums.wgsl";
-import oneSource from "./parts/weight-one.wgsl";
 import unarySource from "./unary.wgsl";
 import { weightParts } from "./weight-parts.ts";
 
 const tiled = defineKernel("matmul-tiled", tiledSource);
 const registers = defineKernel("matmul-registers", registersSource);
-const direct = defineKernel("matmul-direct", directSource);
-const directNt = defineKernel("matmul-direct-nt", directNtSource);
 const rows = defineKernel("matmul-rows", rowsSource);
+const units = defineKernel("matmul-units", unitsSource);
 const splits = defineKernel("matmul-splits", splitsSource);
 
-const ONE_BY_ONE = definePart("one", oneSource);
 const RAGGED_X = definePart("ragged-x", raggedXSource);
 const RAGGED_W = definePart("ragged-w", raggedWSource);
 const RAGGED_Y = definePart("ragged-y", raggedYSource);
@@ -98,13 +95,16 @@ export function matmul(
   const y = empty(gpu, shape, "matmul");
   if (y.size === 0) return y;
   const product: MatmulShape = { layout, M, N, K, R, batch, format: isPacked(w) ? w.format : "f32" };
-  const plan =
-    options.plan ??
-    gpu.tuner.choose(shapeClass(product), () => ({
-      candidates: plans(gpu, product),
-      trial: () => trial(gpu, product),
-    })) ??
-    defaultPlan(gpu, product);
+  const tuned = gpu.tuner.choose(shapeClass(product), () => ({
+    candidates: plans(gpu, product),
+    trial: () => trial(gpu, product),
+  }));
+  // A class of shapes holds some that not all its plans suit.
+  const plan = options.plan ?? (tuned && suits(tuned, product) ? tuned : defaultPlan(gpu, product));
+  if (!suits(plan, product))
+    throw new ShapeError(
+      `matmul: the plan "${plan.name}" takes whole tiles of one product with f32 or f16 weights, got "${layout}" ${M}×${N}×${K} of rank ${R}, ${batch} in all, ${product.format}. Leave the plan out`,
+    );
   run(gpu, product, plan, x, w, y, options);
   return y;
 }
@@ -123,7 +123,11 @@ function run(
   const { tuned } = plan;
   const [X_T, W_T] = [layout === "tn" ? 1 : 0, layout === "nt" ? 1 : 0];
   const packed = isPacked(w) ? w : undefined;
-  const ragged = { x: (X_T ? M : K) % 4 !== 0, w: (W_T ? K : N) % 4 !== 0, y: N % 4 !== 0 };
+  const raggedParts = [
+    ...((X_T ? M : K) % 4 === 0 ? [] : [RAGGED_X]),
+    ...(packed || (W_T ? K : N) % 4 === 0 ? [] : [RAGGED_W]),
+    ...(plan.family === "rows" || N % 4 === 0 ? [] : [RAGGED_Y]),
+  ];
   // The kernels compute s·(x·w + c·u·b).
   const [k, s, c] = scale === 0 && lowRank ? [0, 1, lowRank.scale] : [K, scale, (lowRank?.scale ?? 0) / scale];
   const uniforms = {
@@ -152,13 +156,7 @@ function run(
   switch (plan.family) {
     case "tiled": {
       const P = plan.splits;
-      const parts = [
-        ...weight,
-        ...(ragged.x ? [RAGGED_X] : []),
-        ...(ragged.w && !packed ? [RAGGED_W] : []),
-        ...(ragged.y ? [RAGGED_Y] : []),
-        ...(plan.half ? [HALF] : []),
-      ];
+      const parts = [...weight, ...raggedParts, ...(plan.half ? [HALF] : [])];
       const threads = [Math.ceil(N / TN), Math.ceil(M / TM), batch * P] as const;
       const variant = { ...tuned, X_T, W_T, LOW_RANK };
       if (P === 1) {
@@ -173,35 +171,29 @@ function run(
       return;
     }
     case "registers": {
-      const parts = [
-        ...weight,
-        ...(ragged.x ? [RAGGED_X] : []),
-        ...(ragged.w && !packed ? [RAGGED_W] : []),
-        ...(ragged.y ? [RAGGED_Y] : []),
-        ...finish.parts,
-      ];
+      const parts = [...weight, ...raggedParts, ...finish.parts];
       const variant = { ...tuned, X_T, W_T, LOW_RANK, ...finish.tuned };
       registers(gpu, uniforms, buffers, [Math.ceil(N / TN), Math.ceil(M / TM), batch], variant, parts);
       return;
     }
-    case "rows": {
-      const parts = [
-        ...weight,
-        ...(ragged.x ? [RAGGED_X] : []),
-        ...(ragged.w && !packed ? [RAGGED_W] : []),
-        ...(plan.subgroups ? [SUBGROUP_SUMS] : []),
-        ...finish.parts,
-      ];
-      const threads = [Math.ceil(N / TN) * (tuned.WG ?? 1), Math.ceil(M / TM), batch] as const;
-      rows(gpu, uniforms, buffers, threads, { ...tuned, LOW_RANK, ...finish.tuned }, parts);
+    case "units": {
+      const tile = unitsTile(tuned);
+      const threads = [(N / tile.N) * (tuned.WG ?? 1), M / tile.M] as const;
+      gpu.scope(() => {
+        const left = narrow16(x, "f16");
+        const right = packed?.words ?? narrow16(w as Tensor, "f16");
+        const low = lowRank ? { u: narrow16(u, "f16"), b: narrow16(b, "f16") } : { u: left, b: left };
+        const sums = hasEpilogue ? empty(gpu, y.shape, "matmul") : y;
+        units(gpu, uniforms, { x: left, w: right, ...low, y: sums }, threads, { ...tuned, X_T, W_T });
+        if (hasEpilogue)
+          splits(gpu, { n: y.size, M, N, P: 1 }, { parts: sums, y, ...rest }, [y.size], finish.tuned, finish.parts);
+      });
       return;
     }
-    case "direct": {
-      const parts = [...weight, ...(packed ? [ONE_BY_ONE] : []), ...finish.parts];
-      const variant = { ...tuned, LOW_RANK, ...finish.tuned };
-      const [across, down] = [Math.ceil(N / TN), Math.ceil(M / TM)];
-      if (layout === "nt") directNt(gpu, uniforms, buffers, [across * (tuned.LANES ?? 4), down, batch], variant, parts);
-      else direct(gpu, uniforms, buffers, [across, down, batch], { ...variant, X_T }, parts);
+    case "rows": {
+      const parts = [...weight, ...raggedParts, ...(plan.subgroups ? [SUBGROUP_SUMS] : []), ...finish.parts];
+      const threads = [Math.ceil(N / TN) * (tuned.WG ?? 1), Math.ceil(M / TM), batch] as const;
+      rows(gpu, uniforms, buffers, threads, { ...tuned, LOW_RANK, ...finish.tuned }, parts);
     }
   }
 }

@@ -1,4 +1,5 @@
 import { once, record } from "../autograd/engine.ts";
+import { loraDy } from "../kernels/lora-dy.ts";
 import { matmul } from "../kernels/matmul.ts";
 import { sumTo } from "../kernels/reduce.ts";
 import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
@@ -28,10 +29,13 @@ export function loraLinear(
   const base = isPacked(W) ? [] : [W]; // a packed one is always frozen
 
   return record("loraLinear", y, [x, A, B, ...(bias ? [bias] : []), ...base], (dy) => {
-    const v = once(() => matmul(dy, B, "nn", { scale: s })); // [...,R]
+    // v and dB both go through dy: together where both are needed.
+    const both = once(() => loraDy(dy, B, u, s));
+    const areBoth = B.requiresGrad && (A.requiresGrad || x.requiresGrad);
+    const v = once(() => (areBoth ? both().v : matmul(dy, B, "nn", { scale: s }))); // [...,R]
     const dx = () => matmul(dy, W, "nn", { lowRank: { u: v(), b: A, scale: 1 } }); // [...,K]
     const dA = () => matmul(rows(v()), rows(x), "tn"); // [R,K]
-    const dB = () => matmul(rows(dy), rows(u), "tn", { scale: s }); // [N,R]
+    const dB = () => (areBoth ? both().dB : matmul(rows(dy), rows(u), "tn", { scale: s })); // [N,R]
     const dW = () => matmul(rows(dy), rows(x), "tn"); // [N,K], never run while W is frozen
     return [dx, dA, dB, ...(bias ? [() => sumTo(dy, bias.shape)] : []), dW];
   });

@@ -34,9 +34,9 @@ const PLANS: MatmulPlan[] = [
   { name: "tiled 16×32, deeper stages", family: "tiled", tuned: { BK: 16, TM: 4, TN: 8, WX: 4, WY: 4 }, splits: 1 },
   { name: "tiled 16×16, k split", family: "tiled", tuned: { BK: 8, TM: 4, TN: 4, WX: 4, WY: 4 }, splits: 3 },
   { name: "registers 4×4", family: "registers", tuned: { TM: 4, TN: 4, WX: 4, WY: 2 }, splits: 1 },
-  { name: "direct 4×4", family: "direct", tuned: { TM: 4, TN: 4, LANES: 4 }, splits: 1 },
 ];
-const ROWS: MatmulPlan[] = [
+/** For "nt" alone. */
+const NT: MatmulPlan[] = [
   { name: "rows", family: "rows", tuned: { TM: 4, TN: 2, WG: 32 }, splits: 1 },
   { name: "rows, one at a time", family: "rows", tuned: { TM: 1, TN: 4, WG: 64 }, splits: 1 },
   { name: "rows, by subgroups", family: "rows", tuned: { TM: 2, TN: 4, WG: 64 }, splits: 1, subgroups: true },
@@ -44,7 +44,7 @@ const ROWS: MatmulPlan[] = [
 const CASES: [string, Layout, MatmulPlan | undefined][] = [
   ...LAYOUTS.map((layout): [string, Layout, undefined] => ["the default plan", layout, undefined]),
   ...PLANS.flatMap((plan) => LAYOUTS.map((layout): [string, Layout, MatmulPlan] => [plan.name, layout, plan])),
-  ...ROWS.map((plan): [string, Layout, MatmulPlan] => [plan.name, "nt", plan]),
+  ...NT.map((plan): [string, Layout, MatmulPlan] => [plan.name, "nt", plan]),
 ];
 
 /** Runs one product on fresh inputs and compares all of y with the twin. */

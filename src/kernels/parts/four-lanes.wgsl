@@ -1,3 +1,3 @@
-// Elementwise kernels, four elements to a thread: a GPU then moves 16 bytes with each load. n counts the fours.
+// Elementwise kernels, four elements to a thread: 16 bytes with each load. n counts the fours.
 
 alias Lane = vec4f;

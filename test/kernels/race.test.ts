@@ -1,0 +1,161 @@
+// Products run by an interpreter that reports data races, as `matmul` would send them to a device.
+import { expect, test } from "vitest";
+import type { HasBuffer } from "../../src/gpu/gpu.ts";
+import { type Layout, type MatmulOptions, matmul } from "../../src/kernels/matmul.ts";
+import type { MatmulPlan } from "../../src/kernels/matmul-plans.ts";
+import { Random } from "../../src/tensor/random.ts";
+import { tensor } from "../../src/tensor/tensor.ts";
+import { expectClose, freshSeed, type Nd, nd, randomNd } from "../harness.ts";
+import { findRaces } from "../race.ts";
+import { matmulTwin } from "../reference/matmul.ts";
+import { type Recorded, Recorder } from "./recorder.ts";
+
+/** A Gpu that runs what it is sent in the interpreter and notes what races. */
+class Interpreter extends Recorder {
+  readonly races: string[] = [];
+  readonly #edit: (source: string) => string;
+  readonly #data = new Map<GPUBuffer, Float32Array>();
+
+  constructor(edit: (source: string) => string) {
+    super();
+    this.#edit = edit;
+  }
+
+  override allocate(size: number): GPUBuffer {
+    const buffer = super.allocate(size);
+    this.#data.set(buffer, new Float32Array(size / 4).fill(Number.NaN));
+    return buffer;
+  }
+
+  override write({ buffer }: HasBuffer, data: ArrayBufferView): void {
+    this.#data.set(buffer, Float32Array.from(data as Float32Array));
+  }
+
+  protected override record(dispatch: Recorded): void {
+    const { sent, uniforms, buffers, groups } = dispatch;
+    const ids = Object.entries(buffers);
+    const found = findRaces({
+      name: sent.key,
+      source: this.#edit(sent.source),
+      constants: sent.constants,
+      groups,
+      uniforms,
+      buffers: Object.fromEntries(ids.map(([id, buffer]) => [id, this.values(buffer)])),
+    });
+    this.races.push(...found.races, ...found.divergences);
+    for (const [id, buffer] of ids) if (found.outputs[id]) this.#data.set(buffer, found.outputs[id]);
+  }
+
+  values(buffer: GPUBuffer): Float32Array {
+    return this.#data.get(buffer) ?? new Float32Array();
+  }
+}
+
+interface Product {
+  readonly layout: Layout;
+  readonly plan: MatmulPlan;
+  readonly sizes: readonly [M: number, N: number, K: number, R?: number];
+  readonly finish?: boolean;
+}
+
+/** Two workgroups either way, their tiles cut at the ends; two stages of k and a half. */
+const tile = { BK: 4, TM: 4, TN: 4, WX: 2, WY: 1 };
+const TILED: MatmulPlan = { name: "tiled", family: "tiled", tuned: tile, splits: 1 };
+const ROWS: MatmulPlan = { name: "rows", family: "rows", tuned: { TM: 2, TN: 1, WG: 4 }, splits: 1 };
+const REGISTERS: MatmulPlan = {
+  name: "registers",
+  family: "registers",
+  tuned: { TM: 4, TN: 4, WX: 2, WY: 1 },
+  splits: 1,
+};
+
+const PRODUCTS: Product[] = [
+  { layout: "nn", plan: TILED, sizes: [6, 12, 12] },
+  { layout: "nt", plan: TILED, sizes: [6, 12, 12] },
+  { layout: "tn", plan: TILED, sizes: [8, 12, 10] },
+  { layout: "nn", plan: TILED, sizes: [5, 11, 7] },
+  { layout: "nt", plan: TILED, sizes: [5, 11, 7, 3] },
+  { layout: "nt", plan: { ...TILED, tuned: { ...tile, TM: 8, BK: 8 } }, sizes: [9, 11, 20], finish: true },
+  { layout: "nn", plan: { ...TILED, splits: 2 }, sizes: [4, 8, 20], finish: true },
+  { layout: "nt", plan: REGISTERS, sizes: [5, 11, 7, 3] },
+  { layout: "nt", plan: ROWS, sizes: [3, 2, 20] },
+  { layout: "nt", plan: ROWS, sizes: [2, 3, 18, 3], finish: true },
+  { layout: "nn", plan: REGISTERS, sizes: [5, 11, 5, 2] },
+];
+const cases = PRODUCTS.map((product): [string, Product] => {
+  const { layout, plan, sizes, finish } = product;
+  return [
+    `${plan.name}${plan.splits > 1 ? " with k split" : ""}, ${layout} ${sizes}${finish ? ", finished" : ""}`,
+    product,
+  ];
+});
+
+/** Runs a product in the interpreter, each text edited. */
+function interpret(
+  { layout, plan, sizes: [M, N, K, R = 0], finish }: Product,
+  seed: number,
+  edit: (source: string) => string = (source) => source,
+): { gpu: Interpreter; actual: Float32Array; expected: Nd } {
+  const gpu = new Interpreter(edit);
+  const random = new Random(seed);
+  const x = randomNd(layout === "tn" ? [K, M] : [M, K], random);
+  const w = randomNd(layout === "nt" ? [N, K] : [K, N], random);
+  const u = randomNd([M, R], random);
+  const b = randomNd(layout === "nt" ? [N, R] : [R, N], random);
+  const [bias, residual] = [randomNd([N], random), randomNd([M, N], random)];
+  const upload = ({ shape, data }: Nd) => tensor(gpu, Float32Array.from(data), shape);
+  const options: MatmulOptions = {
+    ...{ plan, scale: 0.5 },
+    ...(R > 0 && { lowRank: { u: upload(u), b: upload(b), scale: 2 } }),
+    ...(finish && { bias: upload(bias), residual: upload(residual) }),
+  };
+  const y = matmul(upload(x), upload(w), layout, options);
+  const product = matmulTwin(x, w, layout, 0.5, R > 0 ? { u, b, c: 2 } : undefined);
+  const expected = product.data.map(
+    (value, i) => value + (finish ? (bias.data[i % N] ?? 0) + (residual.data[i] ?? 0) : 0),
+  );
+  return { gpu, actual: gpu.values(y.buffer).slice(0, y.size), expected: nd(y.shape, expected) };
+}
+
+test.each(cases)("no threads race and all of y is right: %s", (_, product) => {
+  const seed = freshSeed();
+  const { gpu, actual, expected } = interpret(product, seed);
+  expect(gpu.races).toEqual([]);
+  expectClose(actual, expected.data, 1e-5, `y (seed ${seed})`);
+});
+
+/** Where every barrier of a text parts something. */
+const GUARDED: [string, number, Product][] = [
+  ["matmul-tiled", 2, { layout: "nn", plan: TILED, sizes: [4, 8, 12] }],
+  ["matmul-rows", 2, { layout: "nt", plan: ROWS, sizes: [2, 1, 20] }],
+];
+
+test.each(
+  GUARDED.flatMap(([name, count, product]) => Array.from({ length: count }, (_, n) => ({ name, count, n, product }))),
+)("without its barrier $n threads of $name race", ({ name, count, n, product }) => {
+  let barriers = 0;
+  const { gpu } = interpret(product, freshSeed(), (source) =>
+    source.replace(/workgroupBarrier\(\);/g, (barrier) => (barriers++ === n ? "" : barrier)),
+  );
+  expect(barriers, `barriers of ${name}`).toBe(count);
+  expect(gpu.races.join("\n")).toMatch(/Data race on '(stage|sums)'/);
+});
+
+test("a barrier in a function of the kernel's own parts what it should, at the start of a block too", () => {
+  const source = `
+    @group(0) @binding(0) var<storage, read_write> y: array<f32>;
+    var<workgroup> shared: array<f32, 4>;
+    fn wait(with_barrier: u32) {
+      for (var round = 0u; round < 1u; round += 1u) { workgroupBarrier(); }
+    }
+    @compute @workgroup_size(4) fn main(@builtin(local_invocation_index) thread: u32) {
+      shared[thread] = f32(thread);
+      wait(thread + 1u);
+      y[thread] = shared[3u - thread];
+    }`.replace(/^ {4}/gm, "");
+  const check = { name: "wait", groups: [1], uniforms: {}, buffers: { y: new Float32Array(4) } } as const;
+  const { races, outputs } = findRaces({ ...check, source });
+  expect(races).toEqual([]);
+  expect([...(outputs.y ?? [])]).toEqual([3, 2, 1, 0]);
+  expect(findRaces({ ...check, source: source.replace("workgroupBarrier();", "") }).races.length).toBeGreaterThan(0);
+});

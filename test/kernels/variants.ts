@@ -1,0 +1,241 @@
+/**
+ * Every kernel as it stands and every variant of the products that ships: what the compilers of all runtimes must accept. Portable.
+ *
+ * Variants are not listed by their parts: products are asked for, by plans and operands that take each path at least once, and what
+ * would be sent to a device is kept.
+ */
+import adamw from "../../src/kernels/adamw.wgsl";
+import attention from "../../src/kernels/attention.wgsl";
+import attentionBackwardKv from "../../src/kernels/attention-backward-kv.wgsl";
+import attentionBackwardQ from "../../src/kernels/attention-backward-q.wgsl";
+import { axpy as axpyOf } from "../../src/kernels/axpy.ts";
+import axpy from "../../src/kernels/axpy.wgsl";
+import { binary as binaryOf, expand } from "../../src/kernels/binary.ts";
+import binary from "../../src/kernels/binary.wgsl";
+import clipFactor from "../../src/kernels/clip-factor.wgsl";
+import copyRows from "../../src/kernels/copy-rows.wgsl";
+import crossEntropy from "../../src/kernels/cross-entropy.wgsl";
+import crossEntropyBackward from "../../src/kernels/cross-entropy-backward.wgsl";
+import embedding from "../../src/kernels/embedding.wgsl";
+import embeddingBackward from "../../src/kernels/embedding-backward.wgsl";
+import layerNorm from "../../src/kernels/layer-norm.wgsl";
+import layerNormBackward from "../../src/kernels/layer-norm-backward.wgsl";
+import layerNormBackwardWeight from "../../src/kernels/layer-norm-backward-weight.wgsl";
+import { loraDy as loraDyOf, loraDyPlans } from "../../src/kernels/lora-dy.ts";
+import loraDy from "../../src/kernels/lora-dy.wgsl";
+import loraDySums from "../../src/kernels/lora-dy-sums.wgsl";
+import { type Layout, type MatmulOptions, matmul } from "../../src/kernels/matmul.ts";
+import { type MatmulPlan, type MatmulShape, plans } from "../../src/kernels/matmul-plans.ts";
+import matmulRegisters from "../../src/kernels/matmul-registers.wgsl";
+import matmulRows from "../../src/kernels/matmul-rows.wgsl";
+import matmulSplits from "../../src/kernels/matmul-splits.wgsl";
+import matmulTiled from "../../src/kernels/matmul-tiled.wgsl";
+import narrow16 from "../../src/kernels/narrow16.wgsl";
+import reduce from "../../src/kernels/reduce.wgsl";
+import reduceRows from "../../src/kernels/reduce-rows.wgsl";
+import rmsNorm from "../../src/kernels/rms-norm.wgsl";
+import rmsNormBackward from "../../src/kernels/rms-norm-backward.wgsl";
+import rmsNormBackwardWeight from "../../src/kernels/rms-norm-backward-weight.wgsl";
+import rope from "../../src/kernels/rope.wgsl";
+import rowDot from "../../src/kernels/row-dot.wgsl";
+import softmax from "../../src/kernels/softmax.wgsl";
+import softmaxBackward from "../../src/kernels/softmax-backward.wgsl";
+import squareSums from "../../src/kernels/square-sums.wgsl";
+import unary from "../../src/kernels/unary.wgsl";
+import { unpackMatrix } from "../../src/kernels/unpack.ts";
+import unpack from "../../src/kernels/unpack.wgsl";
+import widen16 from "../../src/kernels/widen16.wgsl";
+import type { PackedFormat, PackedMatrix } from "../../src/tensor/packed.ts";
+import { empty, type Tensor } from "../../src/tensor/tensor.ts";
+import { Recorder, type RecorderSettings, type Sent } from "./recorder.ts";
+
+/** The files of `src/kernels` by name. */
+export const KERNELS: Readonly<Record<string, string>> = {
+  adamw,
+  attention,
+  "attention-backward-kv": attentionBackwardKv,
+  "attention-backward-q": attentionBackwardQ,
+  axpy,
+  binary,
+  "clip-factor": clipFactor,
+  "copy-rows": copyRows,
+  "cross-entropy": crossEntropy,
+  "cross-entropy-backward": crossEntropyBackward,
+  embedding,
+  "embedding-backward": embeddingBackward,
+  "layer-norm": layerNorm,
+  "layer-norm-backward": layerNormBackward,
+  "layer-norm-backward-weight": layerNormBackwardWeight,
+  "lora-dy": loraDy,
+  "lora-dy-sums": loraDySums,
+  "matmul-registers": matmulRegisters,
+  "matmul-rows": matmulRows,
+  "matmul-splits": matmulSplits,
+  "matmul-tiled": matmulTiled,
+  narrow16,
+  reduce,
+  "reduce-rows": reduceRows,
+  "rms-norm": rmsNorm,
+  "rms-norm-backward": rmsNormBackward,
+  "rms-norm-backward-weight": rmsNormBackwardWeight,
+  rope,
+  "row-dot": rowDot,
+  softmax,
+  "softmax-backward": softmaxBackward,
+  "square-sums": squareSums,
+  unary,
+  unpack,
+  widen16,
+};
+
+/** A text on its way to a compiler, arrays and loops written out. */
+export interface Variant extends Sent {
+  /** Features without which no compiler takes it. */
+  readonly needs: readonly GPUFeatureName[];
+}
+
+/** How w may be stored. */
+export const STORED: readonly {
+  readonly name: string;
+  readonly format: "f32" | PackedFormat;
+  readonly doubleQuant?: boolean;
+}[] = [
+  { name: "f32", format: "f32" },
+  { name: "f16", format: "f16" },
+  { name: "bf16", format: "bf16" },
+  { name: "int8", format: "int8" },
+  { name: "nf4", format: "nf4" },
+  { name: "nf4, scales quantised", format: "nf4", doubleQuant: true },
+];
+const F32 = STORED.slice(0, 1);
+const PACKED = STORED.slice(1);
+export const LAYOUTS: readonly Layout[] = ["nn", "nt", "tn"];
+
+/** A packed w is a frozen weight: products with it go forward, "nt", or back, "nn". */
+export const storedFor = (layout: Layout): typeof STORED => (layout === "tn" ? F32 : STORED);
+
+/** Small: what a tile's width changes in a text is how often lines repeat. */
+export const TILED: MatmulPlan = {
+  name: "tiled",
+  family: "tiled",
+  tuned: { BK: 8, TM: 4, TN: 4, WX: 4, WY: 4 },
+  splits: 1,
+};
+export const SPLIT: MatmulPlan = { ...TILED, name: "tiled, k split", splits: 3 };
+export const HALF: MatmulPlan = { ...TILED, name: "tiled, half", half: true };
+export const REGISTERS: MatmulPlan = {
+  name: "registers",
+  family: "registers",
+  tuned: { TM: 4, TN: 4, WX: 4, WY: 4 },
+  splits: 1,
+};
+export const ROWS: MatmulPlan = { name: "rows", family: "rows", tuned: { TM: 2, TN: 2, WG: 32 }, splits: 1 };
+export const SUBGROUP_ROWS: MatmulPlan = { ...ROWS, name: "rows, by subgroups", subgroups: true };
+
+/** Sizes of which none, one or all are multiples of 4. */
+const EVEN = { M: 8, N: 12, K: 16 };
+const ODD = { M: 9, N: 13, K: 17 };
+const RAGGED = [{ ...EVEN, M: 9 }, { ...EVEN, N: 13 }, { ...EVEN, K: 17 }, ODD];
+/** Sizes for each line of the table of default plans: few rows, skinny either way, small, middling, large. */
+const CLASSES = [
+  ...[1, 4, 16].map((M) => ({ M, N: 2048, K: 2048 })),
+  { M: 512, N: 16, K: 2048 },
+  { M: 16, N: 2048, K: 512 },
+  { M: 64, N: 64, K: 64 },
+  { M: 512, N: 576, K: 576 },
+  { M: 4096, N: 4096, K: 4096 },
+];
+
+type Sizes = Readonly<Record<"M" | "N" | "K", number>>;
+
+/** The texts of all products, each once, with widths that are small. */
+export function matmulVariants(): Variant[] {
+  const recorder = new Recorder();
+  const finish = (sizes: Sizes): MatmulOptions => ({
+    bias: empty(recorder, [sizes.N], "variants"),
+    residual: empty(recorder, [sizes.M, sizes.N], "variants"),
+    activation: "silu",
+  });
+  const f32 = { format: "f32" } as const;
+  const make = (stored: Stored, layout: Layout, sizes: Sizes, options: MatmulOptions): void => {
+    const [x, w] = operands(recorder, stored, layout, sizes);
+    matmul(x, w, layout, options);
+  };
+  for (const layout of LAYOUTS) {
+    const lowRank = {
+      u: empty(recorder, [EVEN.M, 4], "variants"),
+      b: empty(recorder, layout === "nt" ? [EVEN.N, 4] : [4, EVEN.N], "variants"),
+      scale: 1,
+    };
+    const all = [TILED, SPLIT, HALF, REGISTERS, ...(layout === "nt" ? [ROWS, SUBGROUP_ROWS] : [])];
+    for (const stored of storedFor(layout)) for (const plan of all) make(stored, layout, EVEN, { plan });
+    for (const plan of all) {
+      make(f32, layout, EVEN, { plan, lowRank });
+      make(f32, layout, EVEN, { plan, ...finish(EVEN) });
+      for (const sizes of RAGGED) make(f32, layout, sizes, { plan });
+      make(f32, layout, ODD, { plan, ...finish(ODD) });
+    }
+    // A packed w has rows of multiples of 4: of N, or of K under "nt".
+    const ragged = layout === "nt" ? { ...EVEN, N: 13 } : { ...EVEN, K: 17 };
+    for (const stored of storedFor(layout))
+      for (const plan of [TILED, REGISTERS]) make(stored, layout, ragged, { plan });
+  }
+  for (const plan of [TILED, REGISTERS])
+    for (const activation of ["gelu", "geluTanh"] as const) make(f32, "nn", EVEN, { plan, activation });
+  return variantsOf(recorder);
+}
+
+/** The texts of the other kernels that are put together from parts. */
+export function otherVariants(): Variant[] {
+  const recorder = new Recorder();
+  for (const stored of PACKED) unpackMatrix(operands(recorder, stored, "nn", EVEN)[1] as PackedMatrix);
+  for (const columns of [8, 7]) {
+    const x = empty(recorder, [2, columns], "variants");
+    axpyOf(1, x, 1, x);
+    for (const op of ["add", "sub", "mul"] as const) binaryOf(op, x, x);
+    expand(x, [3, 2, columns]);
+    for (const rank of [4, 3])
+      for (const plan of loraDyPlans(recorder, { M: 2, N: columns, R: rank }))
+        loraDyOf(x, empty(recorder, [columns, rank], "variants"), empty(recorder, [2, rank], "variants"), 1, plan);
+  }
+  return variantsOf(recorder);
+}
+
+/** The texts of every plan that is a default or that tuning tries, for f32, on a GPU or on a CPU adapter: with their true widths. */
+export function planVariants(settings: RecorderSettings): Variant[] {
+  const recorder = new Recorder(settings);
+  for (const layout of LAYOUTS)
+    for (const sizes of CLASSES) {
+      const shape: MatmulShape = { layout, ...sizes, R: 0, batch: 1, format: "f32" };
+      for (const plan of plans(recorder, shape)) {
+        const [x, w] = operands(recorder, { format: "f32" }, layout, sizes);
+        matmul(x, w, layout, { plan });
+      }
+    }
+  return variantsOf(recorder);
+}
+
+type Stored = Omit<(typeof STORED)[number], "name">;
+
+function operands(
+  gpu: Recorder,
+  { format, doubleQuant = false }: Stored,
+  layout: Layout,
+  { M, N, K }: Sizes,
+): [x: Tensor, w: Tensor | PackedMatrix] {
+  const x = empty(gpu, layout === "tn" ? [K, M] : [M, K], "variants");
+  const shape: [number, number] = layout === "nt" ? [N, K] : [K, N];
+  if (format === "f32") return [x, empty(gpu, shape, "variants")];
+  const words = empty(gpu, [1], "variants", "i32");
+  return [x, { gpu, format, shape, words, scales: words, group: 4, doubleQuant }];
+}
+
+function variantsOf({ dispatches }: Recorder): Variant[] {
+  const sent = new Map(dispatches.map((dispatch) => [dispatch.sent.key, dispatch.sent]));
+  return [...sent.values()].map((one) => ({
+    ...one,
+    needs: [...one.source.matchAll(/^enable (\w+);$/gm)].map(([, name]) =>
+      name === "f16" ? "shader-f16" : "subgroups",
+    ),
+  }));
+}
