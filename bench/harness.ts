@@ -6,6 +6,7 @@
 import type { Gpu } from "../src/gpu/gpu.ts";
 import { Random } from "../src/tensor/random.ts";
 import { readAll, type Tensor } from "../src/tensor/tensor.ts";
+import type { Peer, PeerCase, PeerWork } from "./peers/peer.ts";
 
 /** One way to do the work of a contest. */
 export interface Case {
@@ -18,18 +19,37 @@ export interface Case {
   readonly run: () => Readonly<Record<string, Tensor>>;
   /** The f64 value of one element of one result. */
   readonly check: (result: string, element: number) => number;
+  /** Of |got − f64| / (1 + |f64|); 10⁻⁴ unless given, which suits f32 arithmetic. */
+  readonly tolerance?: number;
 }
 
 /** Cases that are timed in turns on the same inputs. The first is the baseline of every ratio. */
 export interface Contest {
   readonly name: string;
-  readonly setup: (gpu: Gpu) => { readonly inputs: readonly Tensor[]; readonly cases: readonly Case[] };
+  /** Contests of one group belong in one plot. */
+  readonly group?: string;
+  /** What varies within the group: M, N, K, r, layout, … */
+  readonly sizes?: Readonly<Record<string, number | string>>;
+  /** The case that the peers' are compared with, if they have this work to do too. */
+  readonly against?: string;
+  readonly setup: (gpu: Gpu) => Prepared;
+}
+
+interface Prepared {
+  readonly inputs: readonly Tensor[];
+  readonly cases: readonly Case[];
+  /** The work of the case `against`, for the peers: its costs and reference values are theirs too. */
+  readonly work?: PeerWork;
 }
 
 export interface Settings {
   readonly repetitions: number;
   /** A repetition runs a case as often as it takes to last this long, then waits for the device once. */
   readonly minBatchMs: number;
+  /** A case that has used this much in 3 repetitions or more sits out the rest. No limit unless given. */
+  readonly maxCaseMs?: number;
+  /** A peer that takes longer than this for one step is given up. No limit unless given. */
+  readonly peerPatienceMs?: number;
   /** A clock in milliseconds. */
   readonly now: () => number;
 }
@@ -41,11 +61,22 @@ export interface Spread {
   readonly p90: number;
 }
 
+/** What this device was measured to do at most. */
+export interface Peaks {
+  /** 10⁹ operations per second in f32 multiply-adds. */
+  readonly fmaGflops: number;
+  /** 10⁹ bytes per second, read and written together, in a copy that no cache holds. */
+  readonly copyGbs: number;
+}
+
 export interface CaseResult {
   readonly name: string;
+  /** The peer whose case this is; absent for our own. */
+  readonly peer?: string;
   readonly flops: number;
   readonly bytes: number;
-  readonly dispatches: number;
+  /** Dispatches of one run; only known of our own. */
+  readonly dispatches?: number;
   /** Runs per repetition. */
   readonly batch: number;
   readonly repetitions: number;
@@ -56,7 +87,19 @@ export interface CaseResult {
   readonly gbs: number;
   /** The baseline's time over this one's, repetition by repetition: above 1 is faster than the baseline. */
   readonly ratio: Spread;
+  /** Which peak bounds this work, by its operations per byte; and the share of that peak which it reached. */
+  readonly limit?: "compute" | "memory";
+  readonly shareOfPeak?: number;
 }
+
+/** A case of a peer's that gave no time, and why. */
+export interface FailedCase {
+  readonly name: string;
+  readonly peer: string;
+  readonly error: string;
+}
+
+export type CaseReport = CaseResult | FailedCase;
 
 /** A result is wrong, so there is nothing to time. */
 export class WrongResultError extends Error {
@@ -66,45 +109,177 @@ export class WrongResultError extends Error {
 const TOLERANCE = 1e-4; // of |got − f64| / (1 + |f64|)
 const SAMPLES = 64;
 
+/** A case that has been found right: what its runs cost, and a way to have some. */
+interface Entrant {
+  readonly result: Pick<CaseResult, "name" | "peer" | "flops" | "bytes" | "dispatches">;
+  /** Elements of each result. */
+  readonly resultSizes: ReadonlyMap<string, number>;
+  /** Runs it n times and waits for the device. */
+  readonly batch: (n: number) => Promise<void>;
+  readonly dispose?: PeerCase["dispose"];
+  readonly times: number[];
+  size: number;
+  /** Why it is out. */
+  error?: string;
+}
+
 /**
  * Checks every case of a contest, then times them in turns, so that noise of the machine meets all alike.
  *
- * Throws WrongResultError, before anything is timed, if one result is wrong, and GpuError if the device fails.
+ * Throws WrongResultError, before anything is timed, if a result of ours is wrong, and GpuError if our device fails. A peer
+ * that fails or is wrong is reported as such.
  */
-export async function measure(gpu: Gpu, contest: Contest, settings: Settings): Promise<CaseResult[]> {
-  const { inputs, cases } = contest.setup(gpu);
+export async function measure(
+  gpu: Gpu,
+  contest: Contest,
+  settings: Settings,
+  peers: readonly Peer[] = [],
+  peaks?: Peaks,
+): Promise<CaseReport[]> {
+  const { inputs, cases, work } = contest.setup(gpu);
+  const ours: Entrant[] = [];
+  const theirs: Entrant[] = [];
   try {
-    const dispatches: number[] = [];
-    for (const one of cases) dispatches.push(await checkCase(gpu, `${contest.name}, ${one.name}`, one));
-    const batches: number[] = [];
-    for (const one of cases) batches.push(await findBatch(gpu, one, settings));
-    const times: number[][] = cases.map(() => []);
-    for (let repetition = 0; repetition < settings.repetitions; repetition++)
-      for (let turn = 0; turn < cases.length; turn++) {
-        const i = (turn + repetition) % cases.length; // each case goes first equally often
-        const one = cases[i];
-        const batch = batches[i] ?? 1;
-        if (one) times[i]?.push((await timeBatch(gpu, one, batch, settings.now)) / batch);
+    for (const one of cases) ours.push(await enter(gpu, `${contest.name}, ${one.name}`, one));
+    for (const entrant of ours) await findBatch(entrant, settings);
+    const index = cases.findIndex(({ name }) => name === contest.against);
+    const [model, modelSizes] = [cases[index], ours[index]?.resultSizes ?? new Map<string, number>()];
+    if (work && model)
+      for (const peer of peers) {
+        const entrant = await enterPeer(peer, work, model, modelSizes, settings);
+        theirs.push(entrant);
+        await attempt(entrant, () => patient(settings, findBatch(entrant, settings)));
       }
-    return cases.map(({ name, flops, bytes }, i) => {
-      const own = times[i] ?? [];
-      const ms = spread(own);
-      return {
-        name,
-        flops,
-        bytes,
-        dispatches: dispatches[i] ?? 0,
-        batch: batches[i] ?? 1,
-        repetitions: own.length,
-        ms,
-        gflops: flops / ms.median / 1e6,
-        gbs: bytes / ms.median / 1e6,
-        ratio: spread(own.map((time, n) => (times[0]?.[n] ?? Number.NaN) / time)),
-      };
-    });
+    await takeTurns([...ours, ...theirs], settings);
+    const baseline = ours[0]?.times ?? [];
+    return [...ours, ...theirs].map((entrant) => report(entrant, baseline, peaks));
   } finally {
+    for (const { dispose } of theirs) await dispose?.();
     gpu.release(...inputs);
   }
+}
+
+async function enter(gpu: Gpu, what: string, one: Case): Promise<Entrant> {
+  const { name, flops, bytes } = one;
+  const { dispatches, resultSizes } = await checkCase(gpu, what, one);
+  const step = (): void => void one.run();
+  const batch = async (n: number): Promise<void> => {
+    // Submitted in eighths, so that the device need not wait until all is encoded.
+    const portion = Math.ceil(n / 8);
+    for (let i = 1; i <= n; i++) {
+      gpu.scope(step);
+      if (i % portion === 0) gpu.flush();
+    }
+    await gpu.finish();
+  };
+  return { result: { name, flops, bytes, dispatches }, resultSizes, batch, times: [], size: 1 };
+}
+
+/** Has a peer do the work once and compares what it gives with the f64 values of our own case. */
+async function enterPeer(
+  peer: Peer,
+  work: PeerWork,
+  model: Case,
+  sizes: ReadonlyMap<string, number>,
+  settings: Settings,
+): Promise<Entrant> {
+  const { name } = peer;
+  let prepared: PeerCase | undefined;
+  const batch = async (n: number): Promise<void> => {
+    for (let i = 0; i < n; i++) {
+      const pending = prepared?.run();
+      if (pending) await pending;
+    }
+    await prepared?.finish();
+  };
+  const entrant: Entrant = {
+    result: { name, peer: name, flops: model.flops, bytes: model.bytes },
+    resultSizes: sizes,
+    batch,
+    dispose: () => prepared?.dispose(),
+    times: [],
+    size: 1,
+  };
+  await attempt(entrant, async () => {
+    prepared = await patient(settings, peer.prepare(work));
+    await patient(settings, batch(1));
+    const results = await patient(settings, prepared.read());
+    for (const [result, size] of sizes) {
+      const values = results[result] ?? [];
+      if (values.length !== size)
+        throw new WrongResultError(`${name}: ${result} must have ${size} elements, got ${values.length}`);
+      checkValues(name, result, values, model);
+    }
+  });
+  return entrant;
+}
+
+/** Runs a step for a peer; if it fails, the entrant is out. */
+async function attempt(entrant: Entrant, step: () => Promise<unknown>): Promise<void> {
+  if (entrant.error !== undefined) return;
+  try {
+    await step();
+  } catch (error) {
+    entrant.error = error instanceof WrongResultError ? error.message : String(error);
+  }
+}
+
+/** The promise, but no longer than `peerPatienceMs`. */
+async function patient<T>({ peerPatienceMs }: Settings, promise: Promise<T>): Promise<T> {
+  if (peerPatienceMs === undefined) return promise;
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  const late = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`no answer within ${peerPatienceMs / 1000} s`)), peerPatienceMs);
+  });
+  try {
+    return await Promise.race([promise, late]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** Times one batch of every case in every repetition; each goes first equally often. */
+async function takeTurns(entrants: readonly Entrant[], settings: Settings): Promise<void> {
+  const { repetitions, maxCaseMs = Number.POSITIVE_INFINITY, now } = settings;
+  for (let repetition = 0; repetition < repetitions; repetition++)
+    for (let turn = 0; turn < entrants.length; turn++) {
+      const entrant = entrants[(turn + repetition) % entrants.length];
+      if (!entrant || entrant.error !== undefined) continue;
+      const { times, size } = entrant;
+      if (times.length >= 3 && sum(times) * size >= maxCaseMs) continue;
+      const time = async (): Promise<void> => void times.push((await timeBatch(entrant, now)) / size);
+      if (entrant.result.peer === undefined) await time();
+      else await attempt(entrant, () => patient(settings, time()));
+    }
+}
+
+function report({ result, times, size, error }: Entrant, baseline: readonly number[], peaks?: Peaks): CaseReport {
+  if (error !== undefined) return { name: result.name, peer: result.name, error };
+  const ms = spread(times);
+  const [gflops, gbs] = [result.flops / ms.median / 1e6, result.bytes / ms.median / 1e6];
+  return {
+    ...result,
+    batch: size,
+    repetitions: times.length,
+    ms,
+    gflops,
+    gbs,
+    ratio: spread(times.map((time, n) => (baseline[n] ?? Number.NaN) / time).filter((ratio) => !Number.isNaN(ratio))),
+    ...(peaks && roofline(gflops, gbs, peaks)),
+  };
+}
+
+/**
+ * Which peak bounds this work and the share of it that was reached: the larger of the two shares, for the work would meet that
+ * peak first if it ran faster. Equal to comparing operations per byte with the ratio of the peaks.        Williams et al. 2009
+ */
+export function roofline(
+  gflops: number,
+  gbs: number,
+  peaks: Peaks,
+): Required<Pick<CaseResult, "limit" | "shareOfPeak">> {
+  const [compute, memory] = [gflops / peaks.fmaGflops, gbs / peaks.copyGbs];
+  return compute >= memory ? { limit: "compute", shareOfPeak: compute } : { limit: "memory", shareOfPeak: memory };
 }
 
 /** Median and 10th and 90th percentile, with linear interpolation between neighbours. NaN of nothing. */
@@ -130,11 +305,15 @@ export async function syncCost(gpu: Gpu, now: () => number): Promise<number> {
   return spread(samples).median;
 }
 
-/** Compares what one run leaves in poisoned buffers with f64, and returns how many dispatches it took. */
-async function checkCase(gpu: Gpu, what: string, { run, check }: Case): Promise<number> {
+/** Compares what one run leaves in poisoned buffers with f64. */
+async function checkCase(
+  gpu: Gpu,
+  what: string,
+  one: Case,
+): Promise<{ dispatches: number; resultSizes: Map<string, number> }> {
   const before = dispatchCount(gpu);
   const live = gpu.counters().buffersLive;
-  const first = Object.values(gpu.scope(run));
+  const first = Object.values(gpu.scope(one.run));
   const made = gpu.counters().buffersLive - live;
   if (made !== first.length)
     throw new WrongResultError(
@@ -144,27 +323,37 @@ async function checkCase(gpu: Gpu, what: string, { run, check }: Case): Promise<
   gpu.release(...first);
   const poisoned = poisonPool(gpu, first, dispatches);
 
-  const results = Object.entries(gpu.scope(run));
+  const results = Object.entries(gpu.scope(one.run));
   const tensors = results.map(([, t]) => t);
   const values = await readAll(tensors);
   gpu.release(...tensors);
   results.forEach(([result, t], n) => {
-    const got = values[n] ?? new Float32Array();
     if (!poisoned.has(t.buffer))
       throw new WrongResultError(`${what}: ${result} came in a buffer that was not poisoned`);
-    const holes = got.reduce((count, value) => count + (Number.isFinite(value) ? 0 : 1), 0);
-    if (holes > 0)
-      throw new WrongResultError(
-        `${what}: all ${got.length} elements of ${result} must be finite, got ${holes} that are not`,
-      );
-    for (const element of sampled(got.length)) {
-      const expected = check(result, element);
-      const value = got[element] ?? Number.NaN;
-      if (!(Math.abs(value - expected) <= TOLERANCE * (1 + Math.abs(expected))))
-        throw new WrongResultError(`${what}: ${result}[${element}] must be ${expected}, got ${value}`);
-    }
+    checkValues(what, result, values[n] ?? [], one);
   });
-  return dispatches;
+  return { dispatches, resultSizes: new Map(results.map(([result, t]) => [result, t.size])) };
+}
+
+/** Throws WrongResultError unless all values are finite and those at some places near their f64 values. */
+function checkValues(
+  what: string,
+  result: string,
+  got: ArrayLike<number>,
+  { check, tolerance = TOLERANCE }: Case,
+): void {
+  let holes = 0;
+  for (let i = 0; i < got.length; i++) if (!Number.isFinite(got[i])) holes++;
+  if (holes > 0)
+    throw new WrongResultError(
+      `${what}: all ${got.length} elements of ${result} must be finite, got ${holes} that are not`,
+    );
+  for (const element of sampled(got.length)) {
+    const expected = check(result, element);
+    const value = got[element] ?? Number.NaN;
+    if (!(Math.abs(value - expected) <= tolerance * (1 + Math.abs(expected))))
+      throw new WrongResultError(`${what}: ${result}[${element}] must be ${expected}, got ${value}`);
+  }
 }
 
 /**
@@ -188,23 +377,23 @@ function sampled(size: number): number[] {
   return [0, size - 1, ...Array.from({ length: SAMPLES - 2 }, () => random.below(size))];
 }
 
-/** How many runs last `minBatchMs`. Finding out is the warm-up too. */
-async function findBatch(gpu: Gpu, one: Case, { minBatchMs, now }: Settings): Promise<number> {
-  for (let batch = 1; ; ) {
-    const ms = await timeBatch(gpu, one, batch, now);
-    if (ms >= minBatchMs || batch >= 100_000) return batch;
-    batch = Math.ceil(batch * Math.min(10, Math.max(1.1, (1.1 * minBatchMs) / ms)));
+/** Finds how many runs last `minBatchMs`, which is the warm-up too. */
+async function findBatch(entrant: Entrant, { minBatchMs, now }: Settings): Promise<void> {
+  for (;;) {
+    const ms = await timeBatch(entrant, now);
+    if (ms >= minBatchMs || entrant.size >= 100_000) return;
+    entrant.size = Math.ceil(entrant.size * Math.min(10, Math.max(1.1, (1.1 * minBatchMs) / ms)));
   }
 }
 
-async function timeBatch(gpu: Gpu, { run }: Case, batch: number, now: () => number): Promise<number> {
-  const step = (): void => void run();
+async function timeBatch({ batch, size }: Entrant, now: () => number): Promise<number> {
   const start = now();
-  for (let i = 0; i < batch; i++) gpu.scope(step);
-  await gpu.finish();
+  await batch(size);
   return now() - start;
 }
 
+const sum = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0);
+
 function dispatchCount(gpu: Gpu): number {
-  return [...gpu.counters().dispatches.values()].reduce((a, b) => a + b, 0);
+  return sum([...gpu.counters().dispatches.values()]);
 }

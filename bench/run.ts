@@ -1,23 +1,56 @@
-/** Runs the contests, prints a table as it goes and returns the report. Portable, like the harness. */
-import { openGpu } from "../src/gpu/gpu.ts";
-import { contests } from "./cases.ts";
-import { type CaseResult, measure, type Settings, type Spread, syncCost } from "./harness.ts";
+/** Runs the probes and the contests and returns the report; tells as it goes. Portable, like the harness. */
+import { type Gpu, openGpu } from "../src/gpu/gpu.ts";
+import { contests } from "./cases/index.ts";
+import { type CaseReport, type Contest, measure, type Peaks, type Settings, syncCost } from "./harness.ts";
+import { openPeers, type PeerReport } from "./peers/host.ts";
+import { PEERS } from "./peers/index.ts";
+import type { Peer, PeerSource } from "./peers/peer.ts";
+import { peaksOf, probes } from "./probes/probes.ts";
+import { type Summary, summarize } from "./summary.ts";
+
+export type { CaseReport, Peaks, Spread } from "./harness.ts";
+export type { PeerReport } from "./peers/host.ts";
+export type { Summary } from "./summary.ts";
 
 export interface BenchOptions {
   /** Small sizes, few and short repetitions: shows that everything works, not how fast it is. */
   readonly quick: boolean;
+  /** All sizes, also where the adapter is a CPU; hardware gets them anyhow. */
+  readonly full: boolean;
+  /** Whether the peers take part. */
+  readonly peers: boolean;
   /** Only contests whose name contains one of these; all if there are none. */
   readonly only: readonly string[];
 }
 
-export type ContestReport = { readonly name: string } & (
-  | { readonly cases: readonly CaseResult[] }
-  | { readonly error: string }
-);
+/** What `runBenchmarks` tells while it works, in this order; "contest" and then "result" once per contest. */
+export type Progress =
+  | { readonly kind: "start"; readonly header: ReportHeader; readonly repetitions: number; readonly contests: number }
+  /** The peers are open, or it is known why not. */
+  | { readonly kind: "peers"; readonly peers: readonly PeerReport[] }
+  /** The probes have run; so have those contests that `result` told of before. */
+  | { readonly kind: "peaks"; readonly peaks: Peaks }
+  /** A contest begins: `index` of `contests`, from 0. */
+  | { readonly kind: "contest"; readonly name: string; readonly index: number }
+  | { readonly kind: "result"; readonly report: ContestReport }
+  | { readonly kind: "summary"; readonly summary: Summary };
 
-export interface Report {
-  /** False if a contest failed or none was found. */
-  readonly ok: boolean;
+export interface ContestReport {
+  readonly name: string;
+  /** "matmul", "transformer", "lora-forward", "lora-backward", "lora-step", "bandwidth", … */
+  readonly group: string;
+  readonly sizes: Readonly<Record<string, number | string>>;
+  /** Ours first, the baseline first of all, then one per peer. Empty if the contest failed. */
+  readonly cases: readonly CaseReport[];
+  /** Which of our cases the peers' are compared with, where peers take part. */
+  readonly against?: string;
+  /** What went wrong with us; nothing of such a contest is timed. */
+  readonly error?: string;
+  /** Why this device cannot run it. */
+  readonly skipped?: string;
+}
+
+export interface ReportHeader {
   readonly date: string;
   readonly runtime: string;
   readonly adapter: {
@@ -27,53 +60,145 @@ export interface Report {
     readonly description: string;
     readonly isSoftware: boolean;
   };
-  readonly quick: boolean;
+  readonly options: BenchOptions;
   /** Milliseconds of waiting for an idle device; part of each repetition. */
   readonly syncMs: number;
   readonly minBatchMs: number;
+}
+
+export interface Report extends ReportHeader {
+  /** False if a contest failed or none was found. What a peer cannot do or does wrong does not count. */
+  readonly ok: boolean;
+  /** Null if the probes failed. */
+  readonly peaks: Peaks | null;
+  /** Empty if none was asked for. */
+  readonly peers: readonly PeerReport[];
+  /** The probes first. */
   readonly contests: readonly ContestReport[];
+  readonly summary: Summary;
 }
 
-/** `--quick` and names, in any order. Throws on any other option. */
+/** What `bench/results/*.json` holds. */
+export interface SavedReport extends Report {
+  readonly command: string;
+  /** With `-dirty` if files differ from it. */
+  readonly commit: string;
+}
+
+const FLAGS = ["--quick", "--full", "--peers", "--no-peers"];
+
+/** Flags and names, in any order. Throws on any other option. */
 export function readOptions(args: readonly string[]): BenchOptions {
-  const unknown = args.find((arg) => arg.startsWith("-") && arg !== "--quick");
-  if (unknown) throw new Error(`bench: options are --quick, --json FILE and --in RUNTIME, got ${unknown}`);
-  return { quick: args.includes("--quick"), only: args.filter((arg) => arg !== "--quick") };
+  const unknown = args.find((arg) => arg.startsWith("-") && !FLAGS.includes(arg));
+  if (unknown) throw new Error(`bench: options are ${FLAGS.join(", ")}, --json FILE and --in RUNTIME, got ${unknown}`);
+  const has = (flag: string): boolean => args.includes(flag);
+  for (const [a, b] of [
+    ["--quick", "--full"],
+    ["--peers", "--no-peers"],
+  ] as const)
+    if (has(a) && has(b)) throw new Error(`bench: ${a} and ${b} exclude each other`);
+  return {
+    quick: has("--quick"),
+    full: has("--full"),
+    peers: has("--peers") || !(has("--quick") || has("--no-peers")),
+    only: args.filter((arg) => !arg.startsWith("-")),
+  };
 }
 
-export async function runBenchmarks({ quick, only }: BenchOptions): Promise<Report> {
+/**
+ * Measures on the best adapter there is. Peers need `globalThis.readRepoFile` (see `scripts/portable.ts`).
+ *
+ * Throws only if no device can be had; everything else is in the report.
+ */
+export async function runBenchmarks(
+  options: BenchOptions,
+  onProgress: (event: Progress) => void = () => {},
+  sources: readonly PeerSource[] = PEERS,
+): Promise<Report> {
   const gpu = await openGpu();
   const now = (): number => performance.now();
-  const { vendor, architecture, device, description } = gpu.info;
-  const adapter = { vendor, architecture, device, description, isSoftware: gpu.isSoftware };
   const syncMs = await syncCost(gpu, now);
-  // Where waiting is slow (Deno sleeps 10 ms) longer batches keep it a small part of each repetition.
-  const minBatchMs = Math.max(quick ? 5 : 20, (quick ? 2 : 20) * syncMs);
-  const settings: Settings = { repetitions: quick ? 3 : 15, minBatchMs, now };
-  const runtime = runtimeName();
-  console.log(
-    `${runtime}\n${[vendor, architecture, description].filter(Boolean).join(" · ")}${gpu.isSoftware ? " (software)" : ""}`,
-  );
-  console.log(
-    `${settings.repetitions} repetitions of at least ${minBatchMs.toFixed(0)} ms; waiting costs ${syncMs.toFixed(2)} ms`,
-  );
+  const settings = settingsFor(options, gpu, syncMs, now);
+  const { vendor, architecture, device, description } = gpu.info;
+  const header: ReportHeader = {
+    date: new Date().toISOString(),
+    runtime: runtimeName(),
+    adapter: { vendor, architecture, device, description, isSoftware: gpu.isSoftware },
+    options,
+    syncMs,
+    minBatchMs: settings.minBatchMs,
+  };
+  const { only, quick } = options;
+  const maxBytes = Math.min(gpu.limits.maxBufferSize, gpu.limits.maxStorageBufferBindingSize);
+  const all = contests({ ...options, isSoftware: gpu.isSoftware });
+  const chosen = all.filter(({ name }) => only.length === 0 || only.some((part) => name.includes(part)));
+  const { fmaPeak, copyBandwidth } = probes({ quick, isSoftware: gpu.isSoftware, maxBytes });
+  onProgress({ kind: "start", header, repetitions: settings.repetitions, contests: 2 + chosen.length });
 
+  const opened = options.peers ? await openPeers(gpu, sources) : undefined;
+  if (opened) onProgress({ kind: "peers", peers: opened.reports });
   const reports: ContestReport[] = [];
-  for (const contest of contests(quick)) {
-    if (only.length > 0 && !only.some((part) => contest.name.includes(part))) continue;
-    console.log(`\n${contest.name}`);
-    try {
-      const cases = await measure(gpu, contest, settings);
-      for (const line of table(cases)) console.log(line);
-      reports.push({ name: contest.name, cases });
-    } catch (error) {
-      console.log(`  ${String(error)}`);
-      reports.push({ name: contest.name, error: String(error) });
+  let peaks: Peaks | null = null;
+  const run = async (contest: Contest): Promise<readonly CaseReport[]> => {
+    onProgress({ kind: "contest", name: contest.name, index: reports.length });
+    const report = await runContest(gpu, contest, settings, opened?.peers ?? [], peaks);
+    reports.push(report);
+    onProgress({ kind: "result", report });
+    return report.cases;
+  };
+  const [fmaCases, copyCases] = [await run(fmaPeak), await run(copyBandwidth)];
+  if (fmaCases.length > 0 && copyCases.length > 0) {
+    peaks = peaksOf(fmaCases, copyCases);
+    onProgress({ kind: "peaks", peaks });
+  }
+  for (const contest of chosen) {
+    if (contest.largestBytes <= maxBytes) await run(contest);
+    else {
+      onProgress({ kind: "contest", name: contest.name, index: reports.length });
+      const skipped = `${contest.largestBytes} bytes in one buffer, this device allows ${maxBytes}`;
+      const report = { ...headOf(contest), cases: [], skipped };
+      reports.push(report);
+      onProgress({ kind: "result", report });
     }
   }
+  opened?.close();
   gpu.destroy();
-  const ok = reports.length > 0 && reports.every((report) => "cases" in report);
-  return { ok, date: new Date().toISOString(), runtime, adapter, quick, syncMs, minBatchMs, contests: reports };
+  const summary = summarize(reports);
+  onProgress({ kind: "summary", summary });
+  const ok = chosen.length > 0 && reports.every(({ error }) => error === undefined);
+  return { ok, ...header, peaks, peers: opened?.reports ?? [], contests: reports, summary };
+}
+
+function settingsFor({ quick }: BenchOptions, gpu: Gpu, syncMs: number, now: () => number): Settings {
+  return {
+    repetitions: quick ? 3 : 15,
+    // Where waiting is slow (Deno sleeps 10 ms) longer batches keep it a small part of each repetition.
+    minBatchMs: Math.max(quick ? 5 : 20, (quick ? 2 : 20) * syncMs),
+    maxCaseMs: gpu.isSoftware ? 3000 : 10_000,
+    peerPatienceMs: 180_000,
+    now,
+  };
+}
+
+const headOf = ({ name, group = "other", sizes = {}, against }: Contest): Omit<ContestReport, "cases"> => ({
+  name,
+  group,
+  sizes,
+  ...(against !== undefined && { against }),
+});
+
+async function runContest(
+  gpu: Gpu,
+  contest: Contest,
+  settings: Settings,
+  peers: readonly Peer[],
+  peaks: Peaks | null,
+): Promise<ContestReport> {
+  try {
+    return { ...headOf(contest), cases: await measure(gpu, contest, settings, peers, peaks ?? undefined) };
+  } catch (error) {
+    return { ...headOf(contest), cases: [], error: String(error) };
+  }
 }
 
 function runtimeName(): string {
@@ -81,28 +206,4 @@ function runtimeName(): string {
   if (deno) return `Deno ${deno.version.deno}`;
   if (typeof process === "undefined") return navigator.userAgent;
   return `Node ${process.versions.node}`;
-}
-
-/** Three digits, or all before the point. */
-const short = (value: number): string => (value < 1000 ? value.toPrecision(3) : value.toFixed(0));
-
-function table(cases: readonly CaseResult[]): string[] {
-  const range = ({ p10, p90 }: Spread): string => `[${short(p10)}–${short(p90)}]`;
-  const head = ["", "ms", "p10–p90", "MFLOP", "GFLOP/s", "GB/s", "dispatches", "ratio", "p10–p90"];
-  const rows = cases.map(({ name, flops, dispatches, ms, gflops, gbs, ratio }) => [
-    name,
-    short(ms.median),
-    range(ms),
-    (flops / 1e6).toFixed(1),
-    short(gflops),
-    short(gbs),
-    `${dispatches}`,
-    ratio.median.toFixed(2),
-    range(ratio),
-  ]);
-  const widths = head.map((_, column) => Math.max(...[head, ...rows].map((row) => row[column]?.length ?? 0)));
-  return [head, ...rows].map((row) => {
-    const cells = row.map((cell, i) => (i === 0 ? cell.padEnd(widths[i] ?? 0) : cell.padStart(widths[i] ?? 0)));
-    return `  ${cells.join("  ")}`;
-  });
 }

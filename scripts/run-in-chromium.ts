@@ -1,28 +1,18 @@
 // Runs a TypeScript file of this repository in headless Chromium: tsx scripts/run-in-chromium.ts SCRIPT.ts [args]. See
-// portable.ts. The browser is CHROMIUM_PATH, else that of @sparticuz/chromium (Linux x64), else an installed Chrome.
-import { existsSync, readFileSync, renameSync, statSync, writeFileSync } from "node:fs";
-import { createServer, type RequestListener } from "node:http";
-import { createRequire } from "node:module";
-import type { AddressInfo } from "node:net";
-import { dirname, join, normalize } from "node:path";
-import { brotliDecompressSync } from "node:zlib";
-import { type Browser, chromium, type LaunchOptions, type Page } from "playwright-core";
-import { unpackArchive } from "../src/gpu/software.ts";
-import { adapterWish, bundle, parseRun } from "./portable.ts";
-
-const FLAGS = ["--headless=new", "--no-sandbox", "--enable-unsafe-webgpu", "--disable-gpu-watchdog"];
-const QUIET = ["--disable-background-networking"];
-const ADAPTER_FLAGS = {
-  hardware: process.platform === "linux" ? ["--enable-features=Vulkan", "--ignore-gpu-blocklist"] : [],
-  software: ["--use-webgpu-adapter=swiftshader"],
-};
+// portable.ts, and chromium.ts for which browser that is.
+import { readFileSync, statSync } from "node:fs";
+import type { RequestListener } from "node:http";
+import { join, normalize } from "node:path";
+import { listen, openPage } from "./chromium.ts";
+import { bundle, parseRun } from "./portable.ts";
 
 const run = parseRun("run-in-chromium", process.argv.slice(2));
 const script = await bundle(run.script, "browser");
-const server = createServer(serve());
-await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-const origin = `http://127.0.0.1:${(server.address() as AddressInfo).port}/`;
-const { browser, page } = await openPage();
+const { origin, close } = await listen(serve());
+const { browser, page } = await openPage(origin).catch((error) => {
+  close();
+  throw error;
+});
 try {
   const json = await new Promise<string>((resolve, reject) => {
     page.on("console", (message) => console[message.type() === "error" ? "error" : "log"](message.text()));
@@ -40,44 +30,7 @@ try {
   process.exitCode = (JSON.parse(json) as { ok?: boolean }).ok ? 0 : 1;
 } finally {
   await browser.close();
-  server.close();
-  server.closeAllConnections();
-}
-
-/** A page in a browser that has a WebGPU adapter: hardware if there is one, else software. */
-async function openPage(): Promise<{ browser: Browser; page: Page }> {
-  const wish = adapterWish();
-  const found = browserOptions();
-  for (const adapter of wish === "auto" ? (["hardware", "software"] as const) : [wish]) {
-    const opened = await chromium.launch({ ...found, args: [...FLAGS, ...QUIET, ...ADAPTER_FLAGS[adapter]] });
-    const tab = await opened.newPage();
-    await tab.goto(origin);
-    if (await tab.evaluate(async () => Boolean(await navigator.gpu?.requestAdapter())))
-      return { browser: opened, page: tab };
-    await opened.close();
-  }
-  server.close();
-  throw new Error(`run-in-chromium: no WebGPU adapter (LOWRANK_ADAPTER is ${wish})`);
-}
-
-function browserOptions(): LaunchOptions {
-  const path = process.env.CHROMIUM_PATH;
-  if (path) return { executablePath: path };
-  if (process.platform !== "linux" || process.arch !== "x64") return { channel: "chrome" };
-  // The package's own libraries stand in for those that a machine without a desktop lacks.
-  const libraries = join(unpackArchive("al2023.tar.br"), "lib");
-  const swiftshader = unpackArchive("swiftshader.tar.br");
-  const executablePath = join(swiftshader, "chromium");
-  if (!existsSync(executablePath)) {
-    const packed = join(
-      dirname(createRequire(import.meta.url).resolve("@sparticuz/chromium")),
-      "../../bin/chromium.br",
-    );
-    writeFileSync(`${executablePath}.${process.pid}`, brotliDecompressSync(readFileSync(packed)), { mode: 0o755 });
-    renameSync(`${executablePath}.${process.pid}`, executablePath);
-  }
-  const LD_LIBRARY_PATH = [libraries, process.env.LD_LIBRARY_PATH].filter(Boolean).join(":");
-  return { executablePath, env: { ...(process.env as Record<string, string>), LD_LIBRARY_PATH } };
+  close();
 }
 
 /** The page, the script and, read only, the files of the repository and of the mounts, with byte ranges. */
@@ -91,7 +44,7 @@ globalThis.readRepoFile = async (path) => {
 };
 </script>`;
   return (request, response) => {
-    const path = normalize(decodeURIComponent(new URL(request.url ?? "/", origin).pathname));
+    const path = normalize(decodeURIComponent(new URL(request.url ?? "/", "http://localhost").pathname));
     const answer = (type: string, body: string | Buffer): void => {
       response.writeHead(200, { "content-type": type }).end(body);
     };

@@ -25,7 +25,7 @@ globalThis.readRepoFile = (path) => {
 globalThis.finish = (json) => { console.log(json); Deno.exit(JSON.parse(json).ok ? 0 : 1); };
 `;
   writeFileSync(join(directory, "prologue.js"), prologue);
-  writeFileSync(script, `import "./prologue.js";\n${await bundle(run.script, "neutral")}`);
+  writeFileSync(script, `import "./prologue.js";\n${await bundle(run.script, "browser")}`);
   process.exitCode = start(["run", "--no-config", "-A", script, ...run.args], adapterEnvironment(), "inherit");
 } finally {
   rmSync(directory, { recursive: true, force: true });

@@ -1,5 +1,13 @@
 import { expect, test } from "vitest";
-import { type Case, type Contest, measure, type Settings, spread, WrongResultError } from "../../bench/harness.ts";
+import {
+  type Case,
+  type Contest,
+  measure,
+  roofline,
+  type Settings,
+  spread,
+  WrongResultError,
+} from "../../bench/harness.ts";
 import { readOptions } from "../../bench/run.ts";
 import { type Gpu, openGpu } from "../../src/gpu/gpu.ts";
 import { scale } from "../../src/kernels/axpy.ts";
@@ -115,8 +123,7 @@ test("the ratio pairs the repetitions, so that noise which meets both cases leav
     ]),
     clock.settings,
   );
-  expect(fast?.ms.median).toBe(100);
-  expect(fast?.ratio).toEqual({ median: 2, p10: 2, p90: 2 });
+  expect(fast).toMatchObject({ ms: { median: 100 }, ratio: { median: 2, p10: 2, p90: 2 } });
 });
 
 test("a wrong element is refused before anything is timed", async () => {
@@ -193,10 +200,37 @@ test("a result that escaped the poison is refused", async () => {
   );
 });
 
-test("options are --quick and names; any other option is refused", () => {
-  expect(readOptions(["lora", "--quick", "nt"])).toEqual({ quick: true, only: ["lora", "nt"] });
-  expect(readOptions([])).toEqual({ quick: false, only: [] });
-  expect(() => readOptions(["--fast"])).toThrow(
-    new Error("bench: options are --quick, --json FILE and --in RUNTIME, got --fast"),
+test("a case that has used up its time sits out the later repetitions", async () => {
+  const clock = new FakeClock();
+  const results = await measure(
+    await opened,
+    contest((x) => [clock.case("slow", x, () => 400), clock.case("fast", x, () => 20)]),
+    { ...clock.settings, repetitions: 6, maxCaseMs: 1000 },
   );
+  expect(results).toMatchObject([
+    { name: "slow", repetitions: 3, ratio: { median: 1 } },
+    { name: "fast", repetitions: 6, ratio: { median: 20 } },
+  ]);
+});
+
+test("the limit is the peak that a case is nearer to, and its share of it", () => {
+  const peaks = { fmaGflops: 1000, copyGbs: 100 };
+  expect(roofline(500, 20, peaks)).toEqual({ limit: "compute", shareOfPeak: 0.5 });
+  expect(roofline(50, 20, peaks)).toEqual({ limit: "memory", shareOfPeak: 0.2 });
+  expect(roofline(0, 20, peaks)).toEqual({ limit: "memory", shareOfPeak: 0.2 });
+});
+
+test("options are flags and names; peers take part unless it is quick", () => {
+  const all = { quick: false, full: false, peers: true, only: [] };
+  expect(readOptions([])).toEqual(all);
+  expect(readOptions(["lora", "--quick", "nt"])).toEqual({ ...all, quick: true, peers: false, only: ["lora", "nt"] });
+  expect(readOptions(["--quick", "--peers"])).toEqual({ ...all, quick: true });
+  expect(readOptions(["--full", "--no-peers"])).toEqual({ ...all, full: true, peers: false });
+});
+
+test("any other option is refused, and so are two that exclude each other", () => {
+  expect(() => readOptions(["--fast"])).toThrow(
+    new Error("bench: options are --quick, --full, --peers, --no-peers, --json FILE and --in RUNTIME, got --fast"),
+  );
+  expect(() => readOptions(["--quick", "--full"])).toThrow(new Error("bench: --quick and --full exclude each other"));
 });

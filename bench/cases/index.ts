@@ -1,0 +1,83 @@
+/** What is measured, by the adapter and the patience at hand. */
+import { loraLadder, matmulLadder } from "../ladder.ts";
+import { addition, rowSum } from "./bandwidth.ts";
+import type { SizedContest } from "./inputs.ts";
+import { type LoraSizes, loraBackward, loraForward, loraStep } from "./lora.ts";
+import { LAYOUTS, linear, square } from "./matmul.ts";
+import { weightFormats } from "./weights.ts";
+
+export interface Scope {
+  /** Small sizes only: does everything work? */
+  readonly quick: boolean;
+  /** All sizes on a software adapter too. */
+  readonly full: boolean;
+  readonly isSoftware: boolean;
+}
+
+/** What a software adapter does in about a second: the product 512×2048×2048, and that with its low-rank term. */
+const SOFTWARE_FLOPS = 2 * 512 * 2048 * 2048;
+const LOW_RANK_SLACK = 1.15;
+
+/** (K, N) of linear layers: SmolLM2-135M, Llama 3.2 1B, Llama 3.1 8B. */
+const LAYERS: readonly (readonly [K: number, N: number])[] = [
+  [576, 576],
+  [576, 1536],
+  [1536, 576],
+  [2048, 2048],
+  [2048, 8192],
+  [8192, 2048],
+  [4096, 4096],
+  [4096, 14336],
+  [14336, 4096],
+];
+
+export function contests({ quick, full, isSoftware }: Scope): SizedContest[] {
+  if (quick) return quickContests();
+  const patient = full || !isSoftware;
+  const limit = patient ? Number.POSITIVE_INFINITY : SOFTWARE_FLOPS;
+  const loraSizes: LoraSizes[] = [
+    { M: 512, N: 2048, K: 2048 },
+    { M: 2048, N: 4096, K: 4096 },
+  ].flatMap((layer) => [4, 16, 64].map((r) => ({ ...layer, r })));
+  const all = [
+    ...[256, 512, 1024, 2048, 4096].flatMap((n) => LAYOUTS.map((layout) => square(layout, n))),
+    ...[1, 16, 512, 2048].flatMap((M) => LAYERS.map(([K, N]) => linear(M, K, N))),
+    ...[1, 512].flatMap((M) =>
+      [
+        [2048, 2048],
+        [4096, 14336],
+      ].map(([K = 0, N = 0]) => weightFormats(M, K, N)),
+    ),
+    ...loraSizes.map(loraForward),
+    ...loraSizes.map(loraBackward),
+    ...loraSizes.filter(({ r }) => patient || r === 16).map(loraStep),
+    ...[1024, ...(patient ? [4096] : [])].flatMap((n) => [addition(n, n), rowSum(n, n)]),
+    ...ladders(patient ? 2048 : 256),
+  ];
+  return all.filter(({ flops, group }) => flops <= limit * stepsOf(group));
+}
+
+/** A training step is three products. */
+const stepsOf = (group: string | undefined): number => LOW_RANK_SLACK * (group === "lora-step" ? 3 : 1);
+
+function quickContests(): SizedContest[] {
+  const sizes = { M: 128, N: 128, K: 128, r: 16 };
+  return [
+    ...LAYOUTS.map((layout) => square(layout, 128)),
+    linear(1, 576, 576),
+    linear(16, 576, 576),
+    weightFormats(16, 576, 576),
+    loraForward(sizes),
+    loraBackward(sizes),
+    loraStep(sizes),
+    addition(256, 256),
+    rowSum(256, 256),
+    ...ladders(128),
+  ];
+}
+
+/** The study ladders on n × n matrices; they are small enough for any device. */
+function ladders(n: number): SizedContest[] {
+  const size = { flops: 2 * n ** 3, largestBytes: 4 * n * n };
+  return [matmulLadder(n), loraLadder({ M: n, N: n, K: n, r: 16 })].map((ladder) => ({ ...ladder, ...size }));
+}
