@@ -9,7 +9,7 @@ const kernel = defineKernel("axpy", source);
 export function axpy(a: number, x: Tensor, b: number, z: Tensor): Tensor {
   expectShape("axpy", "z must have the shape of x", z, x.shape);
   const y = empty(x.gpu, x.shape, "axpy");
-  const { n, parts } = lanes(x.size);
+  const { n, parts } = lanes(x.gpu, x.size);
   kernel(x.gpu, { n, a, b }, { x, z, y }, [n], {}, parts);
   return y;
 }

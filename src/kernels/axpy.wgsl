@@ -9,7 +9,7 @@ struct Dims { n: u32, a: f32, b: f32 }
 @group(0) @binding(2) var<storage, read> z: array<Lane>;
 @group(0) @binding(3) var<storage, read_write> y: array<Lane>;
 
-alias Lane = f32;  // parts/four-lanes.wgsl: vec4f
+alias Lane = f32;  // parts/four-lanes.wgsl, parts/sixteen-lanes.wgsl
 
 @compute @workgroup_size(WG)
 fn main(@builtin(global_invocation_id) id: vec3u, @builtin(num_workgroups) groups: vec3u) {

@@ -39,7 +39,7 @@ function elementwise(op: keyof typeof OPS, a: Tensor, b: Tensor, shape: Shape): 
       `${op}: operands may alternate over at most 4 groups of axes, got [${a.shape}] and [${b.shape}]`,
     );
   const FLAT = axes.every((axis) => axis.inA && axis.inB) ? 1 : 0;
-  const { n, parts } = FLAT ? lanes(y.size) : { n: y.size, parts: [] };
+  const { n, parts } = FLAT ? lanes(a.gpu, y.size) : { n: y.size, parts: [] };
   const uniforms: Record<string, number> = { n };
   let [strideA, strideB] = [1, 1];
   for (let k = 3; k >= 0; k--) {

@@ -15,7 +15,9 @@ struct Dims {
 @group(0) @binding(2) var<storage, read> b: array<Lane>;
 @group(0) @binding(3) var<storage, read_write> y: array<Lane>;
 
-alias Lane = f32;  // parts/four-lanes.wgsl: vec4f
+alias Lane = f32;  // parts/four-lanes.wgsl, parts/sixteen-lanes.wgsl
+
+fn times(p: Lane, q: Lane) -> Lane { return p * q; }
 
 @compute @workgroup_size(WG)
 fn main(@builtin(global_invocation_id) id: vec3u, @builtin(num_workgroups) groups: vec3u) {
@@ -36,7 +38,7 @@ fn result(i: u32) -> Lane {
   switch OP {
     case 0u: { return a[at_a] + b[at_b]; }
     case 1u: { return a[at_a] - b[at_b]; }
-    case 2u: { return a[at_a] * b[at_b]; }
+    case 2u: { return times(a[at_a], b[at_b]); }
     default: { return a[at_a]; }
   }
 }

@@ -57,7 +57,8 @@ const BUSY = 128;
  * The plan without tuning, the same on every device of a kind.
  *
  * With matrix units (`openGpu({ matrixUnits: true })`): `units`, the widest tile of which there are 128, where one suits.
- * CPU adapters: `registers`, tiles of at most 16 × 16, or 8 × 8 below 2²⁶ operations. GPUs: `rows` for "nt" up to 16 rows; else the widest tile
+ * CPU adapters: `rows`, 16 × 16, for large "nt" along 1024 k or more (and × 8 for up to 4 rows), else `registers`, tiles of at most 16 × 16, or
+ * 8 × 8 below 2²⁵ operations. GPUs: `rows` for "nt" up to 16 rows; else the widest tile
  * that gives 128 workgroups, at most 64 × 16 or 16 × 64 for skinny results, with k split while there are fewer.
  */
 export function defaultPlan(gpu: Gpu, shape: MatmulShape): MatmulPlan {
@@ -67,7 +68,12 @@ export function defaultPlan(gpu: Gpu, shape: MatmulShape): MatmulPlan {
   });
   if (units) return units;
   const { layout, M, N, K, R, batch } = shape;
-  if (gpu.isSoftware) return 2 * M * N * K * batch < CPU_WIDE ? cpuPlan(shape, 8, 8) : cpuPlan(shape, 16, 16);
+  if (gpu.isSoftware) {
+    const isWide = 2 * M * N * K * batch >= CPU_WIDE;
+    if (layout === "nt" && batch === 1 && (M <= 4 || (isWide && K >= CPU_LONG)))
+      return cpuRowsPlan(shape, 16, M <= 4 ? 8 : 16);
+    return isWide ? cpuPlan(shape, 16, 16) : cpuPlan(shape, 8, 8);
+  }
   if (layout === "nt" && M <= FEW_ROWS) return rowsPlan(gpu, shape, 4, 64);
   const skinny = N <= 32 ? "64×16/4" : M <= 32 ? "16×64/4" : undefined;
   const groups = (of: keyof typeof TILES): number => {
@@ -85,9 +91,10 @@ export function defaultPlan(gpu: Gpu, shape: MatmulShape): MatmulPlan {
 export function plans(gpu: Gpu, shape: MatmulShape): readonly MatmulPlan[] {
   const { layout, M, N, K, R } = shape;
   const all: MatmulPlan[] = [defaultPlan(gpu, shape), ...unitsPlans(gpu, shape)];
-  if (gpu.isSoftware)
+  if (gpu.isSoftware) {
     for (const [TM, TN] of [[4, 8], [8, 8], [8, 16], [16, 8], [16, 16]] as const) all.push(cpuPlan(shape, TM, TN)); // biome-ignore format: one line
-  else {
+    if (layout === "nt" && shape.batch === 1) for (const TN of [8, 16]) all.push(cpuRowsPlan(shape, 16, TN));
+  } else {
     if (layout === "nt" && M <= FEW_ROWS)
       for (const TN of [2, 4, 8])
         for (const WG of [32, 64, 128, 256]) {
@@ -202,7 +209,15 @@ function cpuPlan({ M, N }: MatmulShape, most: number, widest: number): MatmulPla
   return { name: `cpu ${most}×${widest}`, family: "registers", tuned: { TM, TN, WX: LANES, WY: 1 }, splits: 1 };
 }
 
+/** For a CPU adapter and "nt": `rows`, whose lanes read along k, so that a cache line is used up at once. */
+function cpuRowsPlan({ M }: MatmulShape, most: number, TN: number): MatmulPlan {
+  const TM = Math.min(most, 2 ** Math.ceil(Math.log2(M)));
+  return { name: `cpu rows ${most}×${TN}`, family: "rows", tuned: { TM, TN, WG: 4 }, splits: 1 };
+}
+
+/** Rows so far apart fall into the same few sets of a cache. */
+const CPU_LONG = 1024;
 /** Invocations that a CPU adapter runs side by side: eight f32 are a vector register of AVX2, or two of SSE and Neon. */
 const LANES = 8;
 /** Operations from which the wide tile's longer compilation pays. */
-const CPU_WIDE = 2 ** 26;
+const CPU_WIDE = 2 ** 25;

@@ -80,7 +80,9 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
         let turned = transpose(mat4x4f(x4(k, row), x4(k + 1u, row), x4(k + 2u, row), x4(k + 3u, row)));
         for (var q = 0u; q < FOUR; q++) { left[i][q] = turned[q]; }
       } else {
-        for (var q = 0u; q < FOUR; q++) { left[i][q] = x4(row + q, k); }
+        for (var q = 0u; q < FOUR; q++) {
+          if (4u * i + q < TM) { left[i][q] = x4(row + q, k); }
+        }
       }
     }
     for (var j = 0u; j < TN4; j++) {

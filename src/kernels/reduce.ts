@@ -1,12 +1,14 @@
 import type { Gpu } from "../gpu/gpu.ts";
-import { defineKernel } from "../gpu/kernel.ts";
+import { defineKernel, definePart } from "../gpu/kernel.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { empty, type Shape, type Tensor, view } from "../tensor/tensor.ts";
+import fourSource from "./parts/reduce-four.wgsl";
 import source from "./reduce.wgsl";
 import rowsSource from "./reduce-rows.wgsl";
 
 const kernel = defineKernel("reduce", source);
 const rows = defineKernel("reduce-rows", rowsSource);
+const FOUR = [definePart("reduce-four", fourSource)];
 
 const LONG = 512; // a longer axis goes in two passes, of about √axis steps each
 
@@ -64,8 +66,11 @@ function middle(op: Reduction, x: Tensor, outer: number, length: number, inner: 
     const variant = { MAX: op === "max" ? 1 : 0 };
     if (inner > 1) kernel(gpu, { n: y.size, axis: steps, inner, C: parts, s }, { x: of, y }, [y.size], variant);
     else {
-      const WG = gpu.isSoftware ? 4 : steps < 128 ? 32 : 256;
-      rows(gpu, { n: y.size, axis: steps, C: parts, s }, { x: of, y }, [y.size * WG], { ...variant, WG });
+      const inFours = steps % 4 === 0 && parts <= steps / 4;
+      const axis = inFours ? steps / 4 : steps;
+      const WG = gpu.isSoftware ? 4 : axis < 128 ? 32 : 256;
+      const uniforms = { n: y.size, axis, C: parts, s };
+      rows(gpu, uniforms, { x: of, y }, [y.size * WG], { ...variant, WG }, inFours ? FOUR : []);
     }
     return y;
   };

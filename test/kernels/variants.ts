@@ -31,6 +31,7 @@ import matmulRows from "../../src/kernels/matmul-rows.wgsl";
 import matmulSplits from "../../src/kernels/matmul-splits.wgsl";
 import matmulTiled from "../../src/kernels/matmul-tiled.wgsl";
 import narrow16 from "../../src/kernels/narrow16.wgsl";
+import { reduce as reduceOf } from "../../src/kernels/reduce.ts";
 import reduce from "../../src/kernels/reduce.wgsl";
 import reduceRows from "../../src/kernels/reduce-rows.wgsl";
 import rmsNorm from "../../src/kernels/rms-norm.wgsl";
@@ -194,6 +195,7 @@ export function otherVariants(): Variant[] {
     axpyOf(1, x, 1, x);
     for (const op of ["add", "sub", "mul"] as const) binaryOf(op, x, x);
     expand(x, [3, 2, columns]);
+    for (const op of ["sum", "max"] as const) reduceOf(op, x, -1);
     for (const rank of [4, 3])
       for (const plan of loraDyPlans(recorder, { M: 2, N: columns, R: rank }))
         loraDyOf(x, empty(recorder, [columns, rank], "variants"), empty(recorder, [2, rank], "variants"), 1, plan);
