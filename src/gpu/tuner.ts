@@ -4,6 +4,7 @@
  * Nothing is timed on its own: `tune(run)` notes what `run` needs and times that. Choices are kept per adapter in a store, a file
  * in Node and Deno and `localStorage` in a page, and are found there by the next `openGpu`, unless `tune: "off"`.
  */
+import { GpuError } from "./errors.ts";
 import type { Gpu } from "./gpu.ts";
 
 /** A way to compute something. */
@@ -152,7 +153,7 @@ function parse(text: string | undefined): Record<string, Choices> {
   }
 }
 
-/** `tune.json` in the user's cache directory, or `localStorage`. undefined where there is neither. */
+/** `tune.json` in LOWRANK_CACHE or the user's cache directory, or `localStorage`. undefined where there is neither. */
 export function defaultTuneStore(): TuneStore | undefined {
   const get = (globalThis as { process?: NodeJS.Process }).process?.getBuiltinModule;
   if (!get) {
@@ -166,10 +167,17 @@ export function defaultTuneStore(): TuneStore | undefined {
   return {
     load: () => (fs.existsSync(file) ? fs.readFileSync(file, "utf8") : undefined),
     save: (text) => {
-      fs.mkdirSync(root, { recursive: true });
-      const partial = `${file}.${process.pid}`;
-      fs.writeFileSync(partial, text);
-      fs.renameSync(partial, file);
+      try {
+        fs.mkdirSync(root, { recursive: true });
+        const partial = `${file}.${process.pid}`;
+        fs.writeFileSync(partial, text);
+        fs.renameSync(partial, file);
+      } catch (error) {
+        const reason = error instanceof Error ? error.message : String(error);
+        throw new GpuError(
+          `tune: what was tuned must be kept in ${file}, got ${reason}. Set LOWRANK_CACHE to a directory`,
+        );
+      }
     },
   };
 }

@@ -38,6 +38,9 @@ fn w4(row: u32, column: u32) -> vec4f { return widen((min(row, d.N - 1u) * d.K +
 
 fn widen(at: u32) -> vec4f { return w[at]; }
 
+// What all threads do first: parts/nf4-levels.wgsl.
+fn prepare(thread: u32) {}
+
 // What becomes of a finished element: parts/epilogue.wgsl.
 fn finish(value: f32, row: u32, column: u32) -> f32 { return value; }
 
@@ -53,6 +56,7 @@ fn add_up(thread: u32) {
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_index) thread: u32) {
+  prepare(thread);
   var acc: array<array<f32, TN>, TM>;
   var left: array<vec4f, TM>;
   for (var k = 4u * thread; k < d.K; k += 4u * WG) {

@@ -116,6 +116,9 @@ fn fetch(at: vec2u, tile: vec2u, stage_at: u32) -> mat4x4f {
   return mat4x4f(w4(k, j), w4(k + 1u, j), w4(k + 2u, j), w4(k + 3u, j));
 }
 
+// What all threads do first: parts/nf4-levels.wgsl.
+fn prepare(thread: u32) {}
+
 // What becomes of a finished element: parts/epilogue.wgsl.
 fn finish(value: f32, row: u32, column: u32) -> f32 { return value; }
 
@@ -123,6 +126,7 @@ fn store(row: u32, column: u32, value: vec4f) { y[(row * d.N + column) / 4u] = v
 
 @compute @workgroup_size(WX, WY)
 fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_id) thread: vec3u, @builtin(local_invocation_index) n0: u32) {
+  prepare(n0);
   x0 = tile.z / d.splits * d.x_batch;
   w0 = tile.z / d.splits * d.w_batch;
   let stages = (d.K + BK - 1u) / BK + (d.R + BK - 1u) / BK;

@@ -12,6 +12,7 @@ import tiledSource from "./matmul-tiled.wgsl";
 import unitsSource from "./matmul-units.wgsl";
 import epilogueSource from "./parts/epilogue.wgsl";
 import halfSource from "./parts/half.wgsl";
+import levelsSource from "./parts/nf4-levels.wgsl";
 import raggedWSource from "./parts/ragged-w.wgsl";
 import raggedXSource from "./parts/ragged-x.wgsl";
 import raggedYSource from "./parts/ragged-y.wgsl";
@@ -25,6 +26,7 @@ const rows = defineKernel("matmul-rows", rowsSource);
 const units = defineKernel("matmul-units", unitsSource);
 const splits = defineKernel("matmul-splits", splitsSource);
 
+const NF4_LEVELS = definePart("nf4-levels", levelsSource);
 const RAGGED_X = definePart("ragged-x", raggedXSource);
 const RAGGED_W = definePart("ragged-w", raggedWSource);
 const RAGGED_Y = definePart("ragged-y", raggedYSource);
@@ -135,6 +137,7 @@ function run(
     ...{ splits: plan.splits, group_bits: Math.log2(packed?.group ?? 1) },
   };
   const weight = packed ? weightParts(packed) : [];
+  const levels = packed?.format === "nf4" ? [NF4_LEVELS] : [];
   const hasEpilogue = Boolean(bias || activation || residual);
   const finish = hasEpilogue
     ? {
@@ -156,7 +159,7 @@ function run(
   switch (plan.family) {
     case "tiled": {
       const P = plan.splits;
-      const parts = [...weight, ...raggedParts, ...(plan.half ? [HALF] : [])];
+      const parts = [...weight, ...levels, ...raggedParts, ...(plan.half ? [HALF] : [])];
       const threads = [Math.ceil(N / TN), Math.ceil(M / TM), batch * P] as const;
       const variant = { ...tuned, X_T, W_T, LOW_RANK };
       if (P === 1) {
@@ -191,7 +194,8 @@ function run(
       return;
     }
     case "rows": {
-      const parts = [...weight, ...raggedParts, ...(plan.subgroups ? [SUBGROUP_SUMS] : []), ...finish.parts];
+      const sums = plan.subgroups ? [SUBGROUP_SUMS] : [];
+      const parts = [...weight, ...levels, ...raggedParts, ...sums, ...finish.parts];
       const threads = [Math.ceil(N / TN) * (tuned.WG ?? 1), Math.ceil(M / TM), batch] as const;
       rows(gpu, uniforms, buffers, threads, { ...tuned, LOW_RANK, ...finish.tuned }, parts);
     }

@@ -144,3 +144,19 @@ test("a runtime without WebGPU gets told what to use", async () => {
     ),
   );
 });
+
+test("time gives a time for one pass and for several", async () => {
+  const gpu = await testGpu();
+  const x = tensor(gpu, new Float32Array(400_000).fill(1), [400_000]);
+  const add = (times: number) => (): void => {
+    for (let i = 0; i < times; i++) gpu.release(axpy(2, x, 0, x));
+  };
+  expect(await gpu.time(add(20))).toBeGreaterThan(0);
+  const split = await gpu.time(() => {
+    add(1)();
+    gpu.flush();
+    add(1)();
+  });
+  expect(split).toBeGreaterThan(0);
+  gpu.release(x);
+});

@@ -1,7 +1,10 @@
-import { expect, test } from "vitest";
+import { mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { expect, test, vi } from "vitest";
 import { GpuError } from "../../src/gpu/errors.ts";
 import { openGpu } from "../../src/gpu/gpu.ts";
-import type { TuneStore } from "../../src/gpu/tuner.ts";
+import { defaultTuneStore, type TuneStore } from "../../src/gpu/tuner.ts";
 import { scale } from "../../src/kernels/axpy.ts";
 import { matmul } from "../../src/kernels/matmul.ts";
 import { plans } from "../../src/kernels/matmul-plans.ts";
@@ -95,6 +98,30 @@ test("a product takes the plan that was stored for its class, and its result sta
   expect(tuning?.key).toBe("matmul nn f32 2×2×2");
   expect(plans(gpu, product).map(({ name }) => name)).toContain(tuning?.chosen);
   expect([...(await read(matmul(x, w)))]).toEqual([19, 22, 43, 50]);
+});
+
+test("in Node choices are kept in a file, and one that cannot be written is named", () => {
+  const directory = mkdtempSync(join(tmpdir(), "lowrank-tune-"));
+  try {
+    vi.stubEnv("LOWRANK_CACHE", join(directory, "cache"));
+    const store = defaultTuneStore();
+    expect(store?.load()).toBeUndefined();
+    store?.save("{}");
+    expect(readdirSync(join(directory, "cache"))).toEqual(["tune.json"]);
+    expect(store?.load()).toBe("{}");
+
+    writeFileSync(join(directory, "file"), "");
+    vi.stubEnv("LOWRANK_CACHE", join(directory, "file"));
+    const file = join(directory, "file", "tune.json");
+    expect(() => defaultTuneStore()?.save("{}")).toThrow(
+      new GpuError(
+        `tune: what was tuned must be kept in ${file}, got EEXIST: file already exists, mkdir '${join(directory, "file")}'. Set LOWRANK_CACHE to a directory`,
+      ),
+    );
+  } finally {
+    vi.unstubAllEnvs();
+    rmSync(directory, { recursive: true });
+  }
 });
 
 test("any other word for tune is refused", async () => {

@@ -188,19 +188,26 @@ export function matmulVariants(): Variant[] {
 
 /** The texts of the other kernels that are put together from parts. */
 export function otherVariants(): Variant[] {
-  const recorder = new Recorder();
-  for (const stored of PACKED) unpackMatrix(operands(recorder, stored, "nn", EVEN)[1] as PackedMatrix);
-  for (const columns of [8, 7]) {
-    const x = empty(recorder, [2, columns], "variants");
-    axpyOf(1, x, 1, x);
-    for (const op of ["add", "sub", "mul"] as const) binaryOf(op, x, x);
-    expand(x, [3, 2, columns]);
-    for (const op of ["sum", "max"] as const) reduceOf(op, x, -1);
+  const onGpu = new Recorder();
+  for (const stored of PACKED) unpackMatrix(operands(onGpu, stored, "nn", EVEN)[1] as PackedMatrix);
+  for (const columns of [8, 7])
     for (const rank of [4, 3])
-      for (const plan of loraDyPlans(recorder, { M: 2, N: columns, R: rank }))
-        loraDyOf(x, empty(recorder, [columns, rank], "variants"), empty(recorder, [2, rank], "variants"), 1, plan);
-  }
-  return variantsOf(recorder);
+      for (const plan of loraDyPlans(onGpu, { M: 2, N: columns, R: rank }))
+        loraDyOf(
+          ...([empty(onGpu, [2, columns], "variants"), empty(onGpu, [columns, rank], "variants")] as const),
+          ...([empty(onGpu, [2, rank], "variants"), 1, plan] as const),
+        );
+  const onCpu = new Recorder({ isSoftware: true });
+  for (const recorder of [onGpu, onCpu])
+    for (const columns of [8, 7]) {
+      const x = empty(recorder, [2, columns], "variants");
+      axpyOf(1, x, 1, x);
+      for (const op of ["add", "sub", "mul"] as const) binaryOf(op, x, x);
+      expand(x, [3, 2, columns]);
+      for (const op of ["sum", "max"] as const) reduceOf(op, x, -1);
+    }
+  const all = [...variantsOf(onGpu), ...variantsOf(onCpu)];
+  return [...new Map(all.map((one) => [one.key, one])).values()];
 }
 
 /** The texts of every plan that is a default or that tuning tries, for f32, on a GPU or on a CPU adapter: with their true widths. */

@@ -12,8 +12,10 @@ const NF4 = array<f32, 16>(
 
 fn scale_of(n: u32) -> f32 { return scales[n]; }
 
+fn level(code: u32) -> f32 { return NF4[code]; }
+
 fn widen(at: u32) -> vec4f {
   let word = w[at / 2u] >> (16u * (at % 2u));
   let code = (vec4u(word) >> vec4u(4u, 0u, 12u, 8u)) & vec4u(15u);
-  return scale_of(at >> (d.group_bits - 2u)) * vec4f(NF4[code.x], NF4[code.y], NF4[code.z], NF4[code.w]);
+  return scale_of(at >> (d.group_bits - 2u)) * vec4f(level(code.x), level(code.y), level(code.z), level(code.w));
 }
