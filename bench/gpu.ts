@@ -95,7 +95,7 @@ function chosen({ only, ...scope }: BenchOptions, gpu: Gpu): ReturnType<typeof c
   const maxBytes = Math.min(gpu.limits.maxBufferSize, gpu.limits.maxStorageBufferBindingSize);
   return contests({ ...scope, isSoftware: gpu.isSoftware })
     .filter(({ name }) => only.length === 0 || only.some((part) => name.includes(part)))
-    .filter(({ largestBytes }) => largestBytes <= maxBytes);
+    .filter(({ largestBytes, matrixUnits, unmet }) => largestBytes <= maxBytes && !matrixUnits && !unmet?.(gpu));
 }
 
 /** Saves after each contest. What failed because an earlier contest broke the device gets another device. */

@@ -139,9 +139,9 @@ export async function runBenchmarks(
   if (opened) onProgress({ kind: "peers", peers: opened.reports });
   const reports: ContestReport[] = [];
   let peaks: Peaks | null = null;
-  const run = async (contest: Contest): Promise<readonly CaseReport[]> => {
+  const run = async (contest: Contest, on = gpu): Promise<readonly CaseReport[]> => {
     onProgress({ kind: "contest", name: contest.name, index: reports.length });
-    const report = await runContest(gpu, contest, settings, opened?.peers ?? [], peaks);
+    const report = await runContest(on, contest, settings, opened?.peers ?? [], peaks);
     reports.push(report);
     onProgress({ kind: "result", report });
     return report.cases;
@@ -151,16 +151,22 @@ export async function runBenchmarks(
     peaks = peaksOf(fmaCases, copyCases);
     onProgress({ kind: "peaks", peaks });
   }
+  const withUnits = chosen.some((contest) => contest.matrixUnits) ? await openGpu({ matrixUnits: true }) : undefined;
   for (const contest of chosen) {
-    if (contest.largestBytes <= maxBytes) await run(contest);
+    const on = (contest.matrixUnits && withUnits) || gpu;
+    const skipped =
+      contest.largestBytes <= maxBytes
+        ? contest.unmet?.(on)
+        : `${contest.largestBytes} bytes in one buffer, this device allows ${maxBytes}`;
+    if (skipped === undefined) await run(contest, on);
     else {
       onProgress({ kind: "contest", name: contest.name, index: reports.length });
-      const skipped = `${contest.largestBytes} bytes in one buffer, this device allows ${maxBytes}`;
       const report = { ...headOf(contest), cases: [], skipped };
       reports.push(report);
       onProgress({ kind: "result", report });
     }
   }
+  withUnits?.destroy();
   opened?.close();
   gpu.destroy();
   const summary = summarize(reports);

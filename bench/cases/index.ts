@@ -1,6 +1,7 @@
 /** What is measured, by the adapter and the patience at hand. */
 import { loraLadder, matmulLadder } from "../ladder.ts";
 import { addition, rowSum } from "./bandwidth.ts";
+import { halfArithmetic, matrixUnits } from "./half.ts";
 import type { SizedContest } from "./inputs.ts";
 import { type LoraSizes, loraBackward, loraForward, loraStep } from "./lora.ts";
 import { LAYOUTS, linear, square } from "./matmul.ts";
@@ -48,6 +49,7 @@ export function contests({ quick, full, isSoftware }: Scope): SizedContest[] {
         [4096, 14336],
       ].map(([K = 0, N = 0]) => weightFormats(M, K, N)),
     ),
+    ...[256, 4096].flatMap((n) => [halfArithmetic(n), matrixUnits(n)]),
     ...loraSizes.map(loraForward),
     ...loraSizes.map(loraBackward),
     ...loraSizes.filter(({ r }) => patient || r === 16).map(loraStep),
@@ -67,6 +69,8 @@ function quickContests(): SizedContest[] {
     linear(1, 576, 576),
     linear(16, 576, 576),
     weightFormats(16, 576, 576),
+    halfArithmetic(256),
+    matrixUnits(256),
     loraForward(sizes),
     loraBackward(sizes),
     loraStep(sizes),

@@ -11,6 +11,10 @@ export interface SizedContest extends Contest {
   readonly flops: number;
   /** Bytes of its largest operand or result. */
   readonly largestBytes: number;
+  /** It needs a device opened with `matrixUnits`. */
+  readonly matrixUnits?: boolean;
+  /** What the device lacks for it, in words; undefined if nothing. */
+  readonly unmet?: (gpu: Gpu) => string | undefined;
 }
 
 /** A matrix on the device, the same on the host, and its elements for the f64 reference. */

@@ -64,6 +64,7 @@ const GROUPS: Readonly<Record<string, string>> = {
   matmul: "Square matrix products",
   transformer: "Linear layers of transformers",
   weights: "Weight formats",
+  half: "Half precision",
   "lora-forward": "LoRA, forward",
   "lora-backward": "LoRA, backward",
   "lora-step": "LoRA, forward and backward",
