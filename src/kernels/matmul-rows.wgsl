@@ -59,6 +59,7 @@ fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_index) thr
   prepare(thread);
   var acc: array<array<f32, TN>, TM>;
   var left: array<vec4f, TM>;
+  var low: array<f32, TM>;
   for (var k = 4u * thread; k < d.K; k += 4u * WG) {
     for (var i = 0u; i < TM; i++) { left[i] = x4(tile.y * TM + i, k); }
     for (var j = 0u; j < TN; j++) {
@@ -68,9 +69,10 @@ fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_index) thr
   }
   if (LOW_RANK == 1u) {
     for (var r = thread; r < d.R; r += WG) {
+      for (var i = 0u; i < TM; i++) { low[i] = d.c * u[min(tile.y * TM + i, d.M - 1u) * d.R + r]; }
       for (var j = 0u; j < TN; j++) {
-        let right = d.c * b[min(tile.x * TN + j, d.N - 1u) * d.R + r];
-        for (var i = 0u; i < TM; i++) { acc[i][j] += u[min(tile.y * TM + i, d.M - 1u) * d.R + r] * right; }
+        let right = b[min(tile.x * TN + j, d.N - 1u) * d.R + r];
+        for (var i = 0u; i < TM; i++) { acc[i][j] += low[i] * right; }
       }
     }
   }
