@@ -166,7 +166,7 @@ async function run(options: TrainArguments): Promise<void> {
         signal: stop.signal,
         tune: options.tune ?? false,
         onTuned: ({ key, chosen, timesMs }) =>
-          say(`tuned ${key}: ${chosen}, ${number(timesMs[chosen] ?? 0)} ms, of ${Object.keys(timesMs).length} ways`),
+          say(`tuned ${key}: ${chosen}, ${timesMs[chosen]?.toPrecision(2)} ms, of ${Object.keys(timesMs).length} ways`),
       });
       for await (const metrics of training) {
         first ??= metrics;

@@ -49,6 +49,7 @@ export class Tuner {
   readonly #chosen = new Map<string, Candidate>();
   readonly #names: Choices;
   #noted: Map<string, () => Question<Candidate>> | undefined;
+  readonly #remembered = new Map<string, unknown>();
 
   /** Without a store (`tune: "off"`) nothing is ever chosen. */
   constructor(gpu: Gpu, store: TuneStore | undefined) {
@@ -69,6 +70,13 @@ export class Tuner {
     if (found) this.#chosen.set(key, found);
     else this.#noted?.set(key, question as unknown as () => Question<Candidate>);
     return found;
+  }
+
+  /** What `make` decided for this key, with `choose` or without: decided once, and again after each tuning. */
+  remember<T>(key: string, make: () => T): T {
+    if (this.#noted) return make(); // which has to ask
+    if (!this.#remembered.has(key)) this.#remembered.set(key, make());
+    return this.#remembered.get(key) as T;
   }
 
   /**
@@ -93,6 +101,7 @@ export class Tuner {
       const tuning = await this.#measure(key, candidates, trial());
       const chosen = candidates.find(({ name }) => name === tuning.chosen);
       if (chosen) this.#chosen.set(key, chosen);
+      this.#remembered.clear();
       this.#names[key] = tuning.chosen;
       tunings.push(tuning);
       onTuned?.(tuning);

@@ -97,18 +97,23 @@ export function matmul(
   const y = empty(gpu, shape, "matmul");
   if (y.size === 0) return y;
   const product: MatmulShape = { layout, M, N, K, R, batch, format: isPacked(w) ? w.format : "f32" };
-  const tuned = gpu.tuner.choose(shapeClass(product), () => ({
-    candidates: plans(gpu, product),
-    trial: () => trial(gpu, product),
-  }));
-  // A class of shapes holds some that not all its plans suit.
-  const plan = options.plan ?? (tuned && suits(tuned, product) ? tuned : defaultPlan(gpu, product));
+  const key = `matmul ${layout} ${product.format} ${M} ${N} ${K} ${R} ${batch}`;
+  const plan = options.plan ?? gpu.tuner.remember(key, () => choosePlan(gpu, product));
   if (!suits(plan, product))
     throw new ShapeError(
       `matmul: the plan "${plan.name}" takes whole tiles of one product with f32 or f16 weights, got "${layout}" ${M}×${N}×${K} of rank ${R}, ${batch} in all, ${product.format}. Leave the plan out`,
     );
   run(gpu, product, plan, x, w, y, options);
   return y;
+}
+
+/** The tuned plan, or the default one. A class of shapes holds some that not all its plans suit. */
+function choosePlan(gpu: Gpu, product: MatmulShape): MatmulPlan {
+  const tuned = gpu.tuner.choose(shapeClass(product), () => ({
+    candidates: plans(gpu, product),
+    trial: () => trial(gpu, product),
+  }));
+  return tuned && suits(tuned, product) ? tuned : defaultPlan(gpu, product);
 }
 
 /** Encodes the product by a plan into y. */

@@ -64,6 +64,20 @@ test("the fastest candidate is chosen once tuned, and found again by the next pr
   second.gpu.destroy();
 });
 
+test("what was decided is remembered until something is tuned", async () => {
+  const { gpu, choose } = await openWith(memory());
+  let asked = 0;
+  const decide = (): string =>
+    gpu.tuner.remember("decision", () => {
+      asked++;
+      return choose() ?? "default";
+    });
+  expect([decide(), decide(), asked]).toEqual(["default", "default", 1]);
+  await gpu.tuner.tune(decide);
+  expect([decide(), decide(), asked]).toEqual(["fast", "fast", 3]);
+  gpu.destroy();
+});
+
 test("with tune off nothing is timed, chosen or stored", async () => {
   const store = memory();
   const before = await openWith(store);
