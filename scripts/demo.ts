@@ -5,10 +5,7 @@
  */
 import { readFile } from "node:fs/promises";
 import {
-  AdamW,
   attachLora,
-  backward,
-  batchLoss,
   collate,
   evaluate,
   generate,
@@ -18,6 +15,7 @@ import {
   readAll,
   readRows,
   type Tensor,
+  TrainingStep,
   tensor,
   train,
 } from "../src/index.ts";
@@ -143,33 +141,25 @@ async function compare(): Promise<void> {
 
 /** What one step of training `trained` takes: the median time of three after a warm-up, the counts of the last. */
 async function measureStep(trained: readonly Tensor[], batch: ReturnType<typeof collate>) {
-  const optimizer = new AdamW(trained);
+  const step = new TrainingStep({ model, parameters: trained });
   const times: number[] = [];
-  let gradientBytes = 0;
   for (let i = 0; i < 4; i++) {
     gpu.resetCounters();
     const from = performance.now();
-    const loss = gpu.scope(() => {
-      const l = batchLoss(model, batch, 1 / batch.tokens);
-      const gradients = backward(l);
-      gradientBytes = [...gradients.values()].reduce((sum, g) => sum + g.sizeBytes, 0);
-      optimizer.step(gradients, 0); // rate 0: the weights stay as they are
-      return l;
-    });
-    await readAll([loss]);
-    gpu.release(loss);
+    step.run([batch], 0); // rate 0: the weights stay as they are
+    await step.read();
     if (i > 0) times.push(performance.now() - from);
   }
   const { bytesPeak, dispatches } = gpu.counters();
   const cost = {
     trainable: trained.reduce((n, t) => n + t.size, 0),
-    gradientBytes,
-    optimizerBytes: optimizer.sizeBytes,
+    gradientBytes: step.optimizer.gradientBytes,
+    optimizerBytes: step.optimizer.sizeBytes,
     peakBytes: bytesPeak,
     dispatches: [...dispatches.values()].reduce((a, b) => a + b, 0),
     timeMs: times.sort((a, b) => a - b)[1] ?? Number.NaN,
   };
-  optimizer.destroy();
+  step.destroy();
   return cost;
 }
 

@@ -4,8 +4,17 @@ export * from "./autograd/basic-ops.ts";
 export { backward, type Gradients, once, record } from "./autograd/engine.ts";
 export * from "./autograd/model-ops.ts";
 export { GpuError } from "./gpu/errors.ts";
-export { type Counters, Gpu, type HasBuffer, type OpenGpuOptions, openGpu } from "./gpu/gpu.ts";
-export { defineKernel, definePart, type Kernel, type Part, type Tuned } from "./gpu/kernel.ts";
+export { type Counters, type Dispatch, Gpu, type HasBuffer, type OpenGpuOptions, openGpu } from "./gpu/gpu.ts";
+export {
+  defineKernel,
+  definePart,
+  type Kernel,
+  mapUniform,
+  type Part,
+  type Tuned,
+  type Uniform,
+} from "./gpu/kernel.ts";
+export type { Plan } from "./gpu/plan.ts";
 export type { Candidate, Question, Trial, Tuner, TuneStore, Tuning } from "./gpu/tuner.ts";
 export {
   type ByteSource,
@@ -39,10 +48,19 @@ export { type GenerateOptions, generate } from "./serve/generate.ts";
 export { ShapeError } from "./tensor/errors.ts";
 export { isPacked, type PackedFormat, type PackedMatrix } from "./tensor/packed.ts";
 export { Random } from "./tensor/random.ts";
-export { type DType, empty, read, readAll, type Shape, Tensor, tensor, view } from "./tensor/tensor.ts";
+export { type DType, empty, read, readAll, type Shape, slice, Tensor, tensor, view } from "./tensor/tensor.ts";
 export { AdamW, type AdamWSettings } from "./train/adamw.ts";
 export { type Batch, batchIndices, collate } from "./train/batches.ts";
 export { type DataLimits, type DataStats, IGNORED, type Row, readRows } from "./train/data.ts";
-export { batchLoss, type Evaluation, evaluate, type LanguageModel } from "./train/loss.ts";
+export {
+  batchInputs,
+  batchLoss,
+  type Evaluation,
+  evaluate,
+  type Inputs,
+  type LanguageModel,
+  writeInputs,
+} from "./train/loss.ts";
 export { type Schedule, scheduleFactor } from "./train/schedule.ts";
-export { type StepMetrics, type TrainOptions, train } from "./train/trainer.ts";
+export { type StepResult, TrainingStep, type TrainingStepOptions } from "./train/step.ts";
+export { type HasTrainingMode, type StepMetrics, type TrainOptions, train } from "./train/trainer.ts";

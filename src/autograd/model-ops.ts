@@ -1,4 +1,5 @@
 /** The differentiable ops of transformers: norms, positions, attention, embeddings and their loss. */
+import type { Uniform } from "../gpu/kernel.ts";
 import * as attn from "../kernels/attention.ts";
 import * as entropy from "../kernels/cross-entropy.ts";
 import * as table from "../kernels/embedding.ts";
@@ -75,7 +76,7 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
  * Rows with a negative label (−100 by custom) take no part. For the mean, scale is 1 / the number of labels that count. Keeps the
  * logits. Throws ShapeError if the shapes do not fit.
  */
-export function crossEntropy(logits: Tensor, labels: Tensor, scale = 1): Tensor {
+export function crossEntropy(logits: Tensor, labels: Tensor, scale: Uniform = 1): Tensor {
   const { loss, stats } = entropy.crossEntropy(logits, labels, scale);
   return record("crossEntropy", loss, [logits], (dy) => [
     () => entropy.crossEntropyBackward(dy, logits, labels, stats, scale),

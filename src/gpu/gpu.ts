@@ -1,11 +1,14 @@
 /** The one owner of a WebGPU device: pipelines, bind groups, buffers, submits, counters. */
 import { GpuError } from "./errors.ts";
+import { type Placing, Plan, Trace } from "./plan.ts";
 import { requestAdapter } from "./provider.ts";
 import { defaultTuneStore, Tuner, type TuneStore } from "./tuner.ts";
 
 /** Anything with a GPU buffer. Kernels need no more of a tensor than this. */
 export interface HasBuffer {
   readonly buffer: GPUBuffer;
+  /** Where it starts in the buffer, a multiple of 256; 0 unless given. */
+  readonly offsetBytes?: number;
 }
 
 export interface OpenGpuOptions {
@@ -70,6 +73,19 @@ export interface Pipeline {
   readonly layout: GPUBindGroupLayout;
   readonly bindings: readonly BindingLayout[];
   readonly uniformBytes: number;
+}
+
+/** One call of a kernel, as it goes into a pass. */
+export interface Dispatch {
+  readonly pipeline: Pipeline;
+  /** By the names of the WGSL's uniform struct; see `Uniform`. */
+  readonly uniforms: Readonly<Record<string, number | (() => number)>>;
+  /** Writes the uniforms, as they are now, into their slot. */
+  readonly fill: (slot: DataView) => void;
+  /** The storage bindings in the order of the pipeline's own. */
+  readonly buffers: readonly HasBuffer[];
+  /** Workgroups. */
+  readonly groups: readonly [x: number, y: number, z: number];
 }
 
 /**
@@ -138,6 +154,8 @@ export class Gpu {
   readonly #arenaBytes: ArrayBuffer;
   readonly #slotBytes: number;
   #slotsUsed = 0;
+  #trace: Trace | undefined;
+  readonly #inFlight: Promise<unknown>[] = [];
   #encoder: GPUCommandEncoder | undefined;
   #pass: GPUComputePassEncoder | undefined;
   #stopwatch: Stopwatch | undefined;
@@ -224,6 +242,7 @@ export class Gpu {
    */
   allocate(sizeBytes: number, label: string): GPUBuffer {
     this.#throwIfFailed();
+    if (this.#trace) return this.#trace.allocate(sizeBytes, label);
     const { maxBufferSize, maxStorageBufferBindingSize } = this.device.limits;
     const limit = Math.min(maxBufferSize, maxStorageBufferBindingSize);
     if (sizeBytes > limit)
@@ -278,12 +297,16 @@ export class Gpu {
 
   /** Copies host bytes into a buffer. What was dispatched before still sees the old content. */
   write(to: HasBuffer, data: ArrayBufferView<ArrayBufferLike>, offsetBytes = 0): void {
+    if (this.#trace) {
+      this.#trace.write(to, data, offsetBytes);
+      return;
+    }
     this.flush();
     const { byteOffset, byteLength } = data;
     const padded = byteLength % 4 === 0 ? undefined : new Uint8Array(Math.ceil(byteLength / 4) * 4);
     padded?.set(new Uint8Array(data.buffer, byteOffset, byteLength));
     const source = padded ?? new Uint8Array(data.buffer, byteOffset, byteLength);
-    this.device.queue.writeBuffer(to.buffer, offsetBytes, source as Uint8Array<ArrayBuffer>);
+    this.device.queue.writeBuffer(to.buffer, (to.offsetBytes ?? 0) + offsetBytes, source as Uint8Array<ArrayBuffer>);
   }
 
   /**
@@ -291,8 +314,9 @@ export class Gpu {
    *
    * Throws GpuError if anything since the last read failed on the device.
    */
-  async read(sources: readonly { readonly buffer: GPUBuffer; readonly sizeBytes: number }[]): Promise<ArrayBuffer[]> {
+  async read(sources: readonly (HasBuffer & { readonly sizeBytes: number })[]): Promise<ArrayBuffer[]> {
     this.#throwIfFailed();
+    if (this.#trace) throw new GpuError("read: a traced step reads nothing back. Read after it has run");
     const padded = sources.map(({ sizeBytes }) => Math.ceil(sizeBytes / 4) * 4);
     const total = Math.max(
       4,
@@ -305,8 +329,8 @@ export class Gpu {
     this.#endPass();
     this.#encoder ??= this.device.createCommandEncoder();
     let offset = 0;
-    sources.forEach(({ buffer }, i) => {
-      if (padded[i]) this.#encoder?.copyBufferToBuffer(buffer, 0, staging, offset, padded[i] ?? 0);
+    sources.forEach(({ buffer, offsetBytes = 0 }, i) => {
+      if (padded[i]) this.#encoder?.copyBufferToBuffer(buffer, offsetBytes, staging, offset, padded[i] ?? 0);
       offset += padded[i] ?? 0;
     });
     this.flush();
@@ -371,19 +395,14 @@ export class Gpu {
     return this.pipeline(name, key, source, constants, bindings, uniformBytes);
   }
 
-  /**
-   * Encodes one dispatch into the current pass.
-   *
-   * `fill` writes the uniforms into their slot of the arena; `buffers` are the storage bindings in the order of the pipeline's
-   * own; `groups` are workgroups. One buffer may not be bound both to read and to write (a WebGPU rule).
-   */
-  dispatch(
-    pipeline: Pipeline,
-    fill: (slot: DataView) => void,
-    buffers: readonly GPUBuffer[],
-    groups: readonly [x: number, y: number, z: number],
-  ): void {
+  /** Encodes one dispatch into the current pass. One buffer may not be bound both to read and to write (a WebGPU rule). */
+  dispatch(dispatch: Dispatch): void {
     this.#throwIfFailed();
+    if (this.#trace) {
+      this.#trace.dispatches.push(dispatch);
+      return;
+    }
+    const { pipeline, fill, buffers, groups } = dispatch;
     if (this.#slotsUsed === UNIFORM_SLOTS) this.flush();
     const offset = this.#slotsUsed * this.#slotBytes;
     const hasUniforms = pipeline.uniformBytes > 0;
@@ -391,19 +410,63 @@ export class Gpu {
       fill(new DataView(this.#arenaBytes, offset, pipeline.uniformBytes));
       this.#slotsUsed++;
     }
-    if (!this.#pass) {
-      this.#encoder ??= this.device.createCommandEncoder();
-      this.#pass = this.#encoder.beginComputePass(this.#passTimes && { timestampWrites: this.#passTimes });
+    const pass = this.#beginPass();
+    pass.setPipeline(pipeline.pipeline);
+    pass.setBindGroup(
+      0,
+      this.#bindGroup(pipeline, buffers, this.#arena, this.#bindGroups),
+      hasUniforms ? [offset] : [],
+    );
+    pass.dispatchWorkgroups(...groups);
+    this.#count(pipeline.name, 1);
+  }
+
+  /**
+   * What `step` would dispatch, as a plan to be run again and again: no dispatch is made, and no buffer while it is traced.
+   *
+   * What the step allocates gets its place when it is done tracing: where buffers are not needed at the same time they are the same memory,
+   * in `workspace`, which grows as needed and may serve several plans that run one after the other. So nothing that the step made
+   * outlives it: results go into buffers that existed before. What it reads from those may change between runs; uniforms given as functions
+   * are asked anew in each. Throws GpuError where the step reads back or writes to a buffer that was there before.
+   */
+  trace(step: () => void, workspace: GPUBuffer[] = []): Plan {
+    if (this.#trace) throw new GpuError("trace: steps are traced one at a time, got a trace within a trace");
+    const trace = new Trace();
+    this.#trace = trace;
+    try {
+      this.scope(step);
+    } finally {
+      this.#trace = undefined;
     }
-    this.#pass.setPipeline(pipeline.pipeline);
-    this.#pass.setBindGroup(0, this.#bindGroup(pipeline, buffers), hasUniforms ? [offset] : []);
-    this.#pass.dispatchWorkgroups(...groups);
-    this.#dispatches.set(pipeline.name, (this.#dispatches.get(pipeline.name) ?? 0) + 1);
+    return new Plan(trace, workspace, {
+      gpu: this,
+      slotBytes: this.#slotBytes,
+      bindGroup: (pipeline, buffers, arena, known) => this.#bindGroup(pipeline, buffers, arena, known),
+      encode: (dispatches, encode) => {
+        this.flush();
+        this.#throwIfFailed();
+        encode(this.#beginPass());
+        for (const [name, n] of dispatches) this.#count(name, n);
+        this.flush();
+      },
+    });
+  }
+
+  /** In a trace: what is computed in `source` is computed in `target`, which existed before, if that can be. Says what is left to do. */
+  place(source: HasBuffer, target: HasBuffer): Placing {
+    return this.#trace?.place(source, target) ?? "copy";
+  }
+
+  /** Waits until fewer than `most` of the submits are unfinished, so that a host ahead of its device does not queue without end. */
+  async throttle(most: number): Promise<void> {
+    this.#inFlight.push(this.device.queue.onSubmittedWorkDone());
+    while (this.#inFlight.length >= most) await this.#inFlight.shift();
+    this.#throwIfFailed();
   }
 
   /** Submits what has been dispatched: one uniform write, one pass, one submit. */
   flush(): void {
-    if (!this.#encoder) return;
+    if (!this.#encoder || this.#trace) return;
     this.#endPass();
     if (this.#slotsUsed > 0)
       this.device.queue.writeBuffer(this.#arena, 0, this.#arenaBytes, 0, this.#slotsUsed * this.#slotBytes);
@@ -470,6 +533,7 @@ export class Gpu {
   }
 
   #recycle(buffer: GPUBuffer): void {
+    if (Trace.isVirtual(buffer)) return; // liveness is found from what uses it
     const free = this.#free.get(buffer.size);
     if (free) free.push(buffer);
     else this.#free.set(buffer.size, [buffer]);
@@ -496,29 +560,35 @@ export class Gpu {
     check.finally(() => this.#checks.delete(check));
   }
 
-  #bindGroup(pipeline: Pipeline, buffers: readonly GPUBuffer[]): GPUBindGroup {
+  #bindGroup(
+    pipeline: Pipeline,
+    buffers: readonly HasBuffer[],
+    arena: GPUBuffer,
+    groups: Map<string, GPUBindGroup>,
+  ): GPUBindGroup {
     let key = `${pipeline.id}`;
-    for (const buffer of buffers) key += `,${this.#bufferIds.get(buffer)}`;
-    const known = this.#bindGroups.get(key);
+    for (const { buffer, offsetBytes } of buffers)
+      key += offsetBytes ? `,${this.#bufferIds.get(buffer)}+${offsetBytes}` : `,${this.#bufferIds.get(buffer)}`;
+    const known = groups.get(key);
     if (known) return known;
     const storage = pipeline.bindings.filter(({ type }) => type !== "uniform");
     let next = 0;
     const entries = pipeline.bindings.map(({ slot, type }) => {
-      if (type === "uniform") return { binding: slot, resource: { buffer: this.#arena, size: pipeline.uniformBytes } };
-      const buffer = buffers[next++];
-      if (!buffer)
+      if (type === "uniform") return { binding: slot, resource: { buffer: arena, size: pipeline.uniformBytes } };
+      const bound = buffers[next++];
+      if (!bound)
         throw new GpuError(`${pipeline.name}: ${pipeline.bindings.length} bindings, got ${buffers.length} buffers`);
-      return { binding: slot, resource: { buffer } };
+      return { binding: slot, resource: { buffer: bound.buffer, offset: bound.offsetBytes ?? 0 } };
     });
     for (const [i, output] of storage.entries())
       if (output.type === "storage")
         for (const [k, other] of storage.entries())
-          if (i !== k && buffers[i] === buffers[k])
+          if (i !== k && buffers[i]?.buffer === buffers[k]?.buffer)
             throw new GpuError(
               `${pipeline.name}: what is written may not share its buffer with another operand, got one buffer for "${output.id}" and "${other.id}"`,
             );
     const group = this.device.createBindGroup({ label: pipeline.name, layout: pipeline.layout, entries });
-    this.#bindGroups.set(key, group);
+    groups.set(key, group);
     this.#bindGroupsCreated++;
     return group;
   }
@@ -526,6 +596,16 @@ export class Gpu {
   /** naga, in Deno, has the subgroup functions but refuses the line that WGSL wants for them. */
   #forRuntime(code: string): string {
     return this.runtime === "deno" ? code.replace(/^enable subgroups;$/m, "") : code;
+  }
+
+  #beginPass(): GPUComputePassEncoder {
+    this.#encoder ??= this.device.createCommandEncoder();
+    this.#pass ??= this.#encoder.beginComputePass(this.#passTimes && { timestampWrites: this.#passTimes });
+    return this.#pass;
+  }
+
+  #count(name: string, n: number): void {
+    this.#dispatches.set(name, (this.#dispatches.get(name) ?? 0) + n);
   }
 
   #endPass(): void {

@@ -6,13 +6,24 @@ import { closingBrace, unroll } from "./unroll.ts";
 /** Values for a kernel's `override`s and for its replaceable top-level `const NAME: u32 = …;`. */
 export type Tuned = Readonly<Record<string, number>>;
 
+/** A value for a field of a kernel's uniform struct; a function is asked each time, also at every run of a traced step. */
+export type Uniform = number | (() => number);
+
+/** The uniform's value as it is now. */
+export const uniformValue = (uniform: Uniform): number => (typeof uniform === "number" ? uniform : uniform());
+
+/** f of a uniform: of its value at the time, where that varies. */
+export function mapUniform(uniform: Uniform, f: (value: number) => number): Uniform {
+  return typeof uniform === "number" ? f(uniform) : () => f(uniform());
+}
+
 /**
  * Encodes one dispatch. `threads` counts invocations per axis; workgroups are rounded up. A one-axis grid too large for
  * WebGPU's 65,535 workgroups is folded into y: such kernels index by `id.x + id.y * WG * groups.x`.
  */
 export type Kernel = (
   gpu: Gpu,
-  uniforms: Readonly<Record<string, number>>,
+  uniforms: Readonly<Record<string, Uniform>>,
   buffers: Readonly<Record<string, HasBuffer>>,
   threads: readonly [x: number, y?: number, z?: number],
   tuned?: Tuned,
@@ -105,13 +116,14 @@ export function defineKernel(name: string, source: string): Kernel {
       const given = buffers[id];
       if (given === undefined)
         throw new GpuError(`${name}: buffer "${id}" was not given, got ${Object.keys(buffers).join(", ")}`);
-      return given.buffer;
+      return given;
     });
     const fill = (slot: DataView): void =>
       layout.fields.forEach(({ id, type }, i) => {
-        const value = uniforms[id];
-        if (value === undefined)
+        const given = uniforms[id];
+        if (given === undefined)
           throw new GpuError(`${name}: uniform "${id}" was not given, got ${Object.keys(uniforms).join(", ")}`);
+        const value = uniformValue(given);
         if (type === "f32") slot.setFloat32(4 * i, value, true);
         else slot.setInt32(4 * i, value, true);
       });
@@ -124,7 +136,7 @@ export function defineKernel(name: string, source: string): Kernel {
     }
     if (Math.max(x, y, z) > MAX_GROUPS)
       throw new GpuError(`${name}: at most ${MAX_GROUPS} workgroups per axis, got ${x}×${y}×${z}. Use a smaller batch`);
-    if (x * y * z > 0) gpu.dispatch(pipeline, fill, bound, [x, y, z]);
+    if (x * y * z > 0) gpu.dispatch({ pipeline, uniforms, fill, buffers: bound, groups: [x, y, z] });
   };
 }
 

@@ -1,4 +1,4 @@
-import { defineKernel } from "../gpu/kernel.ts";
+import { defineKernel, type Uniform, uniformValue } from "../gpu/kernel.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { expectShape, type Tensor } from "../tensor/tensor.ts";
 import source from "./adamw.wgsl";
@@ -6,13 +6,13 @@ import source from "./adamw.wgsl";
 const kernel = defineKernel("adamw", source);
 
 export interface AdamwOptions {
-  readonly learningRate: number;
+  readonly learningRate: Uniform;
   readonly beta1: number;
   readonly beta2: number;
   readonly eps: number;
   readonly weightDecay: number;
   /** Number of this step; the first is 1. */
-  readonly step: number;
+  readonly step: Uniform;
   /** [norm, factor] of `globalNorm`; g is multiplied by the factor. */
   readonly clip: Tensor;
 }
@@ -28,16 +28,20 @@ export function adamwStep(p: Tensor, g: Tensor, m: Tensor, v: Tensor, options: A
   for (const [name, t] of Object.entries({ g, m, v }))
     expectShape("adamwStep", `${name} must have the shape of p`, t, p.shape);
   expectShape("adamwStep", "clip must be [norm, factor]", clip, [2]);
-  if (!Number.isInteger(step) || step < 1)
-    throw new ShapeError(`adamwStep: step must be a whole number from 1, got ${step}`);
+  const t = (): number => {
+    const n = uniformValue(step);
+    if (!Number.isInteger(n) || n < 1) throw new ShapeError(`adamwStep: step must be a whole number from 1, got ${n}`);
+    return n;
+  };
+  t();
   const uniforms = {
     n: p.size,
-    decay: 1 - learningRate * weightDecay,
+    decay: () => 1 - uniformValue(learningRate) * weightDecay,
     rest1: 1 - beta1,
     beta2,
     rest2: 1 - beta2,
-    step_size: learningRate / (1 - beta1 ** step),
-    correction: Math.sqrt(1 - beta2 ** step),
+    step_size: () => uniformValue(learningRate) / (1 - beta1 ** t()),
+    correction: () => Math.sqrt(1 - beta2 ** t()),
     eps,
   };
   kernel(p.gpu, uniforms, { g, clip, p, m, v }, [p.size]);

@@ -1,9 +1,11 @@
 import { defineKernel } from "../gpu/kernel.ts";
 import { empty, expectShape, type Tensor } from "../tensor/tensor.ts";
+import addIntoSource from "./add-into.wgsl";
 import source from "./axpy.wgsl";
 import { lanes } from "./lanes.ts";
 
 const kernel = defineKernel("axpy", source);
+const addIntoKernel = defineKernel("add-into", addIntoSource);
 
 /** y = a·x + b·z, elementwise on tensors of one shape (no broadcasting: see `add`). Throws ShapeError if they differ. */
 export function axpy(a: number, x: Tensor, b: number, z: Tensor): Tensor {
@@ -20,4 +22,11 @@ export const sum2 = (x: Tensor, z: Tensor): Tensor => axpy(1, x, 1, z);
 /** a·x. */
 export function scale(x: Tensor, a: number): Tensor {
   return axpy(a / 2, x, a / 2, x); // not 0·x: that would make NaN of an infinity
+}
+
+/** y ← y + x, in place. Throws ShapeError if the shapes differ. */
+export function addInto(x: Tensor, y: Tensor): void {
+  expectShape("addInto", "x must have the shape of y", x, y.shape);
+  const { n, parts } = lanes(x.gpu, x.size);
+  addIntoKernel(x.gpu, { n }, { x, y }, [n], {}, parts);
 }

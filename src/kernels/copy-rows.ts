@@ -1,6 +1,6 @@
 import { defineKernel } from "../gpu/kernel.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { expectDType, expectShape, type Tensor } from "../tensor/tensor.ts";
+import { empty, expectDType, expectShape, type Tensor } from "../tensor/tensor.ts";
 import kernelSource from "./copy-rows.wgsl";
 
 const kernel = defineKernel("copy-rows", kernelSource);
@@ -24,4 +24,23 @@ export function copyRows(source: Tensor, target: Tensor, position: number): void
     { src: source, dst: target },
     [source.size],
   );
+}
+
+/**
+ * target = source, which is of the same size. In a traced step nothing is copied where `source` was made by it: it is computed in place.
+ *
+ * Throws ShapeError if the sizes differ.
+ */
+export function copyTo(source: Tensor, target: Tensor): void {
+  const n = target.size;
+  if (source.size !== n)
+    throw new ShapeError(`copyTo: sizes must be equal, got [${source.shape}] and [${target.shape}]`);
+  expectDType("copyTo", "source", source, target.dtype);
+  const placing = source.gpu.place(source, target);
+  if (placing === "placed") return;
+  const copy = (src: Tensor, dst: Tensor): void =>
+    kernel(source.gpu, { n, block: n, dst_block: n, offset: 0 }, { src, dst }, [n]);
+  const detour = placing === "detour" ? empty(source.gpu, target.shape, "copyTo", target.dtype) : undefined;
+  if (detour) copy(source, detour);
+  copy(detour ?? source, target);
 }

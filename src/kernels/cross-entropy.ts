@@ -1,4 +1,4 @@
-import { defineKernel } from "../gpu/kernel.ts";
+import { defineKernel, type Uniform } from "../gpu/kernel.ts";
 import { dims2, empty, expectDType, expectShape, type Tensor } from "../tensor/tensor.ts";
 import source from "./cross-entropy.wgsl";
 import backwardSource from "./cross-entropy-backward.wgsl";
@@ -12,7 +12,7 @@ const backward = defineKernel("cross-entropy-backward", backwardSource);
  *
  * x [...,V], labels i32 [...]; a negative label takes no part. Throws ShapeError if they do not fit.
  */
-export function crossEntropy(x: Tensor, labels: Tensor, scale: number): { loss: Tensor; stats: Tensor } {
+export function crossEntropy(x: Tensor, labels: Tensor, scale: Uniform): { loss: Tensor; stats: Tensor } {
   const [M, V] = dims2("crossEntropy", "logits", x);
   expectShape("crossEntropy", "labels must be the leading axes of logits", labels, x.shape.slice(0, -1));
   expectDType("crossEntropy", "labels", labels, "i32");
@@ -25,7 +25,7 @@ export function crossEntropy(x: Tensor, labels: Tensor, scale: number): { loss: 
 }
 
 /** dx of `crossEntropy`, like x; dy has one element. */
-export function crossEntropyBackward(dy: Tensor, x: Tensor, labels: Tensor, stats: Tensor, scale: number): Tensor {
+export function crossEntropyBackward(dy: Tensor, x: Tensor, labels: Tensor, stats: Tensor, scale: Uniform): Tensor {
   const dx = empty(x.gpu, x.shape, "crossEntropyBackward");
   backward(x.gpu, { n: x.size, V: x.shape.at(-1) ?? 0, c: scale }, { x, labels, stats, dy, dx }, [x.size]);
   return dx;

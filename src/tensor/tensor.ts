@@ -7,6 +7,9 @@ export type DType = "f32" | "i32";
 
 export type Shape = readonly number[];
 
+/** WebGPU §3.6.2: minStorageBufferOffsetAlignment is at most this. */
+export const VIEW_ALIGNMENT = 256;
+
 /** How a tensor was made: what `record` keeps and `backward` walks. */
 export interface GraphNode {
   readonly op: string;
@@ -19,15 +22,18 @@ export class Tensor implements HasBuffer {
   readonly buffer: GPUBuffer;
   readonly shape: Shape;
   readonly dtype: DType;
+  /** Where it starts in the buffer: 0, but for a view of some rows. */
+  readonly offsetBytes: number;
   /** True for a trainable leaf, and for whatever was computed from one. */
   requiresGrad = false;
   node: GraphNode | undefined;
 
-  constructor(gpu: Gpu, buffer: GPUBuffer, shape: Shape, dtype: DType) {
+  constructor(gpu: Gpu, buffer: GPUBuffer, shape: Shape, dtype: DType, offsetBytes = 0) {
     this.gpu = gpu;
     this.buffer = buffer;
     this.shape = shape;
     this.dtype = dtype;
+    this.offsetBytes = offsetBytes;
   }
 
   /** Number of elements. */
@@ -60,10 +66,28 @@ export function tensor(gpu: Gpu, values: Float32Array | Int32Array | readonly nu
 
 /** The same buffer under another shape of the same size. Not differentiable: see `reshape` in autograd. */
 export function view(t: Tensor, shape: Shape, op = "view"): Tensor {
-  const viewed = new Tensor(t.gpu, t.buffer, shape, t.dtype);
+  const viewed = new Tensor(t.gpu, t.buffer, shape, t.dtype, t.offsetBytes);
   if (viewed.size !== t.size)
     throw new ShapeError(`${op}: [${t.shape}] has ${t.size} elements and cannot take the shape [${shape}]`);
   return viewed;
+}
+
+/** The elements of t from `first` on as a tensor of this shape: a view. Throws ShapeError unless they start at 256 bytes. */
+export function slice(t: Tensor, first: number, shape: Shape): Tensor {
+  const sliced = new Tensor(t.gpu, t.buffer, shape, t.dtype, t.offsetBytes + 4 * first);
+  if (first < 0 || first + sliced.size > t.size)
+    throw new ShapeError(`slice: elements must be within the ${t.size} of t, got ${sliced.size} from ${first} on`);
+  if (sliced.offsetBytes % VIEW_ALIGNMENT !== 0)
+    throw new ShapeError(
+      `slice: a view must start at a multiple of ${VIEW_ALIGNMENT} bytes, got ${sliced.offsetBytes}. Copy the rows`,
+    );
+  return sliced;
+}
+
+/** Rows first … first + count of a matrix, as a view. Throws ShapeError as `slice`. */
+export function rowsOf(t: Tensor, first: number, count: number): Tensor {
+  const [, columns] = dims2("rowsOf", "t", t);
+  return slice(t, first * columns, [count, columns]);
 }
 
 /** The values of one tensor, in row-major order. Waits for the device. */

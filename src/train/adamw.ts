@@ -1,8 +1,11 @@
 import type { Gradients } from "../autograd/engine.ts";
+import type { Uniform } from "../gpu/kernel.ts";
 import { adamwStep } from "../kernels/adamw.ts";
+import { addInto } from "../kernels/axpy.ts";
+import { copyTo } from "../kernels/copy-rows.ts";
 import { globalNorm } from "../kernels/global-norm.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { type Tensor, tensor } from "../tensor/tensor.ts";
+import { slice, Tensor, tensor, VIEW_ALIGNMENT } from "../tensor/tensor.ts";
 
 export interface AdamWSettings {
   readonly beta1?: number;
@@ -13,24 +16,56 @@ export interface AdamWSettings {
   readonly maxGradNorm?: number;
 }
 
-/** AdamW (arXiv:1711.05101) with two moments per trainable element, and none for anything frozen. PyTorch's formula and defaults. */
+/** Parameters that lie side by side in one buffer, and as one tensor each: they, their gradient and its two moments. */
+interface Run {
+  readonly p: Tensor;
+  readonly g: Tensor;
+  readonly m: Tensor;
+  readonly v: Tensor;
+  /** Where gradients of a further batch go before they are added to g. */
+  readonly more: Tensor | undefined;
+  readonly members: readonly { readonly parameter: Tensor; readonly first: number }[];
+}
+
+/**
+ * AdamW (arXiv:1711.05101) with a gradient and two moments per trainable element, and nothing for what is frozen. PyTorch's formula and defaults.
+ *
+ * Parameters that are views of one buffer, one behind the other, are updated together: all of an adapter in one dispatch.
+ */
 export class AdamW {
   readonly parameters: readonly Tensor[];
+  /** Steps counted so far: what the bias corrections go by. */
+  stepCount = 0;
   readonly #settings: Required<AdamWSettings>;
-  readonly #moments: readonly { readonly m: Tensor; readonly v: Tensor }[];
-  #step = 0;
+  readonly #runs: readonly Run[];
 
-  constructor(parameters: readonly Tensor[], settings: AdamWSettings = {}) {
+  /** `accumulates`: gradients of several batches will be added up by `take(…, true)`, which takes a second buffer. */
+  constructor(parameters: readonly Tensor[], settings: AdamWSettings = {}, accumulates = false) {
     if (parameters.length === 0) throw new ShapeError("AdamW: at least one parameter is needed, got none");
     this.parameters = parameters;
-    this.#settings = { beta1: 0.9, beta2: 0.999, eps: 1e-8, weightDecay: 0, maxGradNorm: 0, ...settings };
-    const zeros = (p: Tensor): Tensor => tensor(p.gpu, new Float32Array(p.size), p.shape);
-    this.#moments = parameters.map((p) => ({ m: zeros(p), v: zeros(p) }));
+    const { beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weightDecay = 0, maxGradNorm = 0 } = settings;
+    this.#settings = { beta1, beta2, eps, weightDecay, maxGradNorm };
+    this.#runs = sideBySide(parameters).map((members) => {
+      const [one] = members as [Tensor];
+      const first = one.offsetBytes;
+      const size = members.reduce((end, p) => Math.max(end, (p.offsetBytes - first) / 4 + p.size), 0);
+      const zeros = (): Tensor => tensor(one.gpu, new Float32Array(size), [size]);
+      return {
+        p: new Tensor(one.gpu, one.buffer, [size], "f32", first),
+        ...{ g: zeros(), m: zeros(), v: zeros(), more: accumulates ? zeros() : undefined },
+        members: members.map((parameter) => ({ parameter, first: (parameter.offsetBytes - first) / 4 })),
+      };
+    });
   }
 
-  /** Bytes of optimizer state. */
+  /** Bytes of optimizer state: the moments. */
   get sizeBytes(): number {
-    return this.#moments.reduce((sum, { m, v }) => sum + m.sizeBytes + v.sizeBytes, 0);
+    return this.#runs.reduce((sum, { m, v }) => sum + m.sizeBytes + v.sizeBytes, 0);
+  }
+
+  /** Bytes kept for gradients. */
+  get gradientBytes(): number {
+    return this.#runs.reduce((sum, { g, more }) => sum + g.sizeBytes + (more?.sizeBytes ?? 0), 0);
   }
 
   /**
@@ -38,27 +73,62 @@ export class AdamW {
    * [2], the norm before clipping. Throws ShapeError when a parameter got no gradient: it would stay untrained in silence.
    */
   step(gradients: Gradients, learningRate: number): Tensor {
-    const grads = this.parameters.map((p) => {
-      const g = gradients.get(p);
-      if (!g)
-        throw new ShapeError(
-          `AdamW: every parameter needs a gradient, got none for one of shape [${p.shape}]. Is it part of the model?`,
-        );
-      return g;
-    });
-    const { maxGradNorm, ...settings } = this.#settings;
-    const norm = globalNorm(grads, maxGradNorm);
-    this.#step++;
-    this.parameters.forEach((p, i) => {
-      const { m, v } = this.#moments[i] ?? {};
-      const g = grads[i];
-      if (m && v && g) adamwStep(p, g, m, v, { ...settings, learningRate, step: this.#step, clip: norm });
-    });
-    return norm;
+    this.stepCount++;
+    this.take(gradients);
+    const clip = this.norm();
+    this.update(clip, learningRate);
+    return clip;
   }
 
-  /** Frees the moments. */
-  destroy(): void {
-    for (const { m, v } of this.#moments) m.gpu.release(m, v);
+  /** Takes over the gradients of a batch, in place of those it had or added to them. Throws ShapeError as `step`. */
+  take(gradients: Gradients, add = false): void {
+    for (const { g, more, members } of this.#runs) {
+      const to = add ? more : g;
+      if (!to) throw new ShapeError("AdamW: to add up gradients it must be made with accumulates, got none");
+      for (const { parameter, first } of members) {
+        const gradient = gradients.get(parameter);
+        if (!gradient)
+          throw new ShapeError(
+            `AdamW: every parameter needs a gradient, got none for one of shape [${parameter.shape}]. Is it part of the model?`,
+          );
+        copyTo(gradient, slice(to, first, parameter.shape));
+      }
+      if (add) addInto(to, g);
+    }
   }
+
+  /** [norm, clip factor] of the gradients it took: see `globalNorm`. */
+  norm(): Tensor {
+    return globalNorm(
+      this.#runs.map(({ g }) => g),
+      this.#settings.maxGradNorm,
+    );
+  }
+
+  /** Changes the parameters by the gradients it took, as of step `stepCount`. In a traced step both scalars are asked anew in each run. */
+  update(clip: Tensor, learningRate: Uniform): void {
+    const options = { ...this.#settings, learningRate, step: () => this.stepCount, clip };
+    for (const { p, g, m, v } of this.#runs) adamwStep(p, g, m, v, options);
+  }
+
+  /** Frees moments and gradients. */
+  destroy(): void {
+    for (const { g, m, v, more } of this.#runs) g.gpu.release(g, m, v, ...(more ? [more] : []));
+  }
+}
+
+/** Parameters in runs that follow one another in a buffer, with no more between them than alignment asks for. */
+function sideBySide(parameters: readonly Tensor[]): Tensor[][] {
+  const buffers = new Map<GPUBuffer, Tensor[]>();
+  for (const p of new Set(parameters)) buffers.set(p.buffer, [...(buffers.get(p.buffer) ?? []), p]);
+  return [...buffers.values()].flatMap((views) => {
+    const runs: Tensor[][] = [];
+    let end = Number.NaN;
+    for (const p of views.toSorted((a, b) => a.offsetBytes - b.offsetBytes)) {
+      if (p.offsetBytes === end) runs.at(-1)?.push(p);
+      else runs.push([p]);
+      end = Math.ceil((p.offsetBytes + p.sizeBytes) / VIEW_ALIGNMENT) * VIEW_ALIGNMENT;
+    }
+    return runs;
+  });
 }

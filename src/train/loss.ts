@@ -1,5 +1,6 @@
 import { crossEntropy } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
+import type { Uniform } from "../gpu/kernel.ts";
 import { readAll, type Tensor, tensor } from "../tensor/tensor.ts";
 import { type Batch, collate } from "./batches.ts";
 import type { Row } from "./data.ts";
@@ -11,10 +12,33 @@ export interface LanguageModel {
   logits(ids: Tensor): Tensor;
 }
 
+/** A batch on the device. */
+export interface Inputs {
+  readonly ids: Tensor;
+  readonly labels: Tensor;
+  /** All of them, to be released. */
+  readonly tensors: readonly Tensor[];
+}
+
+/** Batches with the same key have inputs of the same shapes. */
+export const shapeKey = ({ B, T }: Batch): string => `${B}×${T}`;
+
+/** The batch on the device. */
+export function batchInputs(gpu: Gpu, { ids, labels, B, T }: Batch): Inputs {
+  const made = { ids: tensor(gpu, ids, [B, T]), labels: tensor(gpu, labels, [B, T]) };
+  return { ...made, tensors: Object.values(made) };
+}
+
+/** Puts another batch of the same shape in their place. What was dispatched before still sees the old one. */
+export function writeInputs(inputs: Inputs, { ids, labels }: Batch): void {
+  const { gpu } = inputs.ids;
+  gpu.write(inputs.ids, ids);
+  gpu.write(inputs.labels, labels);
+}
+
 /** Σ over the batch's target tokens of −log p(target), times `scale`: one number, shape []. */
-export function batchLoss(model: LanguageModel, { ids, labels, B, T }: Batch, scale: number): Tensor {
-  const logits = model.logits(tensor(model.gpu, ids, [B, T]));
-  return crossEntropy(logits, tensor(model.gpu, labels, [B, T]), scale);
+export function batchLoss(model: LanguageModel, { ids, labels }: Inputs, scale: Uniform): Tensor {
+  return crossEntropy(model.logits(ids), labels, scale);
 }
 
 export interface Evaluation {
@@ -37,7 +61,9 @@ export async function evaluate(
   let tokens = 0;
   for (let at = 0; at < rows.length; at += batchSize) {
     const batch = collate(rows.slice(at, at + batchSize), padId);
-    const sum = model.gpu.scope(() => batchLoss(model, batch, 1));
+    const inputs = batchInputs(model.gpu, batch);
+    const sum = model.gpu.scope(() => batchLoss(model, inputs, 1));
+    model.gpu.release(...inputs.tensors);
     const [value] = await readAll([sum]);
     model.gpu.release(sum);
     total += value?.[0] ?? Number.NaN;

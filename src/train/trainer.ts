@@ -1,13 +1,20 @@
-import { backward, type Gradients } from "../autograd/engine.ts";
+import { backward } from "../autograd/engine.ts";
+import type { Uniform } from "../gpu/kernel.ts";
 import type { Tuning } from "../gpu/tuner.ts";
-import { sum2 } from "../kernels/axpy.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { readAll, type Tensor } from "../tensor/tensor.ts";
-import { AdamW, type AdamWSettings } from "./adamw.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import type { AdamWSettings } from "./adamw.ts";
 import { batchIndices, collate } from "./batches.ts";
 import type { Row } from "./data.ts";
-import { batchLoss, type LanguageModel } from "./loss.ts";
+import { batchInputs, batchLoss, type LanguageModel } from "./loss.ts";
 import { type Schedule, scheduleFactor } from "./schedule.ts";
+import { MOST_BAD_STEPS, type StepResult, TrainingStep } from "./step.ts";
+
+/** An adapter, seen from training. */
+export interface HasTrainingMode {
+  /** Set while it is trained: dropout is on, its masks made from the seed and the number of the step. */
+  training?: { readonly seed: number; readonly step: Uniform } | undefined;
+}
 
 export interface TrainOptions extends AdamWSettings {
   readonly model: LanguageModel;
@@ -26,12 +33,27 @@ export interface TrainOptions extends AdamWSettings {
   readonly warmupSteps?: number;
   /** Seed of the order of the rows; undefined keeps the order of the file. */
   readonly shuffleSeed?: number | undefined;
+  /** What is trained, where it behaves differently in training: its dropout is on, with masks by `seed`. */
+  readonly adapter?: HasTrainingMode;
+  /** Seed of the dropout masks; 0 unless given. */
+  readonly seed?: number;
   /** Fills rows up to the longest of a batch; never seen by the loss. */
   readonly padId?: number;
   /** Time the ways to compute this model's products on this device first, where that was not done before: see `Tuner`. */
   readonly tune?: boolean;
   readonly onTuned?: (tuning: Tuning) => void;
-  /** Stops after the step in progress. */
+  /**
+   * Metrics are read back after so many steps, or after a quarter of a second, while the next steps are already on their way: when
+   * those of a step come, the parameters may be some steps ahead. 1 waits for every step. 10 unless given.
+   */
+  readonly readEvery?: number;
+  /** After every so many steps it waits: when their metrics come, the parameters are those of that step. To save or evaluate. */
+  readonly pauseEvery?: number | undefined;
+  /** See `TrainingStepOptions`. */
+  readonly eager?: boolean;
+  /** Called once, when the first step has been sent. */
+  readonly onStart?: ((step: TrainingStep) => void) | undefined;
+  /** Stops after the steps in progress. */
   readonly signal?: AbortSignal | undefined;
 }
 
@@ -47,90 +69,118 @@ export interface StepMetrics {
   /** Tokens that went through the model, padding not counted. */
   readonly tokens: number;
   readonly tokens_per_second: number;
+  /** True where loss or norm were not finite and the update was not made. */
+  readonly skipped: boolean;
 }
+
+/** Submits on their way to the device at a time. */
+const IN_FLIGHT = 3;
+const READ_EVERY_MS = 250;
 
 /**
  * Trains `parameters` and yields the metrics of each step once its update is done.
  *
- * The loss of a step is the mean over all its target tokens, across accumulation. Nothing is read back inside a step; its loss
- * and gradient norm come in one readback at its end. Throws ShapeError when they stop being finite: the update of that step is
- * not made, so the parameters are those of the step before.
+ * The loss of a step is the mean over all its target tokens, across accumulation. A step whose loss or gradient norm is not finite leaves
+ * the parameters as they are; after five such steps in a row it throws ShapeError, and the parameters are those of the last good step.
  */
 export async function* train(options: TrainOptions): AsyncGenerator<StepMetrics, void, undefined> {
-  const { model, rows, steps, batchSize, gradAccumulation = 1, learningRate, schedule = "linear", padId = 0 } = options;
+  const { model, rows, steps, batchSize, gradAccumulation = 1, schedule = "linear", padId = 0 } = options;
+  const { readEvery = 10, pauseEvery = 0, adapter, seed = 0 } = options;
   checkOptions(options);
   const { gpu } = model;
   if (options.tune) {
-    const batch = collate(rows.slice(0, batchSize), padId);
-    await gpu.tuner.tune(() => backward(batchLoss(model, batch, 1 / batch.tokens)), options.onTuned);
+    const inputs = batchInputs(gpu, collate(rows.slice(0, batchSize), padId));
+    await gpu.tuner.tune(() => backward(batchLoss(model, inputs, 1)), options.onTuned);
+    gpu.release(...inputs.tensors);
   }
   const batches = batchIndices({ rows: rows.length, batchSize, seed: options.shuffleSeed });
-  const optimizer = new AdamW(options.parameters, options);
+  const training = new TrainingStep({ ...options, accumulates: gradAccumulation > 1 });
+  const counts = new StepCounts();
+  if (adapter) adapter.training = { seed, step: () => training.optimizer.stepCount };
   try {
-    for (let step = 1; step <= steps && !options.signal?.aborted; step++) {
-      const started = performance.now();
+    let readAt = performance.now();
+    let pending: Promise<StepResult[]> | undefined;
+    let step = 0;
+    while (step < steps && !options.signal?.aborted) {
+      step++;
       const chosen = Array.from({ length: gradAccumulation }, () => batches.next().value.map((i) => rows[i] as Row));
-      const micro = chosen.map((part) => collate(part, padId));
-      const targets = micro.reduce((sum, batch) => sum + batch.tokens, 0);
-      const rate = learningRate * scheduleFactor(schedule, step - 1, steps, options.warmupSteps ?? 0);
-
-      const { loss, norm } = gpu.scope(() => {
-        let total: { readonly loss: Tensor; readonly grads: Gradients } | undefined;
-        for (const batch of micro) {
-          const part = gpu.scope(() => {
-            const partLoss = batchLoss(model, batch, 1 / targets);
-            return { loss: partLoss, grads: backward(partLoss) };
-          });
-          total = total ? addParts(total, part) : part;
-        }
-        if (!total) throw new ShapeError("train: a step must have a batch, got none");
-        return { loss: total.loss, norm: optimizer.step(total.grads, rate) };
-      });
-      const [lossValues, normValues] = await readAll([loss, norm]);
-      gpu.release(loss, norm);
-
-      const metrics = { loss: lossValues?.[0] ?? Number.NaN, grad_norm: normValues?.[0] ?? Number.NaN };
-      if (!Number.isFinite(metrics.loss) || !Number.isFinite(metrics.grad_norm))
-        throw new ShapeError(
-          `train: loss and gradient norm must stay finite, got ${metrics.loss} and ${metrics.grad_norm} at step ${step}. The parameters are those of step ${step - 1}. Use a lower learning rate or a maxGradNorm`,
-        );
-      const tokens = chosen.flat().reduce((sum, row) => sum + row.inputIds.length, 0);
-      const seconds = (performance.now() - started) / 1000;
-      yield {
-        step,
-        loss: metrics.loss,
-        learning_rate: rate,
-        grad_norm: metrics.grad_norm,
-        tokens,
-        tokens_per_second: tokens / seconds,
-      };
+      const rate = options.learningRate * scheduleFactor(schedule, step - 1, steps, options.warmupSteps ?? 0);
+      training.run(
+        chosen.map((part) => collate(part, padId)),
+        rate,
+      );
+      counts.sent(
+        rate,
+        chosen.flat().reduce((sum, row) => sum + row.inputIds.length, 0),
+      );
+      if (step === 1) options.onStart?.(training);
+      await gpu.throttle(IN_FLIGHT);
+      const elapsed = performance.now() - readAt;
+      if (step % readEvery !== 0 && elapsed < READ_EVERY_MS && !(pauseEvery && step % pauseEvery === 0)) continue;
+      readAt = performance.now();
+      if (pending) yield* counts.metrics(await pending);
+      pending = training.read();
+      const isSlow = elapsed >= READ_EVERY_MS; // a device that has enough to do anyway
+      if (readEvery > 1 && !isSlow && !(pauseEvery && step % pauseEvery === 0)) continue;
+      yield* counts.metrics(await pending);
+      pending = undefined;
     }
+    if (pending) yield* counts.metrics(await pending);
+    yield* counts.metrics(await training.read());
   } finally {
-    optimizer.destroy();
+    if (adapter) adapter.training = undefined;
+    await gpu.throttle(1).catch(() => {}); // a lost device has its own error
+    training.destroy();
   }
 }
 
-type Part = { readonly loss: Tensor; readonly grads: Gradients };
+/** Puts together what was known of each step when it was sent and what the device made of it. */
+class StepCounts {
+  readonly #sent: { readonly rate: number; readonly tokens: number }[] = [];
+  #since = performance.now();
+  #bad = 0;
 
-function addParts(a: Part, b: Part): Part {
-  const grads: Gradients = new Map(a.grads);
-  for (const [p, g] of b.grads) {
-    const sum = grads.get(p);
-    grads.set(p, sum ? sum2(sum, g) : g);
+  sent(rate: number, tokens: number): void {
+    this.#sent.push({ rate, tokens });
   }
-  return { loss: sum2(a.loss, b.loss), grads };
+
+  /** Throws ShapeError at the last of too many steps in a row that were not finite. */
+  *metrics(results: readonly StepResult[]): Generator<StepMetrics> {
+    const now = performance.now();
+    const sent = this.#sent.splice(0, results.length);
+    const perSecond = sent.reduce((sum, { tokens }) => sum + tokens, 0) / ((now - this.#since) / 1000);
+    this.#since = now;
+    for (const [i, { step, loss, gradNorm, updated }] of results.entries()) {
+      const { rate = 0, tokens = 0 } = sent[i] ?? {};
+      yield {
+        step,
+        loss,
+        learning_rate: rate,
+        grad_norm: gradNorm,
+        tokens,
+        tokens_per_second: perSecond,
+        skipped: !updated,
+      };
+      this.#bad = updated ? 0 : this.#bad + 1;
+      if (this.#bad === MOST_BAD_STEPS)
+        throw new ShapeError(
+          `train: loss and gradient norm must stay finite, got ${loss} and ${gradNorm} at step ${step}, the last of ${MOST_BAD_STEPS} such steps in a row. The parameters are those of step ${step - MOST_BAD_STEPS}. Use a lower learning rate or a maxGradNorm`,
+        );
+    }
+  }
 }
 
 function checkOptions({
   steps,
   batchSize,
   gradAccumulation = 1,
+  readEvery = 10,
   learningRate,
   parameters,
   maxGradNorm = 0,
   weightDecay = 0,
 }: TrainOptions): void {
-  for (const [name, n] of Object.entries({ steps, batchSize, gradAccumulation }))
+  for (const [name, n] of Object.entries({ steps, batchSize, gradAccumulation, readEvery }))
     if (!Number.isInteger(n) || n < 1)
       throw new ShapeError(`train: ${name} must be a whole number of at least 1, got ${n}`);
   for (const [name, x] of Object.entries({ learningRate, maxGradNorm, weightDecay }))

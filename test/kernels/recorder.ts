@@ -1,5 +1,5 @@
 /** A Gpu without a device: it keeps what kernels would have sent to one, as they would have sent it. Portable. */
-import { Gpu, type HasBuffer, type Pipeline } from "../../src/gpu/gpu.ts";
+import { type Dispatch, Gpu, type HasBuffer, type Pipeline } from "../../src/gpu/gpu.ts";
 import { readWgsl } from "../../src/gpu/kernel.ts";
 
 /** A compiled kernel, had it been compiled. */
@@ -61,7 +61,7 @@ export class Recorder extends Gpu {
     return pipeline;
   }
 
-  override dispatch(...[pipeline, fill, buffers, groups]: Parameters<Gpu["dispatch"]>): void {
+  override dispatch({ pipeline, fill, buffers, groups }: Dispatch): void {
     const sent = [...this.#sent.values()].find((one) => one.pipeline === pipeline);
     if (!sent) throw new Error(`recorder: ${pipeline.name} is a pipeline of this recorder`);
     const slot = new DataView(new ArrayBuffer(pipeline.uniformBytes));
@@ -74,7 +74,7 @@ export class Recorder extends Gpu {
     this.record({
       sent,
       uniforms: Object.fromEntries(uniforms),
-      buffers: Object.fromEntries(storage.map((id, i) => [id, buffers[i] as GPUBuffer])),
+      buffers: Object.fromEntries(storage.map((id, i) => [id, buffers[i]?.buffer as GPUBuffer])),
       groups,
     });
   }

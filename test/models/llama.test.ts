@@ -13,7 +13,7 @@ import { inverseFrequencies } from "../../src/nn/rope.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { read, readAll, tensor } from "../../src/tensor/tensor.ts";
 import { collate } from "../../src/train/batches.ts";
-import { batchLoss } from "../../src/train/loss.ts";
+import { batchInputs, batchLoss } from "../../src/train/loss.ts";
 import { expectClose, testGpu } from "../harness.ts";
 
 const VARIANTS = ["llama-default", "llama-rope3", "llama-bias", "llama-sharded"] as const;
@@ -50,7 +50,7 @@ describe.each(VARIANTS)("%s", (name) => {
     const batch = batchOf(expected);
     const { logits, loss } = gpu.scope(() => ({
       logits: model.logits(tensor(gpu, batch.ids, [batch.B, batch.T])),
-      loss: batchLoss(model, batch, 1 / batch.tokens),
+      loss: batchLoss(model, batchInputs(gpu, batch), 1 / batch.tokens),
     }));
     const golden = await valuesOf(`${folder(name)}/expected.safetensors`);
     expectClose(await read(logits), golden.get("base.logits") ?? [], 1e-4, "logits");
@@ -67,7 +67,7 @@ describe.each(VARIANTS)("%s", (name) => {
     const expected = expectedOf(name);
     const batch = batchOf(expected);
     const { loss, grads } = gpu.scope(() => {
-      const l = batchLoss(model, batch, 1 / batch.tokens);
+      const l = batchLoss(model, batchInputs(gpu, batch), 1 / batch.tokens);
       return { loss: l, grads: backward(l) };
     });
     const golden = await valuesOf(`${folder(name)}/expected.safetensors`);
@@ -98,7 +98,7 @@ describe.each(VARIANTS)("%s", (name) => {
     const weights = new Map([...model.weights, ...biases]);
     for (const t of weights.values()) t.requiresGrad = true;
     const batch = batchOf(expectedOf(name));
-    const grads = gpu.scope(() => backward(batchLoss(model, batch, 1 / batch.tokens)));
+    const grads = gpu.scope(() => backward(batchLoss(model, batchInputs(gpu, batch), 1 / batch.tokens)));
     expect(golden.size).toBeGreaterThan(3);
     for (const [key, want] of golden) {
       const grad = grads.get(weights.get(key.replace(/^grad\./, "")) as never);

@@ -10,7 +10,7 @@ import { loadModel } from "../../src/models/load.ts";
 import type { Tensor } from "../../src/tensor/tensor.ts";
 import { AdamW } from "../../src/train/adamw.ts";
 import { type Batch, collate } from "../../src/train/batches.ts";
-import { batchLoss } from "../../src/train/loss.ts";
+import { batchInputs, batchLoss } from "../../src/train/loss.ts";
 
 interface Cost {
   readonly dispatches: ReadonlyMap<string, number>;
@@ -41,7 +41,7 @@ describe("one training step", () => {
     const live = gpu.counters().bytesLive;
     let gradients: Gradients = new Map();
     gpu.scope(() => {
-      gradients = backward(batchLoss(model, batch, 1 / batch.tokens));
+      gradients = backward(batchLoss(model, batchInputs(gpu, batch), 1 / batch.tokens));
       optimizer.step(gradients, 1e-3);
     });
     const { dispatches, bytesPeak } = gpu.counters();
@@ -122,7 +122,7 @@ describe("one training step", () => {
 
   test("of a model without anything trainable records nothing", () => {
     gpu.scope(() => {
-      const loss = batchLoss(model, batch, 1);
+      const loss = batchLoss(model, batchInputs(gpu, batch), 1);
       expect(loss.requiresGrad).toBe(false);
       expect(loss.node).toBeUndefined();
     });

@@ -77,30 +77,77 @@ test("padding changes neither loss nor gradient", async () => {
   expect(two.values).toEqual(one.values);
 });
 
-test("a step whose gradient is not finite is not taken, and says so", async () => {
+test("a step whose gradient is not finite is not taken; five in a row end the run", async () => {
   const gpu = await testGpu();
   const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
   const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: ["q_proj"] });
   const broken = model.weights.get("model.norm.weight") as Tensor;
   gpu.write(broken, new Float32Array(broken.size).fill(Number.NaN));
   const before = await readAll(adapter.parameters);
-  const steps = train({
-    model,
-    parameters: adapter.parameters,
-    rows,
-    steps: 1,
-    batchSize: 2,
-    learningRate: 1,
-    maxGradNorm: 1,
-  });
-  await expect(steps.next()).rejects.toThrow(
+  const seen: StepMetrics[] = [];
+  const training = async (): Promise<void> => {
+    const options = {
+      model,
+      parameters: adapter.parameters,
+      rows,
+      steps: 20,
+      batchSize: 2,
+      learningRate: 1,
+      maxGradNorm: 1,
+    };
+    for await (const metrics of train(options)) seen.push(metrics);
+  };
+  await expect(training()).rejects.toThrow(
     new ShapeError(
-      "train: loss and gradient norm must stay finite, got NaN and NaN at step 1. The parameters are those of step 0. Use a lower learning rate or a maxGradNorm",
+      "train: loss and gradient norm must stay finite, got NaN and NaN at step 5, the last of 5 such steps in a row. The parameters are those of step 0. Use a lower learning rate or a maxGradNorm",
     ),
   );
+  expect(seen.map(({ step, skipped }) => [step, skipped])).toEqual([1, 2, 3, 4, 5].map((step) => [step, true]));
   expect(await readAll(adapter.parameters)).toEqual(before);
   adapter.detach();
   model.destroy();
+});
+
+test("one bad step is skipped and counted, and training goes on", async () => {
+  const gpu = await testGpu();
+  const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
+  const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: ["q_proj"] });
+  const norm = model.weights.get("model.norm.weight") as Tensor;
+  const [good = new Float32Array()] = await readAll([norm]);
+  const skipped: boolean[] = [];
+  const after: Float32Array[] = [];
+  const options = {
+    model,
+    parameters: adapter.parameters,
+    rows,
+    steps: 4,
+    batchSize: 2,
+    learningRate: 1e-2,
+    readEvery: 1,
+  };
+  for await (const metrics of train({ ...options, schedule: "constant" })) {
+    skipped.push(metrics.skipped);
+    after.push(...(await readAll(adapter.parameters.slice(0, 1))));
+    gpu.write(norm, metrics.step === 2 ? new Float32Array(norm.size).fill(Number.NaN) : good);
+  }
+  expect(skipped).toEqual([false, false, true, false]);
+  expect(after[2]).toEqual(after[1]);
+  expect(after[3]).not.toEqual(after[2]);
+  adapter.detach();
+  model.destroy();
+});
+
+test("replayed, eager and read late: the same bits", async () => {
+  const settings = { steps: 6, shuffleSeed: 3, maxGradNorm: 0.1 } as const;
+  const replayed = await run(settings);
+  for (const other of [{ eager: true }, { readEvery: 1 }, { readEvery: 3, pauseEvery: 2 }]) {
+    const { metrics, values } = await run({ ...settings, ...other });
+    expect(values).toEqual(replayed.values);
+    const numbers = (all: StepMetrics[]): unknown[] => all.map((m) => [m.step, m.loss, m.grad_norm, m.tokens]);
+    expect(numbers(metrics)).toEqual(numbers(replayed.metrics));
+  }
+  const accumulated = await run({ ...settings, gradAccumulation: 3 });
+  expect((await run({ ...settings, gradAccumulation: 3, eager: true })).values).toEqual(accumulated.values);
 });
 
 test("an aborted run ends after the step in progress", async () => {
@@ -116,6 +163,7 @@ test("an aborted run ends after the step in progress", async () => {
     steps: 9,
     batchSize: 2,
     learningRate: 1e-3,
+    readEvery: 1,
     signal: abort.signal,
   })) {
     seen.push(step);

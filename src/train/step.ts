@@ -1,0 +1,157 @@
+import { backward } from "../autograd/engine.ts";
+import type { Gpu } from "../gpu/gpu.ts";
+import type { Plan } from "../gpu/plan.ts";
+import { addInto } from "../kernels/axpy.ts";
+import { copyTo } from "../kernels/copy-rows.ts";
+import { recordStep, ringSize } from "../kernels/record-step.ts";
+import { ShapeError } from "../tensor/errors.ts";
+import { type Tensor, tensor } from "../tensor/tensor.ts";
+import { AdamW, type AdamWSettings } from "./adamw.ts";
+import type { Batch } from "./batches.ts";
+import { batchInputs, batchLoss, type Inputs, type LanguageModel, shapeKey, writeInputs } from "./loss.ts";
+
+export interface TrainingStepOptions extends AdamWSettings {
+  readonly model: LanguageModel;
+  /** What is trained; everything else is frozen. */
+  readonly parameters: readonly Tensor[];
+  /** Whether a step may have several batches, whose gradients are added up. */
+  readonly accumulates?: boolean;
+  /** Make every dispatch anew in each step instead of replaying a plan: slower, larger, and the same to the last bit. For study. */
+  readonly eager?: boolean;
+}
+
+/** What one step noted on the device. */
+export interface StepResult {
+  /** From 1. */
+  readonly step: number;
+  /** Mean over all target tokens, in nats. */
+  readonly loss: number;
+  /** Global norm of the gradient, before clipping. */
+  readonly gradNorm: number;
+  /** False where the update was not made because loss or norm were not finite. */
+  readonly updated: boolean;
+}
+
+/** Steps whose results the device keeps until they are read. */
+const SLOTS = 64;
+/** So many steps in a row that are not finite end the updates. */
+export const MOST_BAD_STEPS = 5;
+/** Plans of so many shapes are kept. */
+const MOST_PLANS = 64;
+
+/**
+ * Forward, backward and update of a model, traced once per shape of batch and then replayed: no GPU object is made, nothing is read
+ * back, one submit per batch.
+ */
+export class TrainingStep {
+  readonly optimizer: AdamW;
+  readonly #model: LanguageModel;
+  readonly #gpu: Gpu;
+  readonly #eager: boolean;
+  readonly #loss: Tensor;
+  readonly #ring: Tensor;
+  readonly #workspace: GPUBuffer[] = [];
+  readonly #inputs = new Map<string, Inputs>();
+  readonly #plans = new Map<string, Plan>();
+  #read = 0;
+  // What varies from step to step.
+  #scale = 1;
+  #learningRate = 0;
+
+  constructor({ model, parameters, accumulates = false, eager = false, ...settings }: TrainingStepOptions) {
+    this.#model = model;
+    this.#gpu = model.gpu;
+    this.#eager = eager;
+    this.optimizer = new AdamW(parameters, settings, accumulates);
+    this.#loss = tensor(this.#gpu, [0], []);
+    this.#ring = tensor(this.#gpu, new Int32Array(ringSize(SLOTS)), [ringSize(SLOTS)]);
+  }
+
+  /** Plans traced so far. */
+  get plans(): ReadonlyMap<string, Plan> {
+    return this.#plans;
+  }
+
+  /** Sends one optimizer step on these batches. Its result stays on the device until `read`, which has to come within 64 steps. */
+  run(batches: readonly Batch[], learningRate: number): void {
+    if (batches.length === 0) throw new ShapeError("TrainingStep: a step must have a batch, got none");
+    if (this.optimizer.stepCount - this.#read >= SLOTS)
+      throw new ShapeError(`TrainingStep: results of ${SLOTS} steps are kept, got a step more. Read them first`);
+    this.#scale = 1 / batches.reduce((sum, batch) => sum + batch.tokens, 0);
+    this.#learningRate = learningRate;
+    this.optimizer.stepCount++;
+    batches.forEach((batch, i) => {
+      const shape = shapeKey(batch);
+      const inputs = this.#inputsFor(shape, batch);
+      const [isFirst, isLast] = [i === 0, i === batches.length - 1];
+      const part = (): void => this.#part(inputs, isFirst, isLast);
+      if (this.#eager) {
+        this.#gpu.scope(part);
+        this.#gpu.flush();
+        return;
+      }
+      const key = `${shape}${isFirst ? " first" : ""}${isLast ? " last" : ""}`;
+      const plan = this.#plans.get(key) ?? this.#gpu.trace(part, this.#workspace);
+      this.#plans.delete(key); // and to the end: the first is the one that was not used for longest
+      this.#plans.set(key, plan);
+      this.#forgetOld();
+      plan.run();
+    });
+  }
+
+  /** The results of the steps since the last `read`, once they are done. The steps that follow may be sent meanwhile. */
+  async read(): Promise<StepResult[]> {
+    const [from, to] = [this.#read, this.optimizer.stepCount];
+    this.#read = to;
+    if (from === to) return [];
+    const [bytes = new ArrayBuffer(0)] = await this.#gpu.read([this.#ring]);
+    const [bits, floats] = [new Int32Array(bytes), new Float32Array(bytes)];
+    return Array.from({ length: to - from }, (_, i) => {
+      const at = 4 * (1 + ((from + i) % SLOTS));
+      return {
+        step: from + i + 1,
+        loss: floats[at] ?? Number.NaN,
+        gradNorm: floats[at + 1] ?? Number.NaN,
+        updated: bits[at + 2] === 1,
+      };
+    });
+  }
+
+  /** Frees plans, workspace and optimizer. */
+  destroy(): void {
+    for (const plan of this.#plans.values()) plan.destroy();
+    for (const inputs of this.#inputs.values()) this.#gpu.release(...inputs.tensors);
+    this.#gpu.release(this.#loss, this.#ring, ...this.#workspace.map((buffer) => ({ buffer })));
+    this.optimizer.destroy();
+  }
+
+  /** Forward and backward of one batch, and the update after the last one. */
+  #part(inputs: Inputs, isFirst: boolean, isLast: boolean): void {
+    const loss = batchLoss(this.#model, inputs, () => this.#scale);
+    this.optimizer.take(backward(loss), !isFirst);
+    if (isFirst) copyTo(loss, this.#loss);
+    else addInto(loss, this.#loss);
+    if (!isLast) return;
+    const clip = this.optimizer.norm();
+    recordStep(this.#loss, clip, this.#ring, () => (this.optimizer.stepCount - 1) % SLOTS, MOST_BAD_STEPS);
+    this.optimizer.update(clip, () => this.#learningRate);
+  }
+
+  #inputsFor(shape: string, batch: Batch): Inputs {
+    const known = this.#inputs.get(shape);
+    if (known) {
+      writeInputs(known, batch);
+      return known;
+    }
+    const made = batchInputs(this.#gpu, batch);
+    this.#inputs.set(shape, made);
+    return made;
+  }
+
+  #forgetOld(): void {
+    const [oldest] = this.#plans;
+    if (this.#plans.size <= MOST_PLANS || !oldest) return;
+    this.#plans.delete(oldest[0]);
+    oldest[1].destroy();
+  }
+}
