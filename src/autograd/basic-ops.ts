@@ -6,8 +6,8 @@ import { reduce, sumTo } from "../kernels/reduce.ts";
 import * as rows from "../kernels/softmax.ts";
 import * as unary from "../kernels/unary.ts";
 import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
-import { dims2, type Shape, type Tensor, view } from "../tensor/tensor.ts";
-import { record } from "./engine.ts";
+import { dims2, type Shape, type Tensor, type Thunk, view } from "../tensor/tensor.ts";
+import { adding, record } from "./engine.ts";
 
 /** a + b with broadcasting; da and db are dy summed over the axes each was repeated on. Throws ShapeError as `binary`. */
 export function add(a: Tensor, b: Tensor): Tensor {
@@ -86,10 +86,16 @@ export function matmul(x: Tensor, w: Tensor | PackedMatrix, layout: products.Lay
   const inputs = [x, ...(bias ? [bias] : []), ...(isPacked(w) ? [] : [w])];
   return record("matmul", y, inputs, (dy) => {
     const [dx, dw] = {
-      nn: [() => products.matmul(dy, w, "nt"), () => products.matmul(flat(x), flat(dy), "tn")],
-      nt: [() => products.matmul(dy, w, "nn"), () => products.matmul(flat(dy), flat(x), "tn")],
+      nn: [
+        adding((residual) => products.matmul(dy, w, "nt", residual && { residual })),
+        () => products.matmul(flat(x), flat(dy), "tn"),
+      ],
+      nt: [
+        adding((residual) => products.matmul(dy, w, "nn", residual && { residual })),
+        () => products.matmul(flat(dy), flat(x), "tn"),
+      ],
       tn: [() => products.matmul(w as Tensor, dy, "nt"), () => products.matmul(x, dy, "nn")],
-    }[layout] as [() => Tensor, () => Tensor];
+    }[layout] as [Thunk, Thunk];
     return [dx, ...(bias ? [() => sumTo(dy, bias.shape)] : []), dw];
   });
 }

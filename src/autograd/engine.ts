@@ -1,7 +1,7 @@
 /** Reverse-mode automatic differentiation over the graph that `record` builds. After Karpathy's micrograd. */
 import { sum2 } from "../kernels/axpy.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { type GraphNode, type Tensor, tensor } from "../tensor/tensor.ts";
+import { type GraphNode, type Tensor, type Thunk, tensor } from "../tensor/tensor.ts";
 
 /** d(y)/d(leaf) for every leaf that requires a gradient. */
 export type Gradients = Map<Tensor, Tensor>;
@@ -19,6 +19,14 @@ export function record(op: string, y: Tensor, inputs: readonly Tensor[], vjp: Gr
     y.node = { op, inputs, vjp };
   }
   return y;
+}
+
+/**
+ * A thunk that can add its gradient to one that its input has already, in the kernel that makes it: `f(sum)` returns sum + gradient, which
+ * saves a pass over both. `f()` returns the gradient.
+ */
+export function adding(f: (sum?: Tensor) => Tensor): Thunk {
+  return Object.assign(f, { adds: true as const });
 }
 
 /**
@@ -50,7 +58,8 @@ export function backward(y: Tensor, dy?: Tensor): Gradients {
         throw new ShapeError(`${op}: vjp must return one thunk per input, got ${thunks.length} for ${inputs.length}`);
       if (!input.requiresGrad) return;
       const sum = pending.get(input);
-      pending.set(input, sum ? sum2(sum, thunk()) : thunk());
+      if (sum && !thunk.adds) pending.set(input, sum2(sum, thunk()));
+      else pending.set(input, thunk(sum));
     });
   }
   return leaves;

@@ -3,20 +3,40 @@ import type { Uniform } from "../gpu/kernel.ts";
 import * as attn from "../kernels/attention.ts";
 import * as entropy from "../kernels/cross-entropy.ts";
 import * as table from "../kernels/embedding.ts";
+import * as glu from "../kernels/gated.ts";
 import * as layer from "../kernels/layer-norm.ts";
 import { reduce } from "../kernels/reduce.ts";
 import * as rms from "../kernels/rms-norm.ts";
 import * as rotary from "../kernels/rope.ts";
 import { dims2, type Tensor, view } from "../tensor/tensor.ts";
-import { once, record } from "./engine.ts";
+import { adding, once, record } from "./engine.ts";
 
 /** RMSNorm over the last axis: x·rsqrt(mean(x²) + eps)·w. x [...,H], weight [H]. Keeps x and one number per row. */
 export function rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
   const { y, r } = rms.rmsNorm(x, weight, eps);
   return record("rmsNorm", y, [x, weight], (dy) => [
-    () => rms.rmsNormBackward(dy, x, weight, r),
+    adding((sum) => rms.rmsNormBackward(dy, x, weight, r, sum)),
     () => rms.rmsNormBackwardWeight(dy, x, r),
   ]);
+}
+
+/** x + delta and its `rmsNorm`, in one pass: a residual connection and the norm behind it. Keeps the sum and one number per row. */
+export function addRmsNorm(x: Tensor, delta: Tensor, weight: Tensor, eps: number): { sum: Tensor; y: Tensor } {
+  const { y, r, sum } = rms.rmsNorm(x, weight, eps, delta);
+  record("add", sum, [x, delta], (dy) => [() => dy, () => dy]);
+  record("rmsNorm", y, [sum, weight], (dy) => [
+    adding((more) => rms.rmsNormBackward(dy, sum, weight, r, more)),
+    () => rms.rmsNormBackwardWeight(dy, sum, r),
+  ]);
+  return { sum, y };
+}
+
+/** f(gate)∘up, the gated unit of SwiGLU and GEGLU. Keeps gate and up. Throws ShapeError unless their shapes are equal. */
+export function gated(gate: Tensor, up: Tensor, activation: glu.GateActivation): Tensor {
+  return record("gated", glu.gated(gate, up, activation), [gate, up], (dy) => {
+    const both = once(() => glu.gatedBackward(dy, gate, up, activation));
+    return [() => both().dgate, () => both().dup];
+  });
 }
 
 /** LayerNorm over the last axis: (x − mean)·rsqrt(var + eps)·w + b. x [...,H], weight and bias [H]. Keeps x and two numbers per row. */

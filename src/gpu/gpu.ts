@@ -265,6 +265,8 @@ export class Gpu {
 
   /** Gives buffers back to the pool, each once. They may be handed out again at once: the queue keeps the order. */
   release(...buffers: readonly HasBuffer[]): void {
+    for (const { offsetBytes } of buffers)
+      if (offsetBytes) throw new GpuError("release: a view goes with what it is a view of, got one. Release that");
     for (const buffer of new Set(buffers.map((held) => held.buffer))) {
       for (const scope of this.#scopes) scope.owned.delete(buffer);
       this.#recycle(buffer);

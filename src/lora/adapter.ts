@@ -1,10 +1,11 @@
 /** LoRA adapters on a model: attach, train, switch, merge, detach. */
 import { axpy } from "../kernels/axpy.ts";
+import { copyTo } from "../kernels/copy-rows.ts";
 import { matmul } from "../kernels/matmul.ts";
 import type { Linear } from "../nn/linear.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { Random } from "../tensor/random.ts";
-import { type Tensor, tensor } from "../tensor/tensor.ts";
+import { slice, type Tensor, tensor, VIEW_ALIGNMENT } from "../tensor/tensor.ts";
 import { loraLinear } from "./lora-linear.ts";
 import { matchModules, type TargetModules } from "./target-modules.ts";
 
@@ -46,9 +47,13 @@ export class LoraAdapter {
   #state: "enabled" | "disabled" | "merged" | "detached" = "disabled";
   readonly #originals = new Map<Linear, Tensor>();
 
-  constructor(config: LoraConfig, pairs: ReadonlyMap<string, LoraPair>) {
+  /** All A and B, one behind the other: what `parameters` are views of. */
+  readonly #flat: Tensor;
+
+  constructor(config: LoraConfig, pairs: ReadonlyMap<string, LoraPair>, flat: Tensor) {
     this.config = config;
     this.pairs = pairs;
+    this.#flat = flat;
     this.enable();
   }
 
@@ -122,7 +127,7 @@ export class LoraAdapter {
     if (this.#state === "detached") return;
     if (this.#state === "merged") for (const original of this.#originals.values()) original.gpu.release(original);
     else this.disable();
-    for (const t of this.parameters) t.gpu.release(t);
+    this.#flat.gpu.release(this.#flat);
     this.#originals.clear();
     this.#state = "detached";
   }
@@ -151,22 +156,42 @@ export function attachLora(model: HasLinears, config: LoraConfig, seed = 0): Lor
   });
 }
 
-/** Attaches the pairs that `make` gives for the matched modules. */
+/**
+ * Attaches the pairs that `make` gives for the matched modules. They move into one buffer, one behind the other, so that an optimizer can
+ * go over all of them at once; what is between them, for alignment, is zero.
+ */
 export function attachPairs(
   model: HasLinears,
   config: LoraConfig,
   make: (module: { readonly name: string; readonly layer: Linear }) => { readonly A: Tensor; readonly B: Tensor },
 ): LoraAdapter {
-  const pairs = new Map<string, LoraPair>();
-  for (const name of matchModules(config.targetModules, [...model.linears.keys()])) {
+  const modules = matchModules(config.targetModules, [...model.linears.keys()]).flatMap((name) => {
     const layer = model.linears.get(name);
-    if (!layer) continue;
-    const { A, B } = make({ name, layer });
-    A.requiresGrad = true;
-    B.requiresGrad = true;
-    pairs.set(name, { layer, A, B });
+    return layer ? [{ name, layer, ...make({ name, layer }) }] : [];
+  });
+  const made = modules.flatMap(({ A, B }) => [A, B]);
+  const [{ gpu } = {}] = made;
+  if (!gpu) throw new ShapeError("lora: an adapter needs a layer, got none");
+  const step = VIEW_ALIGNMENT / 4;
+  const starts: number[] = [];
+  let size = 0;
+  for (const t of made) {
+    starts.push(size);
+    size += Math.ceil(t.size / step) * step;
   }
-  return new LoraAdapter(config, pairs);
+  const flat = tensor(gpu, new Float32Array(size), [size]);
+  const views = made.map((t, i) => {
+    const moved = slice(flat, starts[i] ?? 0, t.shape);
+    copyTo(t, moved);
+    gpu.release(t);
+    moved.requiresGrad = true;
+    return moved;
+  });
+  const pairs = modules.map(({ name, layer }, i) => {
+    const [A, B] = views.slice(2 * i) as [Tensor, Tensor];
+    return [name, { layer, A, B }] as const;
+  });
+  return new LoraAdapter(config, new Map(pairs), flat);
 }
 
 /** Throws ShapeError unless r is a whole number above 0 and alpha a positive number. */

@@ -1,4 +1,4 @@
-import { once, record } from "../autograd/engine.ts";
+import { adding, once, record } from "../autograd/engine.ts";
 import { loraDy } from "../kernels/lora-dy.ts";
 import { matmul } from "../kernels/matmul.ts";
 import { sumTo } from "../kernels/reduce.ts";
@@ -33,7 +33,9 @@ export function loraLinear(
     const both = once(() => loraDy(dy, B, u, s));
     const areBoth = B.requiresGrad && (A.requiresGrad || x.requiresGrad);
     const v = once(() => (areBoth ? both().v : matmul(dy, B, "nn", { scale: s }))); // [...,R]
-    const dx = () => matmul(dy, W, "nn", { lowRank: { u: v(), b: A, scale: 1 } }); // [...,K]
+    const dx = adding((residual) =>
+      matmul(dy, W, "nn", { lowRank: { u: v(), b: A, scale: 1 }, ...(residual && { residual }) }),
+    ); // [...,K]
     const dA = () => matmul(rows(v()), rows(x), "tn"); // [R,K]
     const dB = () => (areBoth ? both().dB : matmul(rows(dy), rows(u), "tn", { scale: s })); // [N,R]
     const dW = () => matmul(rows(dy), rows(x), "tn"); // [N,K], never run while W is frozen

@@ -20,7 +20,7 @@ export interface LlamaConfig {
   /** Positions the model was made for: rows may be no longer. */
   readonly contextLength: number;
   readonly rmsNormEps: number;
-  readonly activation: "silu" | "gelu" | "gelu_tanh";
+  readonly activation: "silu" | "gelu" | "geluTanh";
   readonly rope: RopeSettings;
   readonly attentionBias: boolean;
   readonly mlpBias: boolean;
@@ -30,7 +30,7 @@ export interface LlamaConfig {
   readonly eosIds: readonly number[];
 }
 
-const ACTIVATIONS = { silu: "silu", gelu: "gelu", gelu_pytorch_tanh: "gelu_tanh", gelu_new: "gelu_tanh" } as const;
+const ACTIVATIONS = { silu: "silu", gelu: "gelu", gelu_pytorch_tanh: "geluTanh", gelu_new: "geluTanh" } as const;
 
 /** Reads `config.json` and `generation_config.json`. Throws FormatError for a model this engine has not, naming those it has. */
 export async function readConfig(directory: Directory): Promise<LlamaConfig> {

@@ -6,8 +6,8 @@
  *
  * Shapes: B rows, T positions, C = hiddenSize, H heads of D, G key-value heads, V words. arXiv:2302.13971, 2307.09288.
  */
-import { add, gelu, matmul, mul, reshape, silu } from "../autograd/basic-ops.ts";
-import { attention, embedding, rmsNorm, rope } from "../autograd/model-ops.ts";
+import { matmul, reshape } from "../autograd/basic-ops.ts";
+import { addRmsNorm, attention, embedding, gated, rmsNorm, rope } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import { copyRows } from "../kernels/copy-rows.ts";
 import { type Checkpoint, loadTensor } from "../nn/checkpoint.ts";
@@ -100,10 +100,12 @@ export class Llama {
     const limit = cache?.capacity ?? this.config.contextLength;
     if (start + T > limit)
       throw new ShapeError(`logits: at most ${limit} positions fit, got ${start + T}. Shorten the rows`);
-    let h = embedding(this.#embedding, ids);
+    const eps = this.config.rmsNormEps;
+    let sum = embedding(this.#embedding, ids);
+    let y = rmsNorm(sum, this.#blocks[0]?.inputNorm ?? this.#norm, eps);
     this.#blocks.forEach((block, i) => {
-      h = add(h, this.#attend(block, rmsNorm(h, block.inputNorm, this.config.rmsNormEps), start, cache?.layers[i]));
-      h = add(h, this.#feedForward(block, rmsNorm(h, block.postNorm, this.config.rmsNormEps)));
+      ({ sum, y } = addRmsNorm(sum, this.#attend(block, y, start, cache?.layers[i]), block.postNorm, eps));
+      ({ sum, y } = addRmsNorm(sum, this.#feedForward(block, y), this.#blocks[i + 1]?.inputNorm ?? this.#norm, eps));
     });
     if (cache) cache.length += T;
     if (lastOnly) {
@@ -112,9 +114,9 @@ export class Llama {
         Int32Array.from({ length: B }, (_, b) => b * T + T - 1),
         [B, 1],
       );
-      h = embedding(reshape(h, [B * T, this.config.hiddenSize]), last);
+      y = embedding(reshape(y, [B * T, this.config.hiddenSize]), last);
     }
-    return matmul(rmsNorm(h, this.#norm, this.config.rmsNormEps), this.#head, "nt");
+    return matmul(y, this.#head, "nt");
   }
 
   /** An empty cache for B rows of up to `capacity` positions. */
@@ -148,10 +150,7 @@ export class Llama {
   }
 
   #feedForward({ mlp }: Block, n: Tensor): Tensor {
-    const gate = linear(mlp.gate, n);
-    const { activation } = this.config;
-    const act = activation === "silu" ? silu(gate) : gelu(gate, activation === "gelu" ? "none" : "tanh");
-    return linear(mlp.down, mul(act, linear(mlp.up, n)));
+    return linear(mlp.down, gated(linear(mlp.gate, n), linear(mlp.up, n), this.config.activation));
   }
 }
 

@@ -10,11 +10,14 @@ export type Shape = readonly number[];
 /** WebGPU §3.6.2: minStorageBufferOffsetAlignment is at most this. */
 export const VIEW_ALIGNMENT = 256;
 
+/** Makes the gradient of one input. One that `adds` takes the gradient there is already and returns their sum: see `adding`. */
+export type Thunk = ((sum?: Tensor) => Tensor) & { readonly adds?: true };
+
 /** How a tensor was made: what `record` keeps and `backward` walks. */
 export interface GraphNode {
   readonly op: string;
   readonly inputs: readonly Tensor[];
-  readonly vjp: (dy: Tensor) => readonly (() => Tensor)[];
+  readonly vjp: (dy: Tensor) => readonly Thunk[];
 }
 
 export class Tensor implements HasBuffer {

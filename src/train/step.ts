@@ -72,6 +72,11 @@ export class TrainingStep {
     return this.#plans;
   }
 
+  /** Bytes that the plans share for what lives within a step. */
+  get workspaceBytes(): number {
+    return this.#workspace.reduce((sum, { size }) => sum + size, 0);
+  }
+
   /** Sends one optimizer step on these batches. Its result stays on the device until `read`, which has to come within 64 steps. */
   run(batches: readonly Batch[], learningRate: number): void {
     if (batches.length === 0) throw new ShapeError("TrainingStep: a step must have a batch, got none");

@@ -1,11 +1,22 @@
 import { readFileSync } from "node:fs";
 import { describe, expect, test } from "vitest";
+import { add, scale } from "../../src/autograd/basic-ops.ts";
 import { backward } from "../../src/autograd/engine.ts";
-import { attention, crossEntropy, embedding, layerNorm, rmsNorm, rope } from "../../src/autograd/model-ops.ts";
+import {
+  addRmsNorm,
+  attention,
+  crossEntropy,
+  embedding,
+  gated,
+  layerNorm,
+  rmsNorm,
+  rope,
+} from "../../src/autograd/model-ops.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { empty, read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { checkOp, expectClose, freshSeed, type Nd, nd, randomNd, testGpu, upload } from "../harness.ts";
+import { geluTwin, siluTwin } from "../reference/elementwise.ts";
 import {
   attentionTwin,
   crossEntropyTwin,
@@ -40,6 +51,54 @@ test.each(ROWS)("rmsNorm of %i rows of %i equals its f64 twin", async (rows, H) 
     op: (...t) => rmsNorm(at(t, 0), at(t, 1), 1e-5),
     twin: (...t) => rmsNormTwin(at(t, 0), at(t, 1), 1e-5),
   });
+});
+
+test.each([...ROWS, [3, 64], [5, 516]])(
+  "a residual and its rmsNorm of %i rows of %i equal their f64 twins",
+  async (rows, H) => {
+    // Both results go on, as in a model: the gradient of the sum comes by two ways.
+    const both = (sum: Nd, y: Nd): Nd =>
+      nd(
+        y.shape,
+        y.data.map((v, i) => v + 0.5 * (sum.data[i] ?? 0)),
+      );
+    await checkOp({
+      inputs: [[rows, H], [rows, H], [H]],
+      op: (...t) => {
+        const { sum, y } = addRmsNorm(at(t, 0), at(t, 1), at(t, 2), 1e-5);
+        return add(y, scale(sum, 0.5));
+      },
+      twin: (...t) => {
+        const sum = nd(
+          at(t, 0).shape,
+          at(t, 0).data.map((v, i) => v + (at(t, 1).data[i] ?? 0)),
+        );
+        return both(sum, rmsNormTwin(sum, at(t, 2), 1e-5));
+      },
+    });
+  },
+);
+
+test.each([[1], [7], [64], [1028]])("gated units of %i elements equal their f64 twins", async (n) => {
+  for (const kind of ["silu", "gelu", "geluTanh"] as const)
+    await checkOp({
+      inputs: [[n], [n]],
+      op: (...t) => gated(at(t, 0), at(t, 1), kind),
+      twin: (...t) => {
+        const f = { silu: siluTwin, gelu: geluTwin, geluTanh: (x: Nd) => geluTwin(x, "tanh") }[kind](at(t, 0));
+        return nd(
+          f.shape,
+          f.data.map((v, i) => v * (at(t, 1).data[i] ?? 0)),
+        );
+      },
+    });
+});
+
+test("a gated unit needs gate and up of one shape", async () => {
+  const gpu = await testGpu();
+  expect(() => gated(empty(gpu, [2, 3], "g"), empty(gpu, [3, 2], "u"), "silu")).toThrow(
+    new ShapeError("gated: up must have the shape of gate = [2,3], got [3,2]"),
+  );
 });
 
 test.each(ROWS.filter(([, H]) => H > 1))("layerNorm of %i rows of %i equals its f64 twin", async (rows, H) => {

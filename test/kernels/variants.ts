@@ -4,11 +4,13 @@
  * Variants are not listed by their parts: products are asked for, by plans and operands that take each path at least once, and what
  * would be sent to a device is kept.
  */
+
 import adamw from "../../src/kernels/adamw.wgsl";
+import addInto from "../../src/kernels/add-into.wgsl";
 import attention from "../../src/kernels/attention.wgsl";
 import attentionBackwardKv from "../../src/kernels/attention-backward-kv.wgsl";
 import attentionBackwardQ from "../../src/kernels/attention-backward-q.wgsl";
-import { axpy as axpyOf } from "../../src/kernels/axpy.ts";
+import { addInto as addIntoOf, axpy as axpyOf } from "../../src/kernels/axpy.ts";
 import axpy from "../../src/kernels/axpy.wgsl";
 import { binary as binaryOf, expand } from "../../src/kernels/binary.ts";
 import binary from "../../src/kernels/binary.wgsl";
@@ -18,6 +20,9 @@ import crossEntropy from "../../src/kernels/cross-entropy.wgsl";
 import crossEntropyBackward from "../../src/kernels/cross-entropy-backward.wgsl";
 import embedding from "../../src/kernels/embedding.wgsl";
 import embeddingBackward from "../../src/kernels/embedding-backward.wgsl";
+import { gatedBackward as gatedBackwardOf, gated as gatedOf } from "../../src/kernels/gated.ts";
+import gated from "../../src/kernels/gated.wgsl";
+import gatedBackward from "../../src/kernels/gated-backward.wgsl";
 import layerNorm from "../../src/kernels/layer-norm.wgsl";
 import layerNormBackward from "../../src/kernels/layer-norm-backward.wgsl";
 import layerNormBackwardWeight from "../../src/kernels/layer-norm-backward-weight.wgsl";
@@ -31,9 +36,11 @@ import matmulRows from "../../src/kernels/matmul-rows.wgsl";
 import matmulSplits from "../../src/kernels/matmul-splits.wgsl";
 import matmulTiled from "../../src/kernels/matmul-tiled.wgsl";
 import narrow16 from "../../src/kernels/narrow16.wgsl";
+import recordStep from "../../src/kernels/record-step.wgsl";
 import { reduce as reduceOf } from "../../src/kernels/reduce.ts";
 import reduce from "../../src/kernels/reduce.wgsl";
 import reduceRows from "../../src/kernels/reduce-rows.wgsl";
+import { rmsNormBackward as rmsNormBackwardOf, rmsNorm as rmsNormOf } from "../../src/kernels/rms-norm.ts";
 import rmsNorm from "../../src/kernels/rms-norm.wgsl";
 import rmsNormBackward from "../../src/kernels/rms-norm-backward.wgsl";
 import rmsNormBackwardWeight from "../../src/kernels/rms-norm-backward-weight.wgsl";
@@ -53,6 +60,8 @@ import { Recorder, type RecorderSettings, type Sent } from "./recorder.ts";
 /** The files of `src/kernels` by name. */
 export const KERNELS: Readonly<Record<string, string>> = {
   adamw,
+  "add-into": addInto,
+  "record-step": recordStep,
   attention,
   "attention-backward-kv": attentionBackwardKv,
   "attention-backward-q": attentionBackwardQ,
@@ -64,6 +73,8 @@ export const KERNELS: Readonly<Record<string, string>> = {
   "cross-entropy-backward": crossEntropyBackward,
   embedding,
   "embedding-backward": embeddingBackward,
+  gated,
+  "gated-backward": gatedBackward,
   "layer-norm": layerNorm,
   "layer-norm-backward": layerNormBackward,
   "layer-norm-backward-weight": layerNormBackwardWeight,
@@ -202,6 +213,14 @@ export function otherVariants(): Variant[] {
     for (const columns of [8, 7]) {
       const x = empty(recorder, [2, columns], "variants");
       axpyOf(1, x, 1, x);
+      addIntoOf(x, axpyOf(1, x, 1, x));
+      gatedOf(x, x, "silu");
+      gatedBackwardOf(x, x, x, "silu");
+      const w = empty(recorder, [columns], "variants");
+      for (const more of [undefined, x]) {
+        rmsNormOf(x, w, 1e-5, more);
+        rmsNormBackwardOf(x, x, w, x, more);
+      }
       for (const op of ["add", "sub", "mul"] as const) binaryOf(op, x, x);
       expand(x, [3, 2, columns]);
       for (const op of ["sum", "max"] as const) reduceOf(op, x, -1);

@@ -1,0 +1,64 @@
+/** What a training run takes, known before anything is loaded. */
+import { dryGpu } from "../gpu/dry.ts";
+import type { Gpu } from "../gpu/gpu.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { collate } from "./batches.ts";
+import type { LanguageModel } from "./loss.ts";
+import { TrainingStep } from "./step.ts";
+
+export interface PlanOptions {
+  /** Rows of one forward pass. */
+  readonly batchSize: number;
+  /** Tokens of its longest row. */
+  readonly maxLength: number;
+  readonly gradAccumulation?: number;
+}
+
+/** Bytes of GPU memory, as `gpu.counters()` counts them. */
+export interface MemoryPlan {
+  /** What is frozen. */
+  readonly weights: number;
+  /** What is trained: an adapter, or all weights. */
+  readonly trained: number;
+  readonly gradients: number;
+  /** The two moments of AdamW. */
+  readonly optimizer: number;
+  /** Activations and whatever else a step needs for a while, placed by liveness. */
+  readonly activations: number;
+  /** Tokens, labels, constants, losses. */
+  readonly rest: number;
+  /** All of it together. */
+  readonly peak: number;
+  /** Dispatches of a step. */
+  readonly dispatches: number;
+}
+
+/**
+ * Plans a run on the longest batch it may meet. `build` makes the model and what is trained on the Gpu it is given, which has `gpu`'s limits
+ * but no memory: weights are best made by `empty`. The step is traced as it will be in training, so the counts are those of the run itself.
+ *
+ * Throws GpuError where a buffer would exceed what `gpu` can bind.
+ */
+export function planTraining(
+  gpu: Gpu,
+  build: (dry: Gpu) => { readonly model: LanguageModel; readonly parameters: readonly Tensor[] },
+  { batchSize, maxLength, gradAccumulation = 1 }: PlanOptions,
+): MemoryPlan {
+  const dry = dryGpu(gpu);
+  const { model, parameters } = build(dry);
+  const trained = parameters.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
+  const weights = dry.counters().bytesLive - trained;
+  const step = new TrainingStep({ model, parameters, accumulates: gradAccumulation > 1 });
+  const row = { inputIds: new Array<number>(maxLength).fill(0), labels: new Array<number>(maxLength).fill(0) };
+  const batch = collate(new Array(batchSize).fill(row), 0);
+  step.run(new Array(gradAccumulation).fill(batch), 0);
+  const { bytesPeak, dispatches } = dry.counters();
+  const { gradientBytes: gradients, sizeBytes: optimizer } = step.optimizer;
+  const activations = step.workspaceBytes;
+  return {
+    ...{ weights, trained, gradients, optimizer, activations },
+    rest: bytesPeak - weights - trained - gradients - optimizer - activations,
+    peak: bytesPeak,
+    dispatches: [...dispatches.values()].reduce((a, b) => a + b, 0),
+  };
+}
