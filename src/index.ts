@@ -1,7 +1,7 @@
 /** `lowrank`: the engine. Runs in Chrome, Deno and Node; depends on nothing. Every public name is listed here. */
 
 export * from "./autograd/basic-ops.ts";
-export { backward, type Gradients, once, record } from "./autograd/engine.ts";
+export { adding, backward, type Gradients, once, recompute, record } from "./autograd/engine.ts";
 export * from "./autograd/model-ops.ts";
 export { GpuError } from "./gpu/errors.ts";
 export { type Counters, type Dispatch, Gpu, type HasBuffer, type OpenGpuOptions, openGpu } from "./gpu/gpu.ts";
@@ -61,6 +61,7 @@ export {
   type LanguageModel,
   writeInputs,
 } from "./train/loss.ts";
+export { type MemoryPlan, type PlanOptions, planTraining } from "./train/plan.ts";
 export { type Schedule, scheduleFactor } from "./train/schedule.ts";
 export { type StepResult, TrainingStep, type TrainingStepOptions } from "./train/step.ts";
 export { type HasTrainingMode, type StepMetrics, type TrainOptions, train } from "./train/trainer.ts";

@@ -1,10 +1,51 @@
 /** Reverse-mode automatic differentiation over the graph that `record` builds. After Karpathy's micrograd. */
 import { sum2 } from "../kernels/axpy.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { type GraphNode, type Tensor, type Thunk, tensor } from "../tensor/tensor.ts";
+import { type GraphNode, type Tensor, type Thunk, tensor, view } from "../tensor/tensor.ts";
 
 /** d(y)/d(leaf) for every leaf that requires a gradient. */
 export type Gradients = Map<Tensor, Tensor>;
+
+let recording = true;
+
+/** Runs f and notes only what requires a gradient, not how it was made: nothing is kept for a backward pass. */
+function withoutGraph<T>(f: () => T): T {
+  const before = recording;
+  recording = false;
+  try {
+    return f();
+  } finally {
+    recording = before;
+  }
+}
+
+/**
+ * f(x), of which nothing is kept but x: the backward pass computes f again (activation checkpointing, arXiv:1604.06174).
+ *
+ * f must compute the same each time and reach what it trains by itself; gradients are the same to the last bit.
+ */
+export function recompute(x: Tensor, f: (x: Tensor) => Tensor): Tensor {
+  const { gpu } = x;
+  const y = gpu.scope(() => withoutGraph(() => f(x)));
+  if (!recording || !y.requiresGrad) return y;
+  y.node = {
+    op: "recompute",
+    inputs: [x],
+    vjp: () => [],
+    again: (dy) => {
+      const standIn = view(x, x.shape);
+      standIn.requiresGrad = x.requiresGrad;
+      const gradients = gpu.scope(() => {
+        const again = f(standIn);
+        return again.requiresGrad ? backward(again, dy) : new Map<Tensor, Tensor>();
+      });
+      const dx = gradients.get(standIn);
+      gradients.delete(standIn);
+      return { dx, leaves: gradients };
+    },
+  };
+  return y;
+}
 
 /**
  * Notes how y was made. If no input requires a gradient nothing is kept, so a frozen model builds no graph and holds no
@@ -16,7 +57,7 @@ export type Gradients = Map<Tensor, Tensor>;
 export function record(op: string, y: Tensor, inputs: readonly Tensor[], vjp: GraphNode["vjp"]): Tensor {
   if (inputs.some((t) => t.requiresGrad)) {
     y.requiresGrad = true;
-    y.node = { op, inputs, vjp };
+    if (recording) y.node = { op, inputs, vjp };
   }
   return y;
 }
@@ -41,16 +82,26 @@ export function backward(y: Tensor, dy?: Tensor): Gradients {
     throw new ShapeError(`backward: dy must have the shape of y [${y.shape}], got [${seed.shape}]`);
   const pending: Gradients = new Map([[y, seed]]);
   const leaves: Gradients = new Map();
+  const meet = (of: Gradients, t: Tensor, g: Tensor): void => {
+    const sum = of.get(t);
+    of.set(t, sum ? sum2(sum, g) : g);
+  };
   for (const t of topological(y).reverse()) {
     const g = pending.get(t);
     if (!g) continue;
     pending.delete(t);
     if (!t.node) {
-      leaves.set(t, g);
+      meet(leaves, t, g);
       continue;
     }
-    const { op, inputs, vjp } = t.node;
+    const { op, inputs, vjp, again } = t.node;
     t.node = undefined; // lets go of what forward kept
+    if (again) {
+      const { dx, leaves: found } = again(g);
+      if (dx && inputs[0]) meet(pending, inputs[0], dx);
+      for (const [leaf, gradient] of found) meet(leaves, leaf, gradient);
+      continue;
+    }
     const thunks = vjp(g);
     inputs.forEach((input, i) => {
       const thunk = thunks[i];

@@ -18,6 +18,8 @@ export interface GraphNode {
   readonly op: string;
   readonly inputs: readonly Tensor[];
   readonly vjp: (dy: Tensor) => readonly Thunk[];
+  /** In place of `vjp`, where the one input is all that was kept: computes what led to y again. */
+  readonly again?: (dy: Tensor) => { readonly dx: Tensor | undefined; readonly leaves: Map<Tensor, Tensor> };
 }
 
 export class Tensor implements HasBuffer {

@@ -1,23 +1,31 @@
 import { readFileSync } from "node:fs";
 import { describe, expect, test } from "vitest";
+import { openGpu } from "../../src/gpu/gpu.ts";
 import { diskDirectory } from "../../src/io/files.ts";
 import { attachLora } from "../../src/lora/adapter.ts";
+import { Llama, llamaShapes } from "../../src/models/llama.ts";
 import { loadModel } from "../../src/models/load.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
-import { readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
+import { empty, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { AdamW } from "../../src/train/adamw.ts";
 import type { Row } from "../../src/train/data.ts";
 import { evaluate } from "../../src/train/loss.ts";
+import { type MemoryPlan, planTraining } from "../../src/train/plan.ts";
 import { scheduleFactor } from "../../src/train/schedule.ts";
 import { type StepMetrics, type TrainOptions, train } from "../../src/train/trainer.ts";
 import { expectClose, testGpu } from "../harness.ts";
+import { writeTinyModel } from "../tiny-model.ts";
 
 const row = (...inputIds: number[]): Row => ({ inputIds, labels: inputIds });
 const rows = [row(1, 2, 3, 4), row(5, 6, 7, 8, 9, 10), row(11, 12), row(13, 14, 15), row(16, 17, 18, 19, 20)];
 
-async function run(options: Partial<TrainOptions>): Promise<{ metrics: StepMetrics[]; values: Float32Array[] }> {
+async function run(
+  options: Partial<TrainOptions>,
+  checkpointing = false,
+): Promise<{ metrics: StepMetrics[]; values: Float32Array[] }> {
   const gpu = await testGpu();
   const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
+  model.checkpointing = checkpointing;
   const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: "all-linear" }, 5);
   const metrics: StepMetrics[] = [];
   const base = {
@@ -148,6 +156,44 @@ test("replayed, eager and read late: the same bits", async () => {
   }
   const accumulated = await run({ ...settings, gradAccumulation: 3 });
   expect((await run({ ...settings, gradAccumulation: 3, eager: true })).values).toEqual(accumulated.values);
+});
+
+test("checkpointed or not, eager or replayed, the same adapter to the last bit after 50 steps", async () => {
+  const settings = { steps: 50, shuffleSeed: 4, maxGradNorm: 1 } as const;
+  const plain = await run(settings);
+  for (const [options, checkpointing] of [
+    [{}, false],
+    [{}, true],
+    [{ eager: true }, true],
+    [{ eager: true }, false],
+  ] as const)
+    expect((await run({ ...settings, ...options }, checkpointing)).values).toEqual(plain.values);
+});
+
+test("checkpointing keeps fewer activations", async () => {
+  const gpu = await openGpu();
+  const config = { vocab_size: 64, num_hidden_layers: 6 };
+  await writeTinyModel("out/test/checkpointing", { config });
+  const plan = async (checkpointing: boolean): Promise<MemoryPlan> => {
+    const model = await loadModel(gpu, diskDirectory("out/test/checkpointing"));
+    const { config: read } = model;
+    model.destroy();
+    return planTraining(
+      gpu,
+      (dry) => {
+        const weights = new Map([...llamaShapes(read)].map(([name, shape]) => [name, empty(dry, shape, name)]));
+        const planned = new Llama(dry, read, weights);
+        planned.checkpointing = checkpointing;
+        const { parameters } = attachLora(planned, { r: 4, alpha: 8, targetModules: "all-linear" });
+        return { model: planned, parameters };
+      },
+      { batchSize: 4, maxLength: 64 },
+    );
+  };
+  const [all, few] = [await plan(false), await plan(true)];
+  expect(few.activations).toBeLessThan(0.5 * all.activations);
+  expect(few.peak - few.activations).toBe(all.peak - all.activations);
+  gpu.destroy();
 });
 
 test("an aborted run ends after the step in progress", async () => {
