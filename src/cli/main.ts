@@ -5,6 +5,7 @@ import { evalCommand } from "./eval.ts";
 import { generateCommand } from "./generate.ts";
 import { logitsCommand } from "./logits.ts";
 import { mergeCommand } from "./merge.ts";
+import { planCommand } from "./plan.ts";
 import { say } from "./session.ts";
 import { trainCommand } from "./train.ts";
 import { version } from "./version.ts";
@@ -13,6 +14,7 @@ const program = new Command("lowrank")
   .description("Fine-tune and serve LoRA adapters of Hugging Face models on any GPU, through WebGPU")
   .version(version())
   .addCommand(trainCommand())
+  .addCommand(planCommand())
   .addCommand(evalCommand())
   .addCommand(generateCommand())
   .addCommand(mergeCommand())

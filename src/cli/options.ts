@@ -1,5 +1,6 @@
 /** Options that several commands share, and numbers that are checked in the project's own words. */
 import { Option } from "commander";
+import type { TargetModules } from "../lora/target-modules.ts";
 import { ShapeError } from "../tensor/errors.ts";
 
 /** An option that takes a number for which `holds` is true; `rule` says in words what that is. Parsing throws ShapeError. */
@@ -53,3 +54,38 @@ export const maxLengthOption = (command: string): Option =>
   whole(command, "--max-length <n>", "cut rows to so many tokens (default: 512, or the model's context if smaller)", 2);
 
 export const jsonOption = (): Option => new Option("--json", "end stdout with one line of JSON");
+
+/** The settings of a new adapter. */
+export function loraOptions(command: string): Option[] {
+  return [
+    whole(command, "--rank <n>", "rank r of the update", 1, 16),
+    numeric(command, "--alpha <x>", "the update is scaled by alpha / rank", {
+      rule: "a number above 0",
+      holds: (x) => Number.isFinite(x) && x > 0,
+      preset: 32,
+    }),
+    new Option("--target-modules <which>", "all-linear, names separated by commas, or /regular expression/")
+      .argParser(parseTargets)
+      .default("all-linear"),
+  ];
+}
+
+/** What a step works on at a time. */
+export function stepOptions(command: string): Option[] {
+  return [
+    whole(command, "--batch-size <n>", "rows of one forward pass", 1, 4),
+    whole(command, "--grad-accumulation <n>", "forward passes of one optimizer step", 1, 1),
+    new Option("--checkpointing", "keep only what goes into each block and compute it again: less memory, more time"),
+  ];
+}
+
+/** "all-linear" and a regular expression stay a string, as in PEFT; names become a list. */
+function parseTargets(text: string): TargetModules {
+  const pattern = /^\/(.+)\/$/.exec(text)?.[1];
+  if (pattern !== undefined) return pattern;
+  if (text.toLowerCase() === "all-linear") return "all-linear";
+  return text
+    .split(",")
+    .map((entry) => entry.trim())
+    .filter(Boolean);
+}

@@ -12,11 +12,11 @@ export class Progress {
     this.#every = Math.max(1, Math.ceil(steps / 20));
   }
 
-  show({ step, loss, tokens_per_second }: StepMetrics): void {
+  show({ step, loss, tokens_per_second, skipped }: StepMetrics): void {
     const left = ((performance.now() - this.#started) / 1000 / step) * (this.#steps - step);
-    const line = `step ${step}/${this.#steps}  loss ${loss.toFixed(4)}  ${number(tokens_per_second)} tokens/s  ${duration(left)} left`;
+    const line = `step ${step}/${this.#steps}  loss ${loss.toFixed(4)}  ${number(tokens_per_second)} tokens/s  ${duration(left)} left${skipped ? ", not finite: no update" : ""}`;
     if (process.stderr.isTTY) process.stderr.write(`\r\x1b[K${line}`);
-    else if (step === 1 || step % this.#every === 0 || step === this.#steps) say(line);
+    else if (skipped || step === 1 || step % this.#every === 0 || step === this.#steps) say(line);
   }
 
   /** Leaves the line as it stands; what is said next starts below it. */

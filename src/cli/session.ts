@@ -1,6 +1,6 @@
 /** What the commands do alike: open the GPU, read model, adapter and data, speak. */
 
-import { type Gpu, openGpu } from "../gpu/gpu.ts";
+import { type Gpu, type OpenGpuOptions, openGpu } from "../gpu/gpu.ts";
 import { diskDirectory, fileSource } from "../io/files.ts";
 import { utf8 } from "../io/json.ts";
 import type { Tokenizer } from "../io/tokenizer.ts";
@@ -20,8 +20,8 @@ export const result = (line: string): void => {
 };
 
 /** Runs a command on the GPU and frees it. Says so when it is a software adapter. */
-export async function withGpu<T>(run: (gpu: Gpu) => Promise<T>): Promise<T> {
-  const gpu = await openGpu();
+export async function withGpu<T>(run: (gpu: Gpu) => Promise<T>, options?: OpenGpuOptions): Promise<T> {
+  const gpu = await openGpu(options);
   try {
     if (gpu.isSoftware) say(softwareNotice(gpu));
     return await run(gpu);

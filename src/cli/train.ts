@@ -13,12 +13,23 @@ import {
   writeFileAtomic,
 } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { batchesPerEpoch } from "../train/batches.ts";
+import { batchesPerEpoch, longest } from "../train/batches.ts";
 import type { Schedule } from "../train/schedule.ts";
 import { type StepMetrics, train } from "../train/trainer.ts";
-import { amount, dataOption, jsonOption, maxLengthOption, modelOption, numeric, whole } from "./options.ts";
+import {
+  amount,
+  dataOption,
+  jsonOption,
+  loraOptions,
+  maxLengthOption,
+  modelOption,
+  numeric,
+  stepOptions,
+  whole,
+} from "./options.ts";
+import { budgetOption, demandFit } from "./plan.ts";
 import { Progress } from "./progress.ts";
-import { bytes, dataLine, deviceName, number, readData, result, say, withGpu } from "./session.ts";
+import { bytes, dataLine, deviceName, number, openReader, readData, result, say, withGpu } from "./session.ts";
 
 interface TrainArguments {
   readonly model: string;
@@ -41,6 +52,9 @@ interface TrainArguments {
   readonly shuffle: boolean;
   readonly tune?: boolean;
   readonly initAdapter?: string;
+  readonly checkpointing?: boolean;
+  readonly budget?: number;
+  readonly saveEvery?: number;
   readonly json?: boolean;
 }
 
@@ -55,28 +69,13 @@ Ctrl-C ends training after the step in progress and saves the adapter; a second 
 
 export function trainCommand(): Command {
   const name = "train";
-  return new Command(name)
+  const command = new Command(name)
     .description("fine-tune a LoRA adapter")
     .addOption(modelOption())
     .addOption(dataOption())
     .requiredOption("--out <dir>", "where adapter_model.safetensors, adapter_config.json and metrics.jsonl go")
-    .addOption(whole(name, "--rank <n>", "rank r of the update", 1, 16))
-    .addOption(
-      numeric(name, "--alpha <x>", "the update is scaled by alpha / rank", {
-        rule: "a number above 0",
-        holds: (x) => Number.isFinite(x) && x > 0,
-        preset: 32,
-      }),
-    )
-    .addOption(
-      new Option("--target-modules <which>", "all-linear, names separated by commas, or /regular expression/")
-        .argParser(parseTargets)
-        .default("all-linear"),
-    )
     .addOption(whole(name, "--steps <n>", "optimizer steps", 1).conflicts("epochs"))
     .addOption(whole(name, "--epochs <n>", "times to go through the data (default: 1)", 1))
-    .addOption(whole(name, "--batch-size <n>", "rows of one forward pass", 1, 4))
-    .addOption(whole(name, "--grad-accumulation <n>", "forward passes of one optimizer step", 1, 1))
     .addOption(amount(name, "--learning-rate <x>", "peak learning rate", 2e-4))
     .addOption(
       new Option("--schedule <name>", "course of the learning rate after warmup")
@@ -99,20 +98,10 @@ export function trainCommand(): Command {
     .addOption(
       new Option("--init-adapter <dir>", "go on from this adapter").conflicts(["rank", "alpha", "targetModules"]),
     )
-    .addOption(jsonOption())
-    .addHelpText("after", EXAMPLES)
-    .action(run);
-}
-
-/** "all-linear" and a regular expression stay a string, as in PEFT; names become a list. */
-function parseTargets(text: string): TargetModules {
-  const pattern = /^\/(.+)\/$/.exec(text)?.[1];
-  if (pattern !== undefined) return pattern;
-  if (text.toLowerCase() === "all-linear") return "all-linear";
-  return text
-    .split(",")
-    .map((entry) => entry.trim())
-    .filter(Boolean);
+    .addOption(whole(name, "--save-every <n>", "save the adapter after every so many steps, too", 1))
+    .addOption(jsonOption());
+  for (const option of [...loraOptions(name), ...stepOptions(name), budgetOption(name)]) command.addOption(option);
+  return command.addHelpText("after", EXAMPLES).action(run);
 }
 
 async function run(options: TrainArguments): Promise<void> {
@@ -123,8 +112,21 @@ async function run(options: TrainArguments): Promise<void> {
   const perEpoch = batchesPerEpoch({ rows: rows.length, batchSize });
   const steps = options.steps ?? Math.ceil(((options.epochs ?? 1) * perEpoch) / gradAccumulation);
 
-  await withGpu(async (gpu) => {
+  const { rank: r, alpha, targetModules, checkpointing = false, saveEvery } = options;
+  const adapterPlan = options.initAdapter ?? { r, alpha, targetModules };
+  const size = {
+    batchSize: Math.min(batchSize, rows.length),
+    gradAccumulation,
+    checkpointing,
+    maxLength: longest(rows),
+  };
+  const { config } = await openReader(options.model);
+
+  const work = async (gpu: Gpu): Promise<void> => {
+    const plan = await demandFit(gpu, config, adapterPlan, size, options.budget);
+    say(`memory: at most ${bytes(plan.peak)} of the GPU's, ${bytes(plan.weights)} of it weights`);
     const model = await loadModelFrom(gpu, options.model);
+    model.checkpointing = checkpointing;
     const adapter = await startAdapter(model, options);
     const { parameters } = adapter;
     const trainable = parameters.reduce((sum, p) => sum + p.size, 0);
@@ -144,10 +146,13 @@ async function run(options: TrainArguments): Promise<void> {
     process.once("SIGINT", onInterrupt);
     let first: StepMetrics | undefined;
     let last: StepMetrics | undefined;
+    let saved: number | undefined;
+    let good: number | undefined;
+    let skipped = 0;
     const save = async (): Promise<string> => {
-      if (!last) return "no step was done: no adapter was saved";
+      if (!good) return "no step was done: no adapter was saved";
       await savePeftTo(adapter, options.out, options.model);
-      return `the adapter of step ${last.step} is saved in ${options.out}`;
+      return `the adapter of step ${good} is saved in ${options.out}`;
     };
     try {
       const training = train({
@@ -164,6 +169,7 @@ async function run(options: TrainArguments): Promise<void> {
         maxGradNorm: options.maxGradNorm,
         shuffleSeed: options.shuffle ? seed : undefined,
         signal: stop.signal,
+        pauseEvery: saveEvery,
         tune: options.tune ?? false,
         onTuned: ({ key, chosen, timesMs }) =>
           say(`tuned ${key}: ${chosen}, ${timesMs[chosen]?.toPrecision(2)} ms, of ${Object.keys(timesMs).length} ways`),
@@ -173,12 +179,18 @@ async function run(options: TrainArguments): Promise<void> {
         last = metrics;
         await appendLine(metricsFile, JSON.stringify(metrics));
         progress.show(metrics);
+        if (metrics.skipped) skipped++;
+        else good = metrics.step;
+        if (saveEvery && metrics.step % saveEvery === 0 && metrics.step < steps) {
+          await savePeftTo(adapter, options.out, options.model);
+          saved = metrics.step;
+        }
       }
       progress.end();
       say(await save());
     } catch (error) {
       progress.end();
-      say(await save().catch(() => "the adapter could not be saved"));
+      say(await save().catch(() => lost(saved, options.out)));
       throw error;
     } finally {
       process.off("SIGINT", onInterrupt);
@@ -198,10 +210,19 @@ async function run(options: TrainArguments): Promise<void> {
       tokens: stats.tokens,
       trainable_parameters: trainable,
       peak_bytes: gpu.counters().bytesPeak,
+      planned_bytes: plan.peak,
+      skipped_steps: skipped,
       seconds: (performance.now() - started) / 1000,
     });
-  });
+  };
+  await withGpu(work, options.budget === undefined ? {} : { budgetBytes: options.budget });
 }
+
+/** What is left when the device is gone, and how to go on. */
+const lost = (saved: number | undefined, out: string): string =>
+  saved === undefined
+    ? "the adapter could not be saved: what was trained is lost. Use --save-every to keep some of it"
+    : `the adapter of step ${saved} is in ${out}, whole. Go on from it with --init-adapter ${out}`;
 
 async function startAdapter(model: Llama, options: TrainArguments): Promise<LoraAdapter> {
   const { rank: r, alpha, targetModules, initAdapter, seed } = options;
@@ -228,6 +249,9 @@ interface Outcome {
   readonly tokens: number;
   readonly trainable_parameters: number;
   readonly peak_bytes: number;
+  readonly planned_bytes: number;
+  /** Steps whose loss or gradient was not finite. */
+  readonly skipped_steps: number;
   readonly seconds: number;
 }
 

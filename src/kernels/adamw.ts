@@ -33,7 +33,7 @@ export function adamwStep(p: Tensor, g: Tensor, m: Tensor, v: Tensor, options: A
     if (!Number.isInteger(n) || n < 1) throw new ShapeError(`adamwStep: step must be a whole number from 1, got ${n}`);
     return n;
   };
-  t();
+  if (typeof step === "number") t();
   const uniforms = {
     n: p.size,
     decay: () => 1 - uniformValue(learningRate) * weightDecay,

@@ -18,7 +18,7 @@ alias Lane = f32;
 fn wide(a: u32, b: u32) -> vec2u {
   let p = vec2u(a & 0xffffu, a >> 16u);
   let q = vec2u(b & 0xffffu, b >> 16u);
-  let middle = p.y * q.x + (p.x * q.x >> 16u);
+  let middle = p.y * q.x + ((p.x * q.x) >> 16u);
   let other = p.x * q.y + (middle & 0xffffu);
   return vec2u(a * b, p.y * q.y + (middle >> 16u) + (other >> 16u));
 }

@@ -9,17 +9,35 @@ export interface Batch {
   /** [B,T], shifted: labels[b,t] is the target of position t, or IGNORED; the last position of a row has none. */
   readonly labels: Int32Array;
   readonly B: number;
-  /** The longest row of the batch. */
+  /** Positions of each row, the longest and more. */
   readonly T: number;
   /** Targets that are not IGNORED: what the loss is the mean over. */
   readonly tokens: number;
 }
 
-/** Lays rows side by side. Throws a ShapeError if there are none. */
-export function collate(rows: readonly Row[], padId: number): Batch {
+/** Lengths are rounded up to multiples of this in training, so that there are few shapes, each traced once. */
+const LENGTH_STEP = 16;
+
+/** Tokens of the longest row. */
+export const longest = (rows: readonly Row[]): number =>
+  rows.reduce((most, row) => Math.max(most, row.inputIds.length), 0);
+
+/** `collate` to a length that is a multiple of 16, or `most`, the longest that any row is. */
+export function collateRounded(rows: readonly Row[], padId: number, most: number): Batch {
+  return collate(rows, padId, Math.min(most, Math.ceil(longest(rows) / LENGTH_STEP) * LENGTH_STEP));
+}
+
+/** The largest batch that rows of a run may make: `batchSize` of the longest, of which every token counts. */
+export function largestBatch(batchSize: number, length: number): Batch {
+  const ids = new Array<number>(length).fill(0);
+  return collate(new Array<Row>(batchSize).fill({ inputIds: ids, labels: ids }), 0);
+}
+
+/** Lays rows side by side, padded to the longest or to `length`. Throws a ShapeError if there are none. */
+export function collate(rows: readonly Row[], padId: number, length: number = longest(rows)): Batch {
   const B = rows.length;
   if (B === 0) throw new ShapeError("collate: a batch must have at least one row, got none");
-  const T = Math.max(...rows.map((row) => row.inputIds.length));
+  const T = length;
   const ids = new Int32Array(B * T).fill(padId);
   const labels = new Int32Array(B * T).fill(IGNORED);
   for (const [b, row] of rows.entries()) {

@@ -2,7 +2,7 @@
 import { dryGpu } from "../gpu/dry.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { collate } from "./batches.ts";
+import { largestBatch } from "./batches.ts";
 import type { LanguageModel } from "./loss.ts";
 import { TrainingStep } from "./step.ts";
 
@@ -33,24 +33,28 @@ export interface MemoryPlan {
   readonly dispatches: number;
 }
 
+interface Planned {
+  readonly model: LanguageModel;
+  readonly parameters: readonly Tensor[];
+}
+
 /**
  * Plans a run on the longest batch it may meet. `build` makes the model and what is trained on the Gpu it is given, which has `gpu`'s limits
  * but no memory: weights are best made by `empty`. The step is traced as it will be in training, so the counts are those of the run itself.
  *
  * Throws GpuError where a buffer would exceed what `gpu` can bind.
  */
-export function planTraining(
+export async function planTraining(
   gpu: Gpu,
-  build: (dry: Gpu) => { readonly model: LanguageModel; readonly parameters: readonly Tensor[] },
+  build: (dry: Gpu) => Planned | Promise<Planned>,
   { batchSize, maxLength, gradAccumulation = 1 }: PlanOptions,
-): MemoryPlan {
+): Promise<MemoryPlan> {
   const dry = dryGpu(gpu);
-  const { model, parameters } = build(dry);
+  const { model, parameters } = await build(dry);
   const trained = parameters.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
   const weights = dry.counters().bytesLive - trained;
   const step = new TrainingStep({ model, parameters, accumulates: gradAccumulation > 1 });
-  const row = { inputIds: new Array<number>(maxLength).fill(0), labels: new Array<number>(maxLength).fill(0) };
-  const batch = collate(new Array(batchSize).fill(row), 0);
+  const batch = largestBatch(batchSize, maxLength);
   step.run(new Array(gradAccumulation).fill(batch), 0);
   const { bytesPeak, dispatches } = dry.counters();
   const { gradientBytes: gradients, sizeBytes: optimizer } = step.optimizer;

@@ -77,6 +77,15 @@ export class TrainingStep {
     return this.#workspace.reduce((sum, { size }) => sum + size, 0);
   }
 
+  /**
+   * Takes the memory of a step on such batches now. With the largest batch of a run, no later one needs more: their plans share what
+   * this one needs. Nothing is done eagerly.
+   */
+  reserve(batches: readonly Batch[]): void {
+    if (this.#eager) return;
+    batches.forEach((batch, i) => void this.#planFor(batch, i === 0, i === batches.length - 1));
+  }
+
   /** Sends one optimizer step on these batches. Its result stays on the device until `read`, which has to come within 64 steps. */
   run(batches: readonly Batch[], learningRate: number): void {
     if (batches.length === 0) throw new ShapeError("TrainingStep: a step must have a batch, got none");
@@ -86,21 +95,12 @@ export class TrainingStep {
     this.#learningRate = learningRate;
     this.optimizer.stepCount++;
     batches.forEach((batch, i) => {
-      const shape = shapeKey(batch);
-      const inputs = this.#inputsFor(shape, batch);
       const [isFirst, isLast] = [i === 0, i === batches.length - 1];
-      const part = (): void => this.#part(inputs, isFirst, isLast);
       if (this.#eager) {
-        this.#gpu.scope(part);
+        const inputs = this.#inputsFor(batch);
+        this.#gpu.scope(() => this.#part(inputs, isFirst, isLast));
         this.#gpu.flush();
-        return;
-      }
-      const key = `${shape}${isFirst ? " first" : ""}${isLast ? " last" : ""}`;
-      const plan = this.#plans.get(key) ?? this.#gpu.trace(part, this.#workspace);
-      this.#plans.delete(key); // and to the end: the first is the one that was not used for longest
-      this.#plans.set(key, plan);
-      this.#forgetOld();
-      plan.run();
+      } else this.#planFor(batch, isFirst, isLast).run();
     });
   }
 
@@ -142,7 +142,19 @@ export class TrainingStep {
     this.optimizer.update(clip, () => this.#learningRate);
   }
 
-  #inputsFor(shape: string, batch: Batch): Inputs {
+  /** The plan of such a batch, traced where there is none yet, with the batch in its inputs. */
+  #planFor(batch: Batch, isFirst: boolean, isLast: boolean): Plan {
+    const inputs = this.#inputsFor(batch);
+    const key = `${shapeKey(batch)}${isFirst ? " first" : ""}${isLast ? " last" : ""}`;
+    const plan = this.#plans.get(key) ?? this.#gpu.trace(() => this.#part(inputs, isFirst, isLast), this.#workspace);
+    this.#plans.delete(key); // and to the end: the first is the one that was not used for longest
+    this.#plans.set(key, plan);
+    this.#forgetOld();
+    return plan;
+  }
+
+  #inputsFor(batch: Batch): Inputs {
+    const shape = shapeKey(batch);
     const known = this.#inputs.get(shape);
     if (known) {
       writeInputs(known, batch);

@@ -4,7 +4,7 @@ import type { Tuning } from "../gpu/tuner.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { AdamWSettings } from "./adamw.ts";
-import { batchIndices, collate } from "./batches.ts";
+import { batchIndices, collate, collateRounded, largestBatch, longest } from "./batches.ts";
 import type { Row } from "./data.ts";
 import { batchInputs, batchLoss, type LanguageModel } from "./loss.ts";
 import { type Schedule, scheduleFactor } from "./schedule.ts";
@@ -96,7 +96,9 @@ export async function* train(options: TrainOptions): AsyncGenerator<StepMetrics,
   const batches = batchIndices({ rows: rows.length, batchSize, seed: options.shuffleSeed });
   const training = new TrainingStep({ ...options, accumulates: gradAccumulation > 1 });
   const counts = new StepCounts();
+  const most = longest(rows);
   if (adapter) adapter.training = { seed, step: () => training.optimizer.stepCount };
+  training.reserve(new Array(gradAccumulation).fill(largestBatch(Math.min(batchSize, rows.length), most)));
   try {
     let readAt = performance.now();
     let pending: Promise<StepResult[]> | undefined;
@@ -106,7 +108,7 @@ export async function* train(options: TrainOptions): AsyncGenerator<StepMetrics,
       const chosen = Array.from({ length: gradAccumulation }, () => batches.next().value.map((i) => rows[i] as Row));
       const rate = options.learningRate * scheduleFactor(schedule, step - 1, steps, options.warmupSteps ?? 0);
       training.run(
-        chosen.map((part) => collate(part, padId)),
+        chosen.map((part) => collateRounded(part, padId, most)),
         rate,
       );
       counts.sent(

@@ -18,6 +18,8 @@ import clipFactor from "../../src/kernels/clip-factor.wgsl";
 import copyRows from "../../src/kernels/copy-rows.wgsl";
 import crossEntropy from "../../src/kernels/cross-entropy.wgsl";
 import crossEntropyBackward from "../../src/kernels/cross-entropy-backward.wgsl";
+import { dropout as dropoutOf } from "../../src/kernels/dropout.ts";
+import dropout from "../../src/kernels/dropout.wgsl";
 import embedding from "../../src/kernels/embedding.wgsl";
 import embeddingBackward from "../../src/kernels/embedding-backward.wgsl";
 import { gatedBackward as gatedBackwardOf, gated as gatedOf } from "../../src/kernels/gated.ts";
@@ -40,7 +42,11 @@ import recordStep from "../../src/kernels/record-step.wgsl";
 import { reduce as reduceOf } from "../../src/kernels/reduce.ts";
 import reduce from "../../src/kernels/reduce.wgsl";
 import reduceRows from "../../src/kernels/reduce-rows.wgsl";
-import { rmsNormBackward as rmsNormBackwardOf, rmsNorm as rmsNormOf } from "../../src/kernels/rms-norm.ts";
+import {
+  rmsNormBackward as rmsNormBackwardOf,
+  rmsNormBackwardWeight as rmsNormBackwardWeightOf,
+  rmsNorm as rmsNormOf,
+} from "../../src/kernels/rms-norm.ts";
 import rmsNorm from "../../src/kernels/rms-norm.wgsl";
 import rmsNormBackward from "../../src/kernels/rms-norm-backward.wgsl";
 import rmsNormBackwardWeight from "../../src/kernels/rms-norm-backward-weight.wgsl";
@@ -71,6 +77,7 @@ export const KERNELS: Readonly<Record<string, string>> = {
   "copy-rows": copyRows,
   "cross-entropy": crossEntropy,
   "cross-entropy-backward": crossEntropyBackward,
+  dropout,
   embedding,
   "embedding-backward": embeddingBackward,
   gated,
@@ -216,7 +223,9 @@ export function otherVariants(): Variant[] {
       addIntoOf(x, axpyOf(1, x, 1, x));
       gatedOf(x, x, "silu");
       gatedBackwardOf(x, x, x, "silu");
+      for (const acc of [undefined, x]) dropoutOf(x, 0.5, { seed: 1, step: 1, stream: 1 }, acc);
       const w = empty(recorder, [columns], "variants");
+      rmsNormBackwardWeightOf(x, x, x);
       for (const more of [undefined, x]) {
         rmsNormOf(x, w, 1e-5, more);
         rmsNormBackwardOf(x, x, w, x, more);

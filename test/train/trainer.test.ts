@@ -178,7 +178,7 @@ test("checkpointing keeps fewer activations", async () => {
     const model = await loadModel(gpu, diskDirectory("out/test/checkpointing"));
     const { config: read } = model;
     model.destroy();
-    return planTraining(
+    return await planTraining(
       gpu,
       (dry) => {
         const weights = new Map([...llamaShapes(read)].map(([name, shape]) => [name, empty(dry, shape, name)]));

@@ -1,0 +1,176 @@
+import { totalmem } from "node:os";
+import { Command, Option } from "commander";
+import { GpuError } from "../gpu/errors.ts";
+import type { Gpu } from "../gpu/gpu.ts";
+import { attachLora, type LoraConfig } from "../lora/adapter.ts";
+import type { LlamaConfig } from "../models/config.ts";
+import { Llama, llamaShapes } from "../models/llama.ts";
+import { loadPeftFrom } from "../node.ts";
+import { ShapeError } from "../tensor/errors.ts";
+import { empty } from "../tensor/tensor.ts";
+import { type MemoryPlan, planTraining } from "../train/plan.ts";
+import { jsonOption, loraOptions, maxLengthOption, modelOption, stepOptions } from "./options.ts";
+import { bytes, deviceName, number, openReader, result, withGpu } from "./session.ts";
+
+/** What the memory of a run depends on. */
+export interface RunSize {
+  readonly batchSize: number;
+  readonly maxLength: number;
+  readonly gradAccumulation: number;
+  readonly checkpointing: boolean;
+}
+
+interface PlanArguments extends Omit<RunSize, "maxLength"> {
+  readonly model: string;
+  readonly rank: number;
+  readonly alpha: number;
+  readonly targetModules: LoraConfig["targetModules"];
+  readonly maxLength?: number;
+  readonly budget?: number;
+  readonly json?: boolean;
+}
+
+const EXAMPLES = `
+Examples:
+  $ lowrank plan --model models/base --batch-size 4 --max-length 1024
+  $ lowrank plan --model models/base --rank 64 --budget 8GiB --checkpointing --json
+
+Nothing is loaded but config.json. The exit status is 1 where the run does not fit.`;
+
+export function planCommand(): Command {
+  const command = new Command("plan")
+    .description("say what a training run would take of the GPU's memory, and whether it fits")
+    .addOption(modelOption())
+    .addOption(maxLengthOption("plan"));
+  for (const option of [...loraOptions("plan"), ...stepOptions("plan"), budgetOption("plan"), jsonOption()])
+    command.addOption(option);
+  return command.addHelpText("after", EXAMPLES).action(run);
+}
+
+export const budgetOption = (command: string): Option =>
+  new Option("--budget <size>", "GPU memory that may be used, such as 8GiB, 500MiB or a number of bytes").argParser(
+    (text) => {
+      const [, count = "", unit = ""] = /^(\d+(?:\.\d+)?) ?(KiB|MiB|GiB|)$/.exec(text) ?? [];
+      if (count === "")
+        throw new ShapeError(`${command}: --budget must be a size such as 8GiB, 500MiB or 1000000, got ${text}`);
+      return Math.floor(Number(count) * 1024 ** ["", "KiB", "MiB", "GiB"].indexOf(unit));
+    },
+  );
+
+/** The memory that a run may use: what was asked for; on a software adapter what the machine has; else nobody can tell. */
+export const budgetOf = (gpu: Gpu, asked: number | undefined): number | undefined =>
+  asked ?? (gpu.isSoftware ? totalmem() : undefined);
+
+/** Plans a run of this model; `adapter` is the settings of a new one, or the directory of one to go on from. */
+export function planOf(
+  gpu: Gpu,
+  config: LlamaConfig,
+  adapter: LoraConfig | string,
+  size: RunSize,
+): Promise<MemoryPlan> {
+  return planTraining(
+    gpu,
+    async (dry) => {
+      const weights = new Map([...llamaShapes(config)].map(([name, shape]) => [name, empty(dry, shape, name)]));
+      const model = new Llama(dry, config, weights);
+      model.checkpointing = size.checkpointing;
+      const attached = typeof adapter === "string" ? await loadPeftFrom(model, adapter) : attachLora(model, adapter);
+      return { model, parameters: attached.parameters };
+    },
+    size,
+  );
+}
+
+/** The plan of a run if it fits. Throws GpuError, with what would make it fit, if it does not. */
+export async function demandFit(
+  gpu: Gpu,
+  config: LlamaConfig,
+  adapter: LoraConfig | string,
+  size: RunSize,
+  asked: number | undefined,
+): Promise<MemoryPlan> {
+  const budget = budgetOf(gpu, asked) ?? Number.POSITIVE_INFINITY;
+  const tried = await attempt(gpu, config, adapter, size);
+  if (typeof tried !== "string" && tried.peak <= budget) return tried;
+  const what =
+    typeof tried === "string"
+      ? tried
+      : `plan: a run must fit into ${bytes(budget)} of GPU memory, got ${bytes(tried.peak)}: ${parts(tried)}`;
+  const way = await wayOut(gpu, config, adapter, size, budget);
+  throw new GpuError(`${what}. ${way}`);
+}
+
+async function attempt(
+  gpu: Gpu,
+  config: LlamaConfig,
+  adapter: LoraConfig | string,
+  size: RunSize,
+): Promise<MemoryPlan | string> {
+  try {
+    return await planOf(gpu, config, adapter, size);
+  } catch (error) {
+    if (error instanceof GpuError) return error.message.replace(/\. Use .*$/, "");
+    throw error;
+  }
+}
+
+/** The first of ever smaller runs that fits: checkpointing, then fewer rows, then shorter ones. */
+async function wayOut(
+  gpu: Gpu,
+  config: LlamaConfig,
+  adapter: LoraConfig | string,
+  size: RunSize,
+  budget: number,
+): Promise<string> {
+  let smaller: RunSize = { ...size, checkpointing: true };
+  for (;;) {
+    const tried = await attempt(gpu, config, adapter, smaller);
+    if (typeof tried !== "string" && tried.peak <= budget) {
+      const changes = [
+        ...(size.checkpointing ? [] : ["--checkpointing"]),
+        ...(smaller.batchSize < size.batchSize ? [`--batch-size ${smaller.batchSize}`] : []),
+        ...(smaller.maxLength < size.maxLength ? [`--max-length ${smaller.maxLength}`] : []),
+      ];
+      return `Use ${changes.join(" ")}, which takes ${bytes(tried.peak)}`;
+    }
+    if (smaller.batchSize > 1) smaller = { ...smaller, batchSize: Math.floor(smaller.batchSize / 2) };
+    else if (smaller.maxLength > 32) smaller = { ...smaller, maxLength: Math.floor(smaller.maxLength / 2) };
+    else return "Use a smaller model or another device: no batch is small enough";
+  }
+}
+
+const parts = ({ weights, trained, gradients, optimizer, activations }: MemoryPlan): string =>
+  `weights ${bytes(weights)}, adapter ${bytes(trained)}, gradients ${bytes(gradients)}, optimizer ${bytes(optimizer)}, activations ${bytes(activations)}`;
+
+async function run(options: PlanArguments): Promise<void> {
+  const { rank: r, alpha, targetModules, batchSize, gradAccumulation, checkpointing = false } = options;
+  const { config } = await openReader(options.model);
+  const maxLength = options.maxLength ?? Math.min(512, config.contextLength);
+  const size = { batchSize, maxLength, gradAccumulation, checkpointing };
+  const adapter = { r, alpha, targetModules };
+  await withGpu(async (gpu) => {
+    const budget = budgetOf(gpu, options.budget);
+    const plan = await planOf(gpu, config, adapter, size);
+    const fits = budget === undefined ? null : plan.peak <= budget;
+    const advice = fits === false ? await wayOut(gpu, config, adapter, size, budget ?? 0) : null;
+    if (fits === false) process.exitCode = 1;
+    if (options.json) {
+      result(JSON.stringify({ ...plan, ...size, budget: budget ?? null, fits, advice, device: deviceName(gpu.info) }));
+      return;
+    }
+    const lines = {
+      weights: plan.weights,
+      adapter: plan.trained,
+      gradients: plan.gradients,
+      optimizer: plan.optimizer,
+      activations: plan.activations,
+      other: plan.rest,
+      peak: plan.peak,
+    };
+    for (const [name, count] of Object.entries(lines)) result(`${name.padEnd(12)} ${bytes(count).padStart(12)}`);
+    result(`${number(plan.dispatches)} dispatches a step of ${number(batchSize * maxLength)} tokens`);
+    if (budget === undefined)
+      result("WebGPU does not tell how much memory a device has: give --budget to know whether this fits");
+    else result(fits ? `fits into ${bytes(budget)}` : `does not fit into ${bytes(budget)}. ${advice}`);
+  });
+}
