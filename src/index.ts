@@ -32,6 +32,7 @@ export {
   type TensorInfo,
   type TensorToWrite,
 } from "./io/safetensors.ts";
+export { type DropoutKey, dropout } from "./kernels/dropout.ts";
 export type { Layout } from "./kernels/matmul.ts";
 export { type PackOptions, packMatrix } from "./kernels/pack.ts";
 export { unpackMatrix } from "./kernels/unpack.ts";
@@ -62,6 +63,14 @@ export {
   writeInputs,
 } from "./train/loss.ts";
 export { type MemoryPlan, type PlanOptions, planTraining } from "./train/plan.ts";
+export {
+  byKernel,
+  chromeTrace,
+  type KernelProfile,
+  type ProfiledDispatch,
+  profilePage,
+  profileTable,
+} from "./train/profile.ts";
 export { type Schedule, scheduleFactor } from "./train/schedule.ts";
 export { type StepResult, TrainingStep, type TrainingStepOptions } from "./train/step.ts";
 export { type HasTrainingMode, type StepMetrics, type TrainOptions, train } from "./train/trainer.ts";

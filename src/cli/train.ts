@@ -14,6 +14,7 @@ import {
 } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { batchesPerEpoch, longest } from "../train/batches.ts";
+import { byKernel, chromeTrace, type ProfiledDispatch, profilePage, profileTable } from "../train/profile.ts";
 import type { Schedule } from "../train/schedule.ts";
 import { type StepMetrics, train } from "../train/trainer.ts";
 import {
@@ -55,6 +56,7 @@ interface TrainArguments {
   readonly checkpointing?: boolean;
   readonly budget?: number;
   readonly saveEvery?: number;
+  readonly profile?: boolean;
   readonly json?: boolean;
 }
 
@@ -99,6 +101,10 @@ export function trainCommand(): Command {
       new Option("--init-adapter <dir>", "go on from this adapter").conflicts(["rank", "alpha", "targetModules"]),
     )
     .addOption(whole(name, "--save-every <n>", "save the adapter after every so many steps, too", 1))
+    .option(
+      "--profile",
+      "time the kernels of step 3 (or the last) and write profile.txt, .html and .trace.json to --out",
+    )
     .addOption(jsonOption());
   for (const option of [...loraOptions(name), ...stepOptions(name), budgetOption(name)]) command.addOption(option);
   return command.addHelpText("after", EXAMPLES).action(run);
@@ -147,6 +153,7 @@ async function run(options: TrainArguments): Promise<void> {
     let first: StepMetrics | undefined;
     let last: StepMetrics | undefined;
     let saved: number | undefined;
+    const profiles: ProfiledDispatch[] = [];
     let good: number | undefined;
     let skipped = 0;
     const save = async (): Promise<string> => {
@@ -170,6 +177,9 @@ async function run(options: TrainArguments): Promise<void> {
         shuffleSeed: options.shuffle ? seed : undefined,
         signal: stop.signal,
         pauseEvery: saveEvery,
+        profile: options.profile
+          ? { step: Math.min(3, steps), onProfile: (found) => void profiles.push(...found) }
+          : undefined,
         tune: options.tune ?? false,
         onTuned: ({ key, chosen, timesMs }) =>
           say(`tuned ${key}: ${chosen}, ${timesMs[chosen]?.toPrecision(2)} ms, of ${Object.keys(timesMs).length} ways`),
@@ -188,6 +198,7 @@ async function run(options: TrainArguments): Promise<void> {
       }
       progress.end();
       say(await save());
+      if (options.profile) await writeProfile(profiles, options.out, deviceName(gpu.info));
     } catch (error) {
       progress.end();
       say(await save().catch(() => lost(saved, options.out)));
@@ -216,6 +227,15 @@ async function run(options: TrainArguments): Promise<void> {
     });
   };
   await withGpu(work, options.budget === undefined ? {} : { budgetBytes: options.budget });
+}
+
+async function writeProfile(profile: readonly ProfiledDispatch[], out: string, device: string): Promise<void> {
+  const kernels = byKernel(profile);
+  const table = profileTable(kernels);
+  await writeFileAtomic(join(out, "profile.txt"), `${table}\n`);
+  await writeFileAtomic(join(out, "profile.trace.json"), chromeTrace(profile));
+  await writeFileAtomic(join(out, "profile.html"), profilePage(kernels, `A training step on ${device}`));
+  say(`${table}\nthe profile is in ${join(out, "profile.txt")}, .html and .trace.json`);
 }
 
 /** What is left when the device is gone, and how to go on. */

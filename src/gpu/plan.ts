@@ -4,6 +4,11 @@ import type { Dispatch, Gpu, HasBuffer, Pipeline } from "./gpu.ts";
 
 /** WebGPU §5.1. */
 const UNIFORM_COPY_DST = 64 | 8;
+const QUERY_RESOLVE = 0x200;
+const COPY_SRC = 4;
+
+/** Dispatches timed at a time: a query set has at most 4096 queries. */
+const MOST_TIMED = 2048;
 
 const virtual = new WeakSet<GPUBuffer>();
 
@@ -159,20 +164,60 @@ export class Plan {
       this.#counts.set(pipeline.name, (this.#counts.get(pipeline.name) ?? 0) + 1);
   }
 
+  /**
+   * Runs the step once with each dispatch in a pass of its own, and gives the milliseconds of each by the device's clock: undefined where it
+   * has none (timestamp-query). Slower than `run`, and the same results.
+   */
+  async profile(): Promise<Float64Array | undefined> {
+    const { gpu } = this.#host;
+    if (!gpu.features.has("timestamp-query")) {
+      this.run();
+      return undefined;
+    }
+    this.#writeVarying();
+    const timesMs = new Float64Array(this.#encoded.length);
+    const most = Math.min(MOST_TIMED, this.#encoded.length);
+    const queries = gpu.device.createQuerySet({ label: "profile", type: "timestamp", count: 2 * most });
+    const resolved = gpu.device.createBuffer({ label: "profile", size: 16 * most, usage: QUERY_RESOLVE | COPY_SRC });
+    for (let first = 0; first < this.#encoded.length; first += most) {
+      const count = Math.min(most, this.#encoded.length - first);
+      const encoder = gpu.device.createCommandEncoder();
+      for (let i = 0; i < count; i++) {
+        const timestampWrites = { querySet: queries, beginningOfPassWriteIndex: 2 * i, endOfPassWriteIndex: 2 * i + 1 };
+        const pass = encoder.beginComputePass({ timestampWrites });
+        this.#send(pass, first + i, true);
+        pass.end();
+      }
+      encoder.resolveQuerySet(queries, 0, 2 * count, resolved, 0);
+      gpu.device.queue.submit([encoder.finish()]);
+      const [bytes = new ArrayBuffer(0)] = await gpu.read([{ buffer: resolved, sizeBytes: 16 * count }]);
+      const times = new BigUint64Array(bytes);
+      for (let i = 0; i < count; i++)
+        timesMs[first + i] = Number((times[2 * i + 1] ?? 0n) - (times[2 * i] ?? 0n)) / 1e6;
+    }
+    queries.destroy();
+    resolved.destroy();
+    return timesMs;
+  }
+
   /** Sends the whole step to the device: at most one write of uniforms, one pass, one submit. */
   run(): void {
-    const { gpu, slotBytes } = this.#host;
     this.#host.encode(this.#counts, (pass) => {
-      for (const { fill, slot } of this.#varying) fill(slot);
-      if (this.#varying.length > 0)
-        gpu.device.queue.writeBuffer(this.#arena, 0, this.#arenaBytes, 0, this.#varying.length * slotBytes);
+      this.#writeVarying();
       for (let i = 0; i < this.#encoded.length; i++) this.#send(pass, i);
     });
   }
 
-  #send(pass: GPUComputePassEncoder, i: number): void {
+  #writeVarying(): void {
+    const { gpu, slotBytes } = this.#host;
+    for (const { fill, slot } of this.#varying) fill(slot);
+    if (this.#varying.length > 0)
+      gpu.device.queue.writeBuffer(this.#arena, 0, this.#arenaBytes, 0, this.#varying.length * slotBytes);
+  }
+
+  #send(pass: GPUComputePassEncoder, i: number, isAlone = false): void {
     const { pipeline, group, hasUniforms, groups } = this.#encoded[i] as Encoded;
-    if (pipeline !== this.#encoded[i - 1]?.pipeline) pass.setPipeline(pipeline);
+    if (isAlone || pipeline !== this.#encoded[i - 1]?.pipeline) pass.setPipeline(pipeline);
     if (hasUniforms) pass.setBindGroup(0, group, this.#offsets, i, 1);
     else pass.setBindGroup(0, group);
     pass.dispatchWorkgroups(groups[0], groups[1], groups[2]);

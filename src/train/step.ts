@@ -9,6 +9,7 @@ import { type Tensor, tensor } from "../tensor/tensor.ts";
 import { AdamW, type AdamWSettings } from "./adamw.ts";
 import type { Batch } from "./batches.ts";
 import { batchInputs, batchLoss, type Inputs, type LanguageModel, shapeKey, writeInputs } from "./loss.ts";
+import { type ProfiledDispatch, profiled } from "./profile.ts";
 
 export interface TrainingStepOptions extends AdamWSettings {
   readonly model: LanguageModel;
@@ -54,6 +55,7 @@ export class TrainingStep {
   readonly #inputs = new Map<string, Inputs>();
   readonly #plans = new Map<string, Plan>();
   #read = 0;
+  #batchCount = 0;
   // What varies from step to step.
   #scale = 1;
   #learningRate = 0;
@@ -72,6 +74,11 @@ export class TrainingStep {
     return this.#plans;
   }
 
+  /** Batches sent so far: what dropout masks go by. */
+  get batchCount(): number {
+    return this.#batchCount;
+  }
+
   /** Bytes that the plans share for what lives within a step. */
   get workspaceBytes(): number {
     return this.#workspace.reduce((sum, { size }) => sum + size, 0);
@@ -88,20 +95,34 @@ export class TrainingStep {
 
   /** Sends one optimizer step on these batches. Its result stays on the device until `read`, which has to come within 64 steps. */
   run(batches: readonly Batch[], learningRate: number): void {
+    for (const plan of this.#start(batches, learningRate)) plan.run();
+  }
+
+  /** As `run`, and says what each dispatch took: see `Plan.profile`. Throws ShapeError where it is eager: there is no plan then. */
+  async profile(batches: readonly Batch[], learningRate: number): Promise<ProfiledDispatch[]> {
+    if (this.#eager) throw new ShapeError("TrainingStep: a profile is made of a replayed step, got an eager one");
+    const all: ProfiledDispatch[] = [];
+    for (const plan of this.#start(batches, learningRate)) all.push(...profiled(plan.dispatches, await plan.profile()));
+    return all;
+  }
+
+  /** The plans of a step one by one, each with its inputs in place; it runs the parts itself where it is eager. */
+  *#start(batches: readonly Batch[], learningRate: number): Generator<Plan> {
     if (batches.length === 0) throw new ShapeError("TrainingStep: a step must have a batch, got none");
     if (this.optimizer.stepCount - this.#read >= SLOTS)
       throw new ShapeError(`TrainingStep: results of ${SLOTS} steps are kept, got a step more. Read them first`);
     this.#scale = 1 / batches.reduce((sum, batch) => sum + batch.tokens, 0);
     this.#learningRate = learningRate;
     this.optimizer.stepCount++;
-    batches.forEach((batch, i) => {
+    for (const [i, batch] of batches.entries()) {
+      this.#batchCount++;
       const [isFirst, isLast] = [i === 0, i === batches.length - 1];
       if (this.#eager) {
         const inputs = this.#inputsFor(batch);
         this.#gpu.scope(() => this.#part(inputs, isFirst, isLast));
         this.#gpu.flush();
-      } else this.#planFor(batch, isFirst, isLast).run();
-    });
+      } else yield this.#planFor(batch, isFirst, isLast);
+    }
   }
 
   /** The results of the steps since the last `read`, once they are done. The steps that follow may be sent meanwhile. */

@@ -7,6 +7,7 @@ import type { AdamWSettings } from "./adamw.ts";
 import { batchIndices, collate, collateRounded, largestBatch, longest } from "./batches.ts";
 import type { Row } from "./data.ts";
 import { batchInputs, batchLoss, type LanguageModel } from "./loss.ts";
+import type { ProfiledDispatch } from "./profile.ts";
 import { type Schedule, scheduleFactor } from "./schedule.ts";
 import { MOST_BAD_STEPS, type StepResult, TrainingStep } from "./step.ts";
 
@@ -51,8 +52,10 @@ export interface TrainOptions extends AdamWSettings {
   readonly pauseEvery?: number | undefined;
   /** See `TrainingStepOptions`. */
   readonly eager?: boolean;
-  /** Called once, when the first step has been sent. */
-  readonly onStart?: ((step: TrainingStep) => void) | undefined;
+  /** Times every dispatch of this step: see `TrainingStep.profile`. */
+  readonly profile?:
+    | { readonly step: number; readonly onProfile: (dispatches: ProfiledDispatch[]) => void }
+    | undefined;
   /** Stops after the steps in progress. */
   readonly signal?: AbortSignal | undefined;
 }
@@ -97,7 +100,7 @@ export async function* train(options: TrainOptions): AsyncGenerator<StepMetrics,
   const training = new TrainingStep({ ...options, accumulates: gradAccumulation > 1 });
   const counts = new StepCounts();
   const most = longest(rows);
-  if (adapter) adapter.training = { seed, step: () => training.optimizer.stepCount };
+  if (adapter) adapter.training = { seed, step: () => training.batchCount };
   training.reserve(new Array(gradAccumulation).fill(largestBatch(Math.min(batchSize, rows.length), most)));
   try {
     let readAt = performance.now();
@@ -107,15 +110,13 @@ export async function* train(options: TrainOptions): AsyncGenerator<StepMetrics,
       step++;
       const chosen = Array.from({ length: gradAccumulation }, () => batches.next().value.map((i) => rows[i] as Row));
       const rate = options.learningRate * scheduleFactor(schedule, step - 1, steps, options.warmupSteps ?? 0);
-      training.run(
-        chosen.map((part) => collateRounded(part, padId, most)),
-        rate,
-      );
+      const micro = chosen.map((part) => collateRounded(part, padId, most));
+      if (step === options.profile?.step) options.profile.onProfile(await training.profile(micro, rate));
+      else training.run(micro, rate);
       counts.sent(
         rate,
         chosen.flat().reduce((sum, row) => sum + row.inputIds.length, 0),
       );
-      if (step === 1) options.onStart?.(training);
       await gpu.throttle(IN_FLIGHT);
       const elapsed = performance.now() - readAt;
       if (step % readEvery !== 0 && elapsed < READ_EVERY_MS && !(pauseEvery && step % pauseEvery === 0)) continue;
