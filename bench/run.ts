@@ -6,10 +6,12 @@ import { openPeers, type PeerReport } from "./peers/host.ts";
 import { PEERS } from "./peers/index.ts";
 import type { Peer, PeerSource } from "./peers/peer.ts";
 import { peaksOf, probes } from "./probes/probes.ts";
+import { measureReplay, type ReplayReport } from "./probes/replay.ts";
 import { type Summary, summarize } from "./summary.ts";
 
 export type { CaseReport, Peaks, Spread } from "./harness.ts";
 export type { PeerReport } from "./peers/host.ts";
+export type { ReplayReport } from "./probes/replay.ts";
 export type { Summary } from "./summary.ts";
 
 export interface BenchOptions {
@@ -30,6 +32,7 @@ export type Progress =
   | { readonly kind: "peers"; readonly peers: readonly PeerReport[] }
   /** The probes have run; so have those contests that `result` told of before. */
   | { readonly kind: "peaks"; readonly peaks: Peaks }
+  | { readonly kind: "replay"; readonly replay: ReplayReport }
   /** A contest begins: `index` of `contests`, from 0. */
   | { readonly kind: "contest"; readonly name: string; readonly index: number }
   | { readonly kind: "result"; readonly report: ContestReport }
@@ -71,6 +74,8 @@ export interface Report extends ReportHeader {
   readonly ok: boolean;
   /** Null if the probes failed. */
   readonly peaks: Peaks | null;
+  /** What a replayed training step costs the host. Absent in reports made before it was measured. */
+  readonly replay?: ReplayReport;
   /** Empty if none was asked for. */
   readonly peers: readonly PeerReport[];
   /** The probes first. */
@@ -151,6 +156,8 @@ export async function runBenchmarks(
     peaks = peaksOf(fmaCases, copyCases);
     onProgress({ kind: "peaks", peaks });
   }
+  const replay = await measureReplay(gpu);
+  onProgress({ kind: "replay", replay });
   const withUnits = chosen.some((contest) => contest.matrixUnits) ? await openGpu({ matrixUnits: true }) : undefined;
   for (const contest of chosen) {
     const on = (contest.matrixUnits && withUnits) || gpu;
@@ -172,7 +179,7 @@ export async function runBenchmarks(
   const summary = summarize(reports);
   onProgress({ kind: "summary", summary });
   const ok = chosen.length > 0 && reports.every(({ error }) => error === undefined);
-  return { ok, ...header, peaks, peers: opened?.reports ?? [], contests: reports, summary };
+  return { ok, ...header, peaks, replay, peers: opened?.reports ?? [], contests: reports, summary };
 }
 
 function settingsFor({ quick }: BenchOptions, gpu: Gpu, syncMs: number, now: () => number): Settings {

@@ -25,6 +25,13 @@ export function lines(event: Progress): string[] {
       const { fmaGflops, copyGbs } = event.peaks;
       return [`\npeaks of this device: ${short(fmaGflops)} GFLOP/s, ${short(copyGbs)} GB/s`];
     }
+    case "replay": {
+      const { hostUs, dispatches, objectsCreated, submits, readbacks, peakOverPlan } = event.replay;
+      return [
+        `host time per dispatch: ${hostUs.replayed.toFixed(2)} µs replayed, ${hostUs.eager.toFixed(2)} µs encoded anew`,
+        `a replayed training step: ${dispatches} dispatches, ${submits} submit, ${objectsCreated} GPU objects, ${readbacks} readbacks; peak over plan ${peakOverPlan.toFixed(4)}`,
+      ];
+    }
     case "summary":
       return summaryLines(event.summary);
   }

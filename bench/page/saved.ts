@@ -10,6 +10,7 @@ import {
   headerList,
   peaksText,
   peersTable,
+  replayText,
   summaryTable,
   tuningsTable,
 } from "./tables.ts";
@@ -49,6 +50,7 @@ ${sources.map((source, i) => section(source, i, document))}
 function section({ file, report }: Source, i: number, document: Document): Html {
   const more = [
     ["Peaks", peaksText(report.peaks)],
+    ...(report.replay ? [["Replayed steps", replayText(report.replay)] as const] : []),
     ["Command", html`<code>${report.command}</code>`],
     ["Commit", html`<code>${report.commit}</code>`],
     ["File", html`<code>${file}</code>`],

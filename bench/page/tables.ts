@@ -1,7 +1,7 @@
 /** The tables of a report, the same in the page and in the file of `npm run bench:report`. */
 import type { Tuning } from "../../src/gpu/tuner.ts";
 import type { CaseReport, CaseResult, Peaks, Spread } from "../harness.ts";
-import type { ContestReport, PeerReport, ReportHeader } from "../run.ts";
+import type { ContestReport, PeerReport, ReplayReport, ReportHeader } from "../run.ts";
 import type { Summary } from "../summary.ts";
 import { type Html, html } from "./html.ts";
 
@@ -48,6 +48,16 @@ export function peaksText(peaks: Peaks | null): string {
   if (!peaks) return "not measured: the probes failed";
   return `${short(peaks.fmaGflops)} GFLOP/s in f32 multiply-adds, ${short(peaks.copyGbs)} GB/s in a copy`;
 }
+
+export const replayText = ({
+  hostUs,
+  dispatches,
+  submits,
+  objectsCreated,
+  readbacks,
+  peakOverPlan,
+}: ReplayReport): string =>
+  `${hostUs.replayed.toFixed(2)} µs of host time per dispatch, ${hostUs.eager.toFixed(2)} encoded anew; a training step of ${dispatches} dispatches is ${submits} submit, makes ${objectsCreated} GPU objects, reads ${readbacks} times; peak over plan ${peakOverPlan.toFixed(4)}`;
 
 export function peersTable(peers: readonly PeerReport[]): Html {
   const rows = peers.map(

@@ -58,16 +58,11 @@ export const budgetOption = (command: string): Option =>
   );
 
 /** The memory that a run may use: what was asked for; on a software adapter what the machine has; else nobody can tell. */
-export const budgetOf = (gpu: Gpu, asked: number | undefined): number | undefined =>
+const budgetOf = (gpu: Gpu, asked: number | undefined): number | undefined =>
   asked ?? (gpu.isSoftware ? totalmem() : undefined);
 
 /** Plans a run of this model; `adapter` is the settings of a new one, or the directory of one to go on from. */
-export function planOf(
-  gpu: Gpu,
-  config: LlamaConfig,
-  adapter: LoraConfig | string,
-  size: RunSize,
-): Promise<MemoryPlan> {
+function planOf(gpu: Gpu, config: LlamaConfig, adapter: LoraConfig | string, size: RunSize): Promise<MemoryPlan> {
   return planTraining(
     gpu,
     async (dry) => {

@@ -57,6 +57,7 @@ const MAP_MODE_READ = 1;
 const SHADER_STAGE_COMPUTE = 4;
 
 const UNIFORM_SLOTS = 1024; // a full arena flushes by itself
+const MOST_BIND_GROUPS = 16384; // of dispatches made anew: work that never repeats would keep adding to them
 const STORAGE = BufferUsage.STORAGE | BufferUsage.COPY_SRC | BufferUsage.COPY_DST;
 
 export interface BindingLayout {
@@ -380,7 +381,7 @@ export class Gpu {
         entries: bindings.map(({ slot, type }) => ({
           binding: slot,
           visibility: SHADER_STAGE_COMPUTE,
-          buffer: { type, hasDynamicOffset: type === "uniform" },
+          buffer: { type },
         })),
       });
       const pipeline = device.createComputePipeline({
@@ -414,11 +415,8 @@ export class Gpu {
     }
     const pass = this.#beginPass();
     pass.setPipeline(pipeline.pipeline);
-    pass.setBindGroup(
-      0,
-      this.#bindGroup(pipeline, buffers, this.#arena, this.#bindGroups),
-      hasUniforms ? [offset] : [],
-    );
+    const uniforms = { buffer: this.#arena, offset };
+    pass.setBindGroup(0, this.#bindGroup(pipeline, buffers, uniforms, this.#bindGroups));
     pass.dispatchWorkgroups(...groups);
     this.#count(pipeline.name, 1);
   }
@@ -443,7 +441,7 @@ export class Gpu {
     return new Plan(trace, workspace, {
       gpu: this,
       slotBytes: this.#slotBytes,
-      bindGroup: (pipeline, buffers, arena, known) => this.#bindGroup(pipeline, buffers, arena, known),
+      bindGroup: (pipeline, buffers, uniforms, known) => this.#bindGroup(pipeline, buffers, uniforms, known),
       encode: (dispatches, encode) => {
         this.flush();
         this.#throwIfFailed();
@@ -565,10 +563,10 @@ export class Gpu {
   #bindGroup(
     pipeline: Pipeline,
     buffers: readonly HasBuffer[],
-    arena: GPUBuffer,
+    uniforms: { readonly buffer: GPUBuffer; readonly offset: number },
     groups: Map<string, GPUBindGroup>,
   ): GPUBindGroup {
-    let key = `${pipeline.id}`;
+    let key = pipeline.uniformBytes > 0 ? `${pipeline.id}@${uniforms.offset}` : `${pipeline.id}`;
     for (const { buffer, offsetBytes } of buffers)
       key += offsetBytes ? `,${this.#bufferIds.get(buffer)}+${offsetBytes}` : `,${this.#bufferIds.get(buffer)}`;
     const known = groups.get(key);
@@ -576,7 +574,7 @@ export class Gpu {
     const storage = pipeline.bindings.filter(({ type }) => type !== "uniform");
     let next = 0;
     const entries = pipeline.bindings.map(({ slot, type }) => {
-      if (type === "uniform") return { binding: slot, resource: { buffer: arena, size: pipeline.uniformBytes } };
+      if (type === "uniform") return { binding: slot, resource: { ...uniforms, size: pipeline.uniformBytes } };
       const bound = buffers[next++];
       if (!bound)
         throw new GpuError(`${pipeline.name}: ${pipeline.bindings.length} bindings, got ${buffers.length} buffers`);
@@ -590,6 +588,7 @@ export class Gpu {
               `${pipeline.name}: what is written may not share its buffer with another operand, got one buffer for "${output.id}" and "${other.id}"`,
             );
     const group = this.device.createBindGroup({ label: pipeline.name, layout: pipeline.layout, entries });
+    if (groups.size >= MOST_BIND_GROUPS) groups.clear();
     groups.set(key, group);
     this.#bindGroupsCreated++;
     return group;

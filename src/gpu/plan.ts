@@ -67,7 +67,7 @@ export interface PlanHost {
   bindGroup(
     pipeline: Pipeline,
     buffers: readonly HasBuffer[],
-    arena: GPUBuffer,
+    uniforms: { readonly buffer: GPUBuffer; readonly offset: number },
     known: Map<string, GPUBindGroup>,
   ): GPUBindGroup;
   /** One pass in one submit, which counts these dispatches by name. */
@@ -77,7 +77,6 @@ export interface PlanHost {
 interface Encoded {
   readonly pipeline: GPUComputePipeline;
   readonly group: GPUBindGroup;
-  readonly hasUniforms: boolean;
   readonly groups: readonly [number, number, number];
 }
 
@@ -89,8 +88,6 @@ export class Plan {
   readonly workspaceBytes: number;
   readonly #host: PlanHost;
   readonly #encoded: readonly Encoded[];
-  /** Offset into the arena of each dispatch's uniforms. */
-  readonly #offsets: Uint32Array;
   readonly #varying: readonly { readonly fill: Dispatch["fill"]; readonly slot: DataView }[];
   readonly #arena: GPUBuffer;
   readonly #arenaBytes: ArrayBuffer;
@@ -140,7 +137,6 @@ export class Plan {
       slotOf.set(key, slot);
       return slot;
     });
-    this.#offsets = Uint32Array.from(slots, (slot) => slot * slotBytes);
     const arenaBytes = new Uint8Array(Math.max(1, varying + contents.length) * slotBytes);
     contents.forEach((bytes, i) => {
       arenaBytes.set(bytes, (varying + i) * slotBytes);
@@ -154,12 +150,11 @@ export class Plan {
     }));
 
     const known = new Map<string, GPUBindGroup>();
-    this.#encoded = trace.dispatches.map(({ pipeline, buffers, groups }) => ({
-      pipeline: pipeline.pipeline,
-      group: host.bindGroup(pipeline, buffers.map(resolve), this.#arena, known),
-      hasUniforms: pipeline.uniformBytes > 0,
-      groups,
-    }));
+    this.#encoded = trace.dispatches.map(({ pipeline, buffers, groups }, i) => {
+      const uniforms = { buffer: this.#arena, offset: (slots[i] ?? 0) * slotBytes };
+      const group = host.bindGroup(pipeline, buffers.map(resolve), uniforms, known);
+      return { pipeline: pipeline.pipeline, group, groups };
+    });
     for (const { pipeline } of trace.dispatches)
       this.#counts.set(pipeline.name, (this.#counts.get(pipeline.name) ?? 0) + 1);
   }
@@ -216,11 +211,13 @@ export class Plan {
   }
 
   #send(pass: GPUComputePassEncoder, i: number, isAlone = false): void {
-    const { pipeline, group, hasUniforms, groups } = this.#encoded[i] as Encoded;
+    const { pipeline, group, groups } = this.#encoded[i] as Encoded;
     if (isAlone || pipeline !== this.#encoded[i - 1]?.pipeline) pass.setPipeline(pipeline);
-    if (hasUniforms) pass.setBindGroup(0, group, this.#offsets, i, 1);
-    else pass.setBindGroup(0, group);
-    pass.dispatchWorkgroups(groups[0], groups[1], groups[2]);
+    if (isAlone || group !== this.#encoded[i - 1]?.group) pass.setBindGroup(0, group);
+    // Each argument costs Node's bindings time.
+    if (groups[2] > 1) pass.dispatchWorkgroups(groups[0], groups[1], groups[2]);
+    else if (groups[1] > 1) pass.dispatchWorkgroups(groups[0], groups[1]);
+    else pass.dispatchWorkgroups(groups[0]);
   }
 
   /** Gives back what is the plan's own; the workspace is whoever's gave it. */

@@ -1,8 +1,10 @@
 import { crossEntropy } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import type { Uniform } from "../gpu/kernel.ts";
+import type { Plan } from "../gpu/plan.ts";
+import { addInto } from "../kernels/axpy.ts";
 import { readAll, type Tensor, tensor } from "../tensor/tensor.ts";
-import { type Batch, collate } from "./batches.ts";
+import { type Batch, collateRounded, largestBatch, longest } from "./batches.ts";
 import type { Row } from "./data.ts";
 
 /** Anything that gives next-token logits, such as a model with or without an adapter. */
@@ -50,24 +52,45 @@ export interface Evaluation {
   readonly tokens: number;
 }
 
-/** The mean loss over the target tokens of all rows. */
+/** The mean loss over the target tokens of all rows. Each shape of batch is traced once and replayed, as in training. */
 export async function evaluate(
   model: LanguageModel,
   rows: readonly Row[],
   batchSize: number,
   padId = 0,
 ): Promise<Evaluation> {
+  const { gpu } = model;
+  const most = longest(rows);
+  const workspace: GPUBuffer[] = [];
+  const shapes = new Map<string, { readonly inputs: Inputs; readonly plan: Plan }>();
+  const sum = tensor(gpu, [0], []);
+  const shapeOf = (batch: Batch): { readonly plan: Plan } => {
+    const key = shapeKey(batch);
+    const known = shapes.get(key);
+    if (known) writeInputs(known.inputs, batch);
+    const inputs = known?.inputs ?? batchInputs(gpu, batch);
+    const plan = known?.plan ?? gpu.trace(() => addInto(batchLoss(model, inputs, 1), sum), workspace);
+    shapes.set(key, { inputs, plan });
+    return { plan };
+  };
   let total = 0;
   let tokens = 0;
-  for (let at = 0; at < rows.length; at += batchSize) {
-    const batch = collate(rows.slice(at, at + batchSize), padId);
-    const inputs = batchInputs(model.gpu, batch);
-    const sum = model.gpu.scope(() => batchLoss(model, inputs, 1));
-    model.gpu.release(...inputs.tensors);
-    const [value] = await readAll([sum]);
-    model.gpu.release(sum);
-    total += value?.[0] ?? Number.NaN;
-    tokens += batch.tokens;
+  try {
+    shapeOf(largestBatch(Math.min(batchSize, rows.length), most)); // takes the memory for all
+    for (let at = 0; at < rows.length; at += batchSize) {
+      const batch = collateRounded(rows.slice(at, at + batchSize), padId, most);
+      gpu.write(sum, new Float32Array(1));
+      shapeOf(batch).plan.run();
+      const [value] = await readAll([sum]);
+      total += value?.[0] ?? Number.NaN;
+      tokens += batch.tokens;
+    }
+  } finally {
+    for (const { inputs, plan } of shapes.values()) {
+      gpu.release(...inputs.tensors);
+      plan.destroy();
+    }
+    gpu.release(sum, ...workspace.map((buffer) => ({ buffer })));
   }
   const loss = total / tokens;
   return { loss, perplexity: Math.exp(loss), tokens };

@@ -68,6 +68,7 @@ test("a quick run fills the table as it goes, draws the plots and gives the repo
     "options",
     "peaks",
     "peers",
+    "replay",
     "runtime",
     "summary",
     "syncMs",
