@@ -33,6 +33,7 @@ export {
   type TensorToWrite,
 } from "./io/safetensors.ts";
 export { type DropoutKey, dropout } from "./kernels/dropout.ts";
+export type { Head } from "./kernels/linear-cross-entropy.ts";
 export type { Layout } from "./kernels/matmul.ts";
 export { type PackOptions, packMatrix } from "./kernels/pack.ts";
 export { unpackMatrix } from "./kernels/unpack.ts";

@@ -1,13 +1,17 @@
 /** The differentiable ops of transformers: norms, positions, attention, embeddings and their loss. */
 import type { Uniform } from "../gpu/kernel.ts";
 import * as attn from "../kernels/attention.ts";
+import { binary } from "../kernels/binary.ts";
 import * as entropy from "../kernels/cross-entropy.ts";
 import * as table from "../kernels/embedding.ts";
 import * as glu from "../kernels/gated.ts";
+import { gatherRows as rowsByIndex } from "../kernels/gather-rows.ts";
 import * as layer from "../kernels/layer-norm.ts";
+import * as fused from "../kernels/linear-cross-entropy.ts";
 import { reduce } from "../kernels/reduce.ts";
 import * as rms from "../kernels/rms-norm.ts";
 import * as rotary from "../kernels/rope.ts";
+import { isPacked } from "../tensor/packed.ts";
 import { dims2, type Tensor, view } from "../tensor/tensor.ts";
 import { adding, once, record } from "./engine.ts";
 
@@ -101,4 +105,27 @@ export function crossEntropy(logits: Tensor, labels: Tensor, scale: Uniform = 1)
   return record("crossEntropy", loss, [logits], (dy) => [
     () => entropy.crossEntropyBackward(dy, logits, labels, stats, scale),
   ]);
+}
+
+/**
+ * Rows of x [M,H] by `ids` i32 [N], zeros for a negative id: [N,H]. `inverse` [M] says where each row of x went, or −1: no row may go
+ * to two places. Keeps nothing of x.
+ */
+export function gatherRows(x: Tensor, ids: Tensor, inverse: Tensor): Tensor {
+  return record("gatherRows", rowsByIndex(x, ids), [x], (dy) => [() => view(rowsByIndex(dy, inverse), x.shape)]);
+}
+
+/**
+ * `crossEntropy` of h·Wᵀ, without the logits ever being stored whole: see `kernels/linear-cross-entropy.ts`. h [M,C], labels i32 [M].
+ *
+ * The gradients are worked out in the forward pass, where the logits of a chunk are there, and kept: of h, and of W unless it is frozen.
+ */
+export function linearCrossEntropy(h: Tensor, head: fused.Head, labels: Tensor, scale: Uniform = 1): Tensor {
+  const trained = ("length" in head ? head : [head]).filter((W): W is Tensor => !isPacked(W));
+  const wants = { dh: h.requiresGrad, dW: trained.some((W) => W.requiresGrad) };
+  const { loss, dh, dW } = fused.linearCrossEntropy(h, head, labels, scale, wants);
+  const gradients = [dh, ...dW.filter((_, i) => !isPacked(("length" in head ? head : [head])[i] as Tensor))];
+  return record("linearCrossEntropy", loss, [h, ...trained], (dy) =>
+    gradients.map((gradient) => () => binary("mul", gradient as Tensor, dy)),
+  );
 }

@@ -58,6 +58,8 @@ export interface MatmulOptions {
   readonly activation?: keyof typeof ACTIVATIONS;
   /** Of y's shape, added last. */
   readonly residual?: Tensor;
+  /** Where y goes, of its shape and in no operand's buffer; a new tensor unless given. */
+  readonly out?: Tensor;
   /** How to compute it, in place of the tuned or the documented default plan. */
   readonly plan?: MatmulPlan;
 }
@@ -94,7 +96,8 @@ export function matmul(
   }
   if (options.bias) expectShape("matmul", "bias must be [N]", options.bias, [N]);
   if (options.residual) expectShape("matmul", "residual must have the shape of y", options.residual, shape);
-  const y = empty(gpu, shape, "matmul");
+  if (options.out) expectShape("matmul", "out must have the shape of y", options.out, shape);
+  const y = options.out ?? empty(gpu, shape, "matmul");
   if (y.size === 0) return y;
   const product: MatmulShape = { layout, M, N, K, R, batch, format: isPacked(w) ? w.format : "f32" };
   const key = `matmul ${layout} ${product.format} ${M} ${N} ${K} ${R} ${batch}`;

@@ -91,6 +91,11 @@ export class Llama {
     return new Map([...this.#others, ...linears]);
   }
 
+  /** The output projection [V,C]: `logits` is `hidden` times its transpose. */
+  get head(): Tensor {
+    return this.#head;
+  }
+
   /**
    * Next-token logits: ids i32 [B,T] → [B,T,V]; with `lastOnly`, those of the last position, [B,1,V].
    *
@@ -99,6 +104,16 @@ export class Llama {
    */
   logits(ids: Tensor, { cache, lastOnly = false }: { cache?: KvCache; lastOnly?: boolean } = {}): Tensor {
     const [B = 0, T = 0] = ids.shape;
+    const y = this.hidden(ids, cache);
+    if (!lastOnly) return matmul(y, this.#head, "nt");
+    const last = Int32Array.from({ length: B }, (_, b) => b * T + T - 1);
+    const rows = embedding(reshape(y, [B * T, this.config.hiddenSize]), tensor(this.gpu, last, [B, 1]));
+    return matmul(rows, this.#head, "nt");
+  }
+
+  /** What the output projection is applied to: ids i32 [B,T] → [B,T,C]. Cache and errors as in `logits`. */
+  hidden(ids: Tensor, cache?: KvCache): Tensor {
+    const [, T = 0] = ids.shape;
     const start = cache?.length ?? 0;
     const limit = cache?.capacity ?? this.config.contextLength;
     if (start + T > limit)
@@ -111,23 +126,15 @@ export class Llama {
           const middle = addRmsNorm(x, this.#attend(block, rmsNorm(x, block.inputNorm, eps), 0), block.postNorm, eps);
           return add(middle.sum, this.#feedForward(block, middle.y));
         });
+      return rmsNorm(sum, this.#norm, eps);
     }
-    const blocks = this.checkpointing && !cache ? [] : this.#blocks;
-    let y = rmsNorm(sum, blocks[0]?.inputNorm ?? this.#norm, eps);
-    blocks.forEach((block, i) => {
+    let y = rmsNorm(sum, this.#blocks[0]?.inputNorm ?? this.#norm, eps);
+    this.#blocks.forEach((block, i) => {
       ({ sum, y } = addRmsNorm(sum, this.#attend(block, y, start, cache?.layers[i]), block.postNorm, eps));
-      ({ sum, y } = addRmsNorm(sum, this.#feedForward(block, y), blocks[i + 1]?.inputNorm ?? this.#norm, eps));
+      ({ sum, y } = addRmsNorm(sum, this.#feedForward(block, y), this.#blocks[i + 1]?.inputNorm ?? this.#norm, eps));
     });
     if (cache) cache.length += T;
-    if (lastOnly) {
-      const last = tensor(
-        this.gpu,
-        Int32Array.from({ length: B }, (_, b) => b * T + T - 1),
-        [B, 1],
-      );
-      y = embedding(reshape(y, [B * T, this.config.hiddenSize]), last);
-    }
-    return matmul(y, this.#head, "nt");
+    return y;
   }
 
   /** An empty cache for B rows of up to `capacity` positions. */

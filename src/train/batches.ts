@@ -13,7 +13,12 @@ export interface Batch {
   readonly T: number;
   /** Targets that are not IGNORED: what the loss is the mean over. */
   readonly tokens: number;
+  /** Positions b·T + t that have a target, padded with −1: only there are logits worked out. */
+  readonly targets: Int32Array;
 }
+
+/** Share of all positions by which the number of `targets` grows, so that there are few shapes. */
+const TARGET_STEP = 1 / 4;
 
 /** Lengths are rounded up to multiples of this in training, so that there are few shapes, each traced once. */
 const LENGTH_STEP = 16;
@@ -44,7 +49,11 @@ export function collate(rows: readonly Row[], padId: number, length: number = lo
     ids.set(row.inputIds, b * T);
     labels.set(row.labels.slice(1), b * T);
   }
-  return { ids, labels, B, T, tokens: labels.reduce((n, label) => n + Number(label !== IGNORED), 0) };
+  const counted = Int32Array.from(labels.keys()).filter((at) => labels[at] !== IGNORED);
+  const step = Math.ceil(B * T * TARGET_STEP);
+  const targets = new Int32Array(Math.min(B * T, Math.max(1, Math.ceil(counted.length / step)) * step)).fill(-1);
+  targets.set(counted);
+  return { ids, labels, B, T, tokens: counted.length, targets };
 }
 
 export interface Sampling {

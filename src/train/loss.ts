@@ -1,46 +1,70 @@
-import { crossEntropy } from "../autograd/model-ops.ts";
+import { reshape } from "../autograd/basic-ops.ts";
+import { gatherRows, linearCrossEntropy } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import type { Uniform } from "../gpu/kernel.ts";
 import type { Plan } from "../gpu/plan.ts";
 import { addInto } from "../kernels/axpy.ts";
+import type { Head } from "../kernels/linear-cross-entropy.ts";
 import { readAll, type Tensor, tensor } from "../tensor/tensor.ts";
 import { type Batch, collateRounded, largestBatch, longest } from "./batches.ts";
-import type { Row } from "./data.ts";
+import { IGNORED, type Row } from "./data.ts";
 
-/** Anything that gives next-token logits, such as a model with or without an adapter. */
+/** Anything that predicts tokens, such as a model with or without an adapter: logits = hidden·headᵀ. */
 export interface LanguageModel {
   readonly gpu: Gpu;
-  /** ids i32 [B,T] → [B,T,V] */
-  logits(ids: Tensor): Tensor;
+  /** The output projection [V,C], or pieces of it. */
+  readonly head: Head;
+  /** ids i32 [B,T] → [B,T,C], what `head` is applied to. */
+  hidden(ids: Tensor): Tensor;
 }
 
 /** A batch on the device. */
 export interface Inputs {
   readonly ids: Tensor;
+  /** `Batch.targets`, what each of them is, and where each position is among them, or −1. */
+  readonly targets: Tensor;
   readonly labels: Tensor;
+  readonly places: Tensor;
   /** All of them, to be released. */
   readonly tensors: readonly Tensor[];
 }
 
 /** Batches with the same key have inputs of the same shapes. */
-export const shapeKey = ({ B, T }: Batch): string => `${B}×${T}`;
+export const shapeKey = ({ B, T, targets }: Batch): string => `${B}×${T}/${targets.length}`;
 
 /** The batch on the device. */
-export function batchInputs(gpu: Gpu, { ids, labels, B, T }: Batch): Inputs {
-  const made = { ids: tensor(gpu, ids, [B, T]), labels: tensor(gpu, labels, [B, T]) };
+export function batchInputs(gpu: Gpu, batch: Batch): Inputs {
+  const { B, T } = batch;
+  const { ids, targets, labels, places } = hostInputs(batch);
+  const made = {
+    ids: tensor(gpu, ids, [B, T]),
+    targets: tensor(gpu, targets, [targets.length]),
+    labels: tensor(gpu, labels, [labels.length]),
+    places: tensor(gpu, places, [places.length]),
+  };
   return { ...made, tensors: Object.values(made) };
 }
 
 /** Puts another batch of the same shape in their place. What was dispatched before still sees the old one. */
-export function writeInputs(inputs: Inputs, { ids, labels }: Batch): void {
-  const { gpu } = inputs.ids;
-  gpu.write(inputs.ids, ids);
-  gpu.write(inputs.labels, labels);
+export function writeInputs(inputs: Inputs, batch: Batch): void {
+  for (const [name, values] of Object.entries(hostInputs(batch)))
+    inputs.ids.gpu.write(inputs[name as "ids" | "targets" | "labels" | "places"], values);
+}
+
+function hostInputs({ ids, labels, targets }: Batch) {
+  const places = new Int32Array(ids.length).fill(-1);
+  targets.forEach((at, i) => {
+    if (at >= 0) places[at] = i;
+  });
+  return { ids, targets, labels: targets.map((at) => (at < 0 ? IGNORED : (labels[at] ?? IGNORED))), places };
 }
 
 /** Σ over the batch's target tokens of −log p(target), times `scale`: one number, shape []. */
-export function batchLoss(model: LanguageModel, { ids, labels }: Inputs, scale: Uniform): Tensor {
-  return crossEntropy(model.logits(ids), labels, scale);
+export function batchLoss(model: LanguageModel, inputs: Inputs, scale: Uniform): Tensor {
+  const { ids, targets, labels, places } = inputs;
+  const h = model.hidden(ids);
+  const rows = reshape(h, [ids.size, h.shape.at(-1) ?? 0]);
+  return linearCrossEntropy(gatherRows(rows, targets, places), model.head, labels, scale);
 }
 
 export interface Evaluation {

@@ -18,6 +18,8 @@ import clipFactor from "../../src/kernels/clip-factor.wgsl";
 import copyRows from "../../src/kernels/copy-rows.wgsl";
 import crossEntropy from "../../src/kernels/cross-entropy.wgsl";
 import crossEntropyBackward from "../../src/kernels/cross-entropy-backward.wgsl";
+import crossEntropyPiece from "../../src/kernels/cross-entropy-piece.wgsl";
+import crossEntropyPieceBackward from "../../src/kernels/cross-entropy-piece-backward.wgsl";
 import { dropout as dropoutOf } from "../../src/kernels/dropout.ts";
 import dropout from "../../src/kernels/dropout.wgsl";
 import embedding from "../../src/kernels/embedding.wgsl";
@@ -25,9 +27,12 @@ import embeddingBackward from "../../src/kernels/embedding-backward.wgsl";
 import { gatedBackward as gatedBackwardOf, gated as gatedOf } from "../../src/kernels/gated.ts";
 import gated from "../../src/kernels/gated.wgsl";
 import gatedBackward from "../../src/kernels/gated-backward.wgsl";
+import { gatherRows as gatherRowsOf } from "../../src/kernels/gather-rows.ts";
+import gatherRows from "../../src/kernels/gather-rows.wgsl";
 import layerNorm from "../../src/kernels/layer-norm.wgsl";
 import layerNormBackward from "../../src/kernels/layer-norm-backward.wgsl";
 import layerNormBackwardWeight from "../../src/kernels/layer-norm-backward-weight.wgsl";
+import { linearCrossEntropy as linearCrossEntropyOf } from "../../src/kernels/linear-cross-entropy.ts";
 import { loraDy as loraDyOf, loraDyPlans } from "../../src/kernels/lora-dy.ts";
 import loraDy from "../../src/kernels/lora-dy.wgsl";
 import loraDySums from "../../src/kernels/lora-dy-sums.wgsl";
@@ -77,9 +82,12 @@ export const KERNELS: Readonly<Record<string, string>> = {
   "copy-rows": copyRows,
   "cross-entropy": crossEntropy,
   "cross-entropy-backward": crossEntropyBackward,
+  "cross-entropy-piece": crossEntropyPiece,
+  "cross-entropy-piece-backward": crossEntropyPieceBackward,
   dropout,
   embedding,
   "embedding-backward": embeddingBackward,
+  "gather-rows": gatherRows,
   gated,
   "gated-backward": gatedBackward,
   "layer-norm": layerNorm,
@@ -221,6 +229,9 @@ export function otherVariants(): Variant[] {
       const x = empty(recorder, [2, columns], "variants");
       axpyOf(1, x, 1, x);
       addIntoOf(x, axpyOf(1, x, 1, x));
+      gatherRowsOf(x, empty(recorder, [3], "variants", "i32"));
+      const [h, labels] = [empty(recorder, [2, 4], "variants"), empty(recorder, [2], "variants", "i32")];
+      linearCrossEntropyOf(h, empty(recorder, [columns, 4], "variants"), labels, 1, { dh: true, dW: false });
       gatedOf(x, x, "silu");
       gatedBackwardOf(x, x, x, "silu");
       for (const acc of [undefined, x]) dropoutOf(x, 0.5, { seed: 1, step: 1, stream: 1 }, acc);

@@ -18,8 +18,9 @@ test("rows are padded on the right and labels are shifted by one", () => {
     ],
     0,
   );
-  expect({ ...batch, ids: [...batch.ids], labels: [...batch.labels] }).toEqual({
+  expect({ ...batch, ids: [...batch.ids], labels: [...batch.labels], targets: [...batch.targets] }).toEqual({
     ids: [1, 5, 6, 2, 1, 7, 0, 0, 1, 8, 9, 0],
+    targets: [0, 1, 2, 4, 9, -1], // of 12 positions: in steps of a quarter
     labels: [5, 6, 2, IGNORED, 7, IGNORED, IGNORED, IGNORED, IGNORED, 9, IGNORED, IGNORED],
     B: 3,
     T: 4,

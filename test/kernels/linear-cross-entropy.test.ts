@@ -1,0 +1,165 @@
+// The loss with its output projection against the f64 twin of the two apart, and what it takes.
+import { expect, test } from "vitest";
+import { matmul, scale as scaled } from "../../src/autograd/basic-ops.ts";
+import { backward } from "../../src/autograd/engine.ts";
+import { crossEntropy, gatherRows, linearCrossEntropy } from "../../src/autograd/model-ops.ts";
+import { openGpu } from "../../src/gpu/gpu.ts";
+import { linearCrossEntropy as kernels } from "../../src/kernels/linear-cross-entropy.ts";
+import { packMatrix } from "../../src/kernels/pack.ts";
+import { ShapeError } from "../../src/tensor/errors.ts";
+import { Random } from "../../src/tensor/random.ts";
+import { empty, read, readAll, rowsOf, type Tensor, tensor } from "../../src/tensor/tensor.ts";
+import { checkOp, expectClose, freshSeed, type Nd, nd, randomNd, testGpu, upload } from "../harness.ts";
+import { crossEntropyTwin } from "../reference/model-ops.ts";
+
+const product = (h: Nd, W: Nd): Nd => {
+  const [M = 0, C = 0] = h.shape;
+  const [V = 0] = W.shape;
+  const at = (i: number): number => {
+    let sum = 0;
+    for (let c = 0; c < C; c++) sum += (h.data[Math.floor(i / V) * C + c] ?? 0) * (W.data[(i % V) * C + c] ?? 0);
+    return sum;
+  };
+  return nd(
+    [M, V],
+    Float64Array.from({ length: M * V }, (_, i) => at(i)),
+  );
+};
+
+function labelsOf(M: number, V: number): Nd {
+  const random = new Random(freshSeed());
+  return nd(
+    [M],
+    Float64Array.from({ length: M }, (_, i) => (i % 5 === 2 ? -100 : Math.floor(random.uniform(0, V)))),
+  );
+}
+
+test.each([
+  [1, 1, 1],
+  [3, 7, 5],
+  [65, 33, 8],
+  [129, 64, 12],
+])("%i rows of %i words and %i features: loss and both gradients equal their f64 twins", async (M, V, C) => {
+  const gpu = await testGpu();
+  const labels = labelsOf(M, V);
+  await checkOp({
+    inputs: [
+      [M, C],
+      [V, C],
+    ],
+    op: (h, W) => linearCrossEntropy(h as Tensor, W as Tensor, upload(gpu, labels, "i32"), 0.25),
+    twin: (h, W) => crossEntropyTwin(product(h as Nd, W as Nd), labels, 0.25),
+  });
+});
+
+test.each([
+  ["rows in chunks", 1, 4 * 24 * 64],
+  ["the vocabulary in pieces", 3, 2 ** 25],
+  ["both", 2, 4 * 24 * 64],
+])("%s: as undivided", async (_, parts, logitBytes) => {
+  const gpu = await testGpu();
+  const random = new Random(freshSeed());
+  const [M, V, C] = [200, 24, 32];
+  const [h, W] = [upload(gpu, randomNd([M, C], random)), upload(gpu, randomNd([V, C], random, 3))];
+  const labels = upload(gpu, labelsOf(M, V), "i32");
+  const pieces = Array.from({ length: parts }, (__, i) => rowsOf(W, (V / parts) * i, V / parts));
+  const wants = { dh: true, dW: true };
+  const whole = kernels(h, W, labels, 1, wants);
+  const divided = kernels(h, parts === 1 ? W : pieces, labels, 1, wants, logitBytes);
+  const [loss, dh, dW] = await readAll([whole.loss, whole.dh as Tensor, whole.dW[0] as Tensor]);
+  const [loss2, dh2, ...dW2] = await readAll([divided.loss, divided.dh as Tensor, ...(divided.dW as Tensor[])]);
+  expectClose(loss2 ?? [], loss ?? [], 1e-6, "loss");
+  expectClose(dh2 ?? [], dh ?? [], 1e-5, "dh");
+  expectClose(
+    dW2.flatMap((values) => [...values]),
+    dW ?? [],
+    1e-5,
+    "dW",
+  );
+});
+
+test("a frozen head costs no gradient, a frozen everything neither", async () => {
+  const gpu = await openGpu();
+  const [h, W] = [upload(gpu, randomNd([5, 4], new Random(1))), upload(gpu, randomNd([8, 4], new Random(2)))];
+  const labels = tensor(gpu, Int32Array.of(1, 2, -100, 3, 7), [5]);
+  const count = (run: () => void): number => {
+    gpu.resetCounters();
+    gpu.scope(run);
+    return [...gpu.counters().dispatches].reduce((sum, [name, n]) => sum + (name.startsWith("matmul") ? n : 0), 0);
+  };
+  expect(count(() => void linearCrossEntropy(h, W, labels))).toBe(1);
+  h.requiresGrad = true;
+  expect(count(() => void backward(linearCrossEntropy(h, W, labels)))).toBe(2);
+  W.requiresGrad = true;
+  expect(count(() => void backward(linearCrossEntropy(h, W, labels)))).toBe(3);
+  gpu.destroy();
+});
+
+test("the gradient is that of the loss times what follows", async () => {
+  const gpu = await testGpu();
+  const h = upload(gpu, randomNd([5, 4], new Random(1)));
+  const W = upload(gpu, randomNd([8, 4], new Random(2)));
+  const labels = tensor(gpu, Int32Array.of(1, 2, -100, 3, 7), [5]);
+  h.requiresGrad = true;
+  const apart = backward(scaled(crossEntropy(matmul(h, W, "nt"), labels), 3)).get(h) as Tensor;
+  const fused = backward(scaled(linearCrossEntropy(h, W, labels), 3)).get(h) as Tensor;
+  expectClose(await read(fused), await read(apart), 1e-6);
+});
+
+test("a packed head is widened as it is read", async () => {
+  const gpu = await testGpu();
+  const values = randomNd([16, 8], new Random(3));
+  const h = upload(gpu, randomNd([6, 8], new Random(4)));
+  const labels = tensor(gpu, Int32Array.of(1, 2, -100, 3, 15, 0), [6]);
+  const packed = packMatrix(gpu, Float32Array.from(values.data), [16, 8], "f16");
+  const [loss = Number.NaN] = await read(linearCrossEntropy(h, packed, labels));
+  const [exact = Number.NaN] = await read(linearCrossEntropy(h, upload(gpu, values), labels));
+  expect(Math.abs(loss - exact)).toBeLessThan(1e-2);
+});
+
+test("logits of 152k words and 2,048 tokens take under 200 MB beyond weights", async () => {
+  const gpu = await openGpu();
+  const [M, V, C] = [2048, 152_064, 64];
+  const [h, W] = [empty(gpu, [M, C], "h"), empty(gpu, [V, C], "W")];
+  h.requiresGrad = true;
+  const labels = empty(gpu, [M], "labels", "i32");
+  const workspace: GPUBuffer[] = [];
+  const plan = gpu.trace(() => {
+    backward(linearCrossEntropy(h, W, labels));
+  }, workspace);
+  expect(workspace.reduce((sum, { size }) => sum + size, 0)).toBeLessThan(50e6);
+  plan.destroy();
+  gpu.destroy();
+});
+
+test("rows go where the index says, and gradients back", async () => {
+  const gpu = await testGpu();
+  for (const H of [3, 4, 16]) {
+    const places = [2, -1, 0, 1];
+    const ids = [2, 3, 0, -1];
+    await checkOp({
+      inputs: [[4, H]],
+      op: (x) =>
+        gatherRows(x as Tensor, tensor(gpu, Int32Array.from(ids), [4]), tensor(gpu, Int32Array.from(places), [4])),
+      twin: (x) =>
+        nd(
+          [4, H],
+          ids.flatMap((id) => Array.from({ length: H }, (_, c) => (id < 0 ? 0 : ((x as Nd).data[id * H + c] ?? 0)))),
+        ),
+    });
+  }
+});
+
+test("what does not fit is refused", async () => {
+  const gpu = await testGpu();
+  const [h, labels] = [empty(gpu, [2, 4], "h"), empty(gpu, [2], "l", "i32")];
+  expect(() => linearCrossEntropy(h, empty(gpu, [8, 5], "W"), labels)).toThrow(
+    new ShapeError("linearCrossEntropy: W must be [V,C] with C = 4, got [8,5]"),
+  );
+  expect(() => linearCrossEntropy(h, empty(gpu, [8, 4], "W"), empty(gpu, [3], "l", "i32"))).toThrow(
+    new ShapeError("linearCrossEntropy: labels must be [M] = [2], got [3]"),
+  );
+  expect(() => linearCrossEntropy(h, empty(gpu, [8, 4], "W"), empty(gpu, [2], "l"))).toThrow(
+    new ShapeError("linearCrossEntropy: labels must be i32, got f32"),
+  );
+});
