@@ -70,6 +70,12 @@ export function adding(f: (sum?: Tensor) => Tensor): Thunk {
   return Object.assign(f, { adds: true as const });
 }
 
+/** The 1 that `backward` begins with, each of them. */
+const seeds = new WeakSet<Tensor>();
+
+/** Whether dy is known to be 1: what waits to be multiplied by it is done. */
+export const isSeed = (dy: Tensor): boolean => seeds.has(dy);
+
 /**
  * The gradients of y, weighted by dy, with respect to every leaf that requires one. The graph is consumed.
  *
@@ -78,6 +84,7 @@ export function adding(f: (sum?: Tensor) => Tensor): Thunk {
 export function backward(y: Tensor, dy?: Tensor): Gradients {
   if (!dy && y.size !== 1) throw new ShapeError(`backward: dy is needed unless y is one number, got y [${y.shape}]`);
   const seed = dy ?? tensor(y.gpu, [1], y.shape);
+  if (!dy) seeds.add(seed);
   if (seed.size !== y.size)
     throw new ShapeError(`backward: dy must have the shape of y [${y.shape}], got [${seed.shape}]`);
   const pending: Gradients = new Map([[y, seed]]);

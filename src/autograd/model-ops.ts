@@ -12,8 +12,9 @@ import { reduce } from "../kernels/reduce.ts";
 import * as rms from "../kernels/rms-norm.ts";
 import * as rotary from "../kernels/rope.ts";
 import { isPacked } from "../tensor/packed.ts";
+import { piecesOf } from "../tensor/pieces.ts";
 import { dims2, type Tensor, view } from "../tensor/tensor.ts";
-import { adding, once, record } from "./engine.ts";
+import { adding, isSeed, once, record } from "./engine.ts";
 
 /** RMSNorm over the last axis: x·rsqrt(mean(x²) + eps)·w. x [...,H], weight [H]. Keeps x and one number per row. */
 export function rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
@@ -62,12 +63,13 @@ export function rope(x: Tensor, cos: Tensor, sin: Tensor, offset = 0): Tensor {
   return record("rope", y, [x], (dy) => [() => rotary.rope(dy, cos, sin, offset, -1)]);
 }
 
-/** Rows of weight [V,H] by ids (i32): [...ids.shape, H]. */
-export function embedding(weight: Tensor, ids: Tensor): Tensor {
-  const [V = 0] = weight.shape;
-  return record("embedding", table.embedding(weight, ids), [weight], (dy) => [
-    () => table.embeddingBackward(dy, ids, V),
-  ]);
+/** Rows of weight [V,H], or of pieces of it one behind the other, by ids (i32): [...ids.shape, H]. */
+export function embedding(weight: Tensor | readonly Tensor[], ids: Tensor): Tensor {
+  const pieces = piecesOf(weight);
+  const inputs = pieces.map(({ W }) => W);
+  return record("embedding", table.embedding(pieces, ids), inputs, (dy) =>
+    pieces.map((piece) => () => table.embeddingBackward(dy, ids, piece)),
+  );
 }
 
 export interface AttentionOptions {
@@ -121,11 +123,14 @@ export function gatherRows(x: Tensor, ids: Tensor, inverse: Tensor): Tensor {
  * The gradients are worked out in the forward pass, where the logits of a chunk are there, and kept: of h, and of W unless it is frozen.
  */
 export function linearCrossEntropy(h: Tensor, head: fused.Head, labels: Tensor, scale: Uniform = 1): Tensor {
-  const trained = ("length" in head ? head : [head]).filter((W): W is Tensor => !isPacked(W));
+  const trained = piecesOf(head).flatMap(({ W }) => (isPacked(W) ? [] : [W]));
   const wants = { dh: h.requiresGrad, dW: trained.some((W) => W.requiresGrad) };
   const { loss, dh, dW } = fused.linearCrossEntropy(h, head, labels, scale, wants);
-  const gradients = [dh, ...dW.filter((_, i) => !isPacked(("length" in head ? head : [head])[i] as Tensor))];
-  return record("linearCrossEntropy", loss, [h, ...trained], (dy) =>
-    gradients.map((gradient) => () => binary("mul", gradient as Tensor, dy)),
-  );
+  const inputs = [h, ...trained];
+  const gradients = [dh, ...dW];
+  const weighted = (i: number, dy: Tensor): Tensor => {
+    const gradient = gradients[i] as Tensor;
+    return isSeed(dy) ? gradient : binary("mul", gradient, dy);
+  };
+  return record("linearCrossEntropy", loss, inputs, (dy) => inputs.map((_, i) => () => weighted(i, dy)));
 }

@@ -66,7 +66,9 @@ function planOf(gpu: Gpu, config: LlamaConfig, adapter: LoraConfig | string, siz
   return planTraining(
     gpu,
     async (dry) => {
-      const weights = new Map([...llamaShapes(config)].map(([name, shape]) => [name, empty(dry, shape, name)]));
+      const weights = new Map(
+        [...llamaShapes(config, dry.limits)].map(([name, shape]) => [name, empty(dry, shape, name)]),
+      );
       const model = new Llama(dry, config, weights);
       model.checkpointing = size.checkpointing;
       const attached = typeof adapter === "string" ? await loadPeftFrom(model, adapter) : attachLora(model, adapter);

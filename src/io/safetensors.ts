@@ -48,8 +48,8 @@ export interface SafetensorsFile {
   readonly tensors: ReadonlyMap<string, TensorInfo>;
   /** The bytes of one tensor. Throws a FormatError if the file has no such tensor. */
   read(name: string): Promise<Uint8Array>;
-  /** The same in pieces, so that a large tensor never lies in memory whole. */
-  readPieces(name: string, pieceBytes?: number): AsyncIterable<Uint8Array>;
+  /** The same in pieces, so that a large tensor never lies in memory whole; or some of its bytes. */
+  readPieces(name: string, pieceBytes?: number, from?: number, to?: number): AsyncIterable<Uint8Array>;
 }
 
 /** Reads and checks the header; tensors are read when asked for. Throws a FormatError that names file, rule and value. */
@@ -131,10 +131,9 @@ export async function openSafetensors(source: ByteSource, fileName: string): Pro
       const { offset, sizeBytes: length } = find(name);
       return source.read(offset, length);
     },
-    async *readPieces(name, pieceBytes = 64 * 2 ** 20) {
-      const info = find(name);
-      for (let done = 0; done < info.sizeBytes; done += pieceBytes)
-        yield source.read(info.offset + done, Math.min(pieceBytes, info.sizeBytes - done));
+    async *readPieces(name, pieceBytes = 64 * 2 ** 20, from = 0, to = find(name).sizeBytes) {
+      const { offset } = find(name);
+      for (let at = from; at < to; at += pieceBytes) yield source.read(offset + at, Math.min(pieceBytes, to - at));
     },
   };
 }

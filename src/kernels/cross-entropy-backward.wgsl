@@ -1,5 +1,5 @@
-// dx[i,j] = dy·c·(exp(x[i,j] − m − l) − [j = label])        gradient of cross-entropy.wgsl; zeros in rows with a label below 0
-//   x, dx [M,V]   labels [M]   stats [M,2] = (m, l)   dy [1]     f32, labels i32; a thread owns one element of dx
+// dx[i,j] = dy·c·(exp(x[i,j] − m − l) − [j = label])        gradient of cross-entropy-piece.wgsl; zeros in rows with a label below 0
+//   x, dx [M,V]   labels [M]   stats [M,4] = (m, l, …)   dy [1]     f32, labels i32; a thread owns one element of dx
 
 override WG: u32 = 64;
 
@@ -7,7 +7,7 @@ struct Dims { n: u32, V: u32, c: f32 }  // n = M·V
 @group(0) @binding(0) var<uniform> d: Dims;
 @group(0) @binding(1) var<storage, read> x: array<f32>;
 @group(0) @binding(2) var<storage, read> labels: array<i32>;
-@group(0) @binding(3) var<storage, read> stats: array<f32>;
+@group(0) @binding(3) var<storage, read> stats: array<vec4f>;
 @group(0) @binding(4) var<storage, read> dy: array<f32>;
 @group(0) @binding(5) var<storage, read_write> dx: array<f32>;
 
@@ -19,7 +19,7 @@ fn main(@builtin(global_invocation_id) id: vec3u, @builtin(num_workgroups) group
   let label = labels[i];
   var gradient = 0.0;
   if (label >= 0) {
-    gradient = dy[0] * d.c * (exp(x[at] - stats[2u * i] - stats[2u * i + 1u]) - select(0.0, 1.0, at % d.V == u32(label)));
+    gradient = dy[0] * d.c * (exp(x[at] - stats[i].x - stats[i].y) - select(0.0, 1.0, at % d.V == u32(label)));
   }
   dx[at] = gradient;
 }

@@ -1,24 +1,44 @@
-import { defineKernel, type Uniform } from "../gpu/kernel.ts";
+import { defineKernel, definePart, type Uniform } from "../gpu/kernel.ts";
 import { dims2, empty, expectDType, expectShape, type Tensor } from "../tensor/tensor.ts";
-import source from "./cross-entropy.wgsl";
 import backwardSource from "./cross-entropy-backward.wgsl";
+import pieceSource from "./cross-entropy-piece.wgsl";
+import fourSource from "./parts/piece-four.wgsl";
 import { reduce } from "./reduce.ts";
 
-const forward = defineKernel("cross-entropy", source);
+const piece = defineKernel("cross-entropy-piece", pieceSource);
 const backward = defineKernel("cross-entropy-backward", backwardSource);
+const FOUR = [definePart("piece-four", fourSource)];
 
 /**
- * scale·Σ over rows with a label ≥ 0 of (log Σ exp(x) − x[label]), shape []; stats [rows,2] are kept for backward.
+ * Merges logits x [M,V] of the words from `first` on into the statistics of each row, sums [M,4]: of its softmax, (max, log of the sum
+ * under it) after the last piece, which also gives the loss [M].
+ */
+export function addPiece(
+  buffers: Readonly<Record<"x" | "labels" | "sums" | "loss", Tensor>>,
+  { first, isLast }: { readonly first: number; readonly isLast: boolean },
+  scale: Uniform,
+): void {
+  const { gpu } = buffers.x;
+  const [M, V] = dims2("crossEntropy", "logits", buffers.x);
+  const inFours = V % 4 === 0;
+  const WG = gpu.isSoftware ? 4 : 256;
+  const ends = { is_first: first === 0 ? 1 : 0, is_last: isLast ? 1 : 0 };
+  const uniforms = { M, lanes: inFours ? V / 4 : V, V, first, ...ends, c: scale };
+  piece(gpu, uniforms, buffers, [M * WG], { WG }, inFours ? FOUR : []);
+}
+
+/**
+ * scale·Σ over rows with a label ≥ 0 of (log Σ exp(x) − x[label]), shape []; stats [rows,4] are kept for backward.
  *
  * x [...,V], labels i32 [...]; a negative label takes no part. Throws ShapeError if they do not fit.
  */
 export function crossEntropy(x: Tensor, labels: Tensor, scale: Uniform): { loss: Tensor; stats: Tensor } {
-  const [M, V] = dims2("crossEntropy", "logits", x);
+  const [M] = dims2("crossEntropy", "logits", x);
   expectShape("crossEntropy", "labels must be the leading axes of logits", labels, x.shape.slice(0, -1));
   expectDType("crossEntropy", "labels", labels, "i32");
   const losses = empty(x.gpu, [M], "crossEntropy");
-  const stats = empty(x.gpu, [M, 2], "crossEntropy");
-  forward(x.gpu, { M, V, c: scale }, { x, labels, loss: losses, stats }, [M]);
+  const stats = empty(x.gpu, [M, 4], "crossEntropy");
+  addPiece({ x, labels, sums: stats, loss: losses }, { first: 0, isLast: true }, scale);
   const loss = reduce("sum", losses);
   x.gpu.release(losses);
   return { loss, stats };

@@ -1,10 +1,10 @@
-// dw[v] = Σ over n with ids[n] = v of dy[n]        gradient of embedding.wgsl; a scan instead of atomics, so the order is fixed
+// dw[v] = Σ over n with ids[n] = first + v of dy[n]        gradient of embedding.wgsl; a scan instead of atomics, so the order is fixed
 //   ids [N]   dy [N,H]   dw [V,H]     f32, ids i32; a thread owns COLUMNS neighbouring elements of one row of dw
 
 const COLUMNS: u32 = 8u;
 override WG: u32 = 64;
 
-struct Dims { N: u32, H: u32, n: u32 }  // n = V·⌈H / COLUMNS⌉ threads
+struct Dims { N: u32, H: u32, n: u32, first: u32 }  // n = V·⌈H / COLUMNS⌉ threads
 @group(0) @binding(0) var<uniform> d: Dims;
 @group(0) @binding(1) var<storage, read> ids: array<i32>;
 @group(0) @binding(2) var<storage, read> dy: array<f32>;
@@ -19,7 +19,7 @@ fn main(@builtin(global_invocation_id) id: vec3u, @builtin(num_workgroups) group
   let h = at % blocks * COLUMNS;
   var sum: array<f32, COLUMNS>;
   for (var n = 0u; n < d.N; n++) {
-    if (ids[n] == i32(v)) {
+    if (ids[n] == i32(d.first + v)) {
       for (var c = 0u; c < COLUMNS; c++) { sum[c] += dy[n * d.H + h + c]; }
     }
   }

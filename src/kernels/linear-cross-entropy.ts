@@ -1,17 +1,15 @@
 import { defineKernel, definePart, type Uniform } from "../gpu/kernel.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
+import { piecesOf } from "../tensor/pieces.ts";
 import { dims2, empty, expectDType, expectShape, rowsOf, slice, type Tensor } from "../tensor/tensor.ts";
-import pieceSource from "./cross-entropy-piece.wgsl";
+import { addPiece } from "./cross-entropy.ts";
 import pieceBackwardSource from "./cross-entropy-piece-backward.wgsl";
 import { matmul } from "./matmul.ts";
 import backwardFourSource from "./parts/piece-backward-four.wgsl";
-import fourSource from "./parts/piece-four.wgsl";
 import { reduce } from "./reduce.ts";
 
-const piece = defineKernel("cross-entropy-piece", pieceSource);
 const pieceBackward = defineKernel("cross-entropy-piece-backward", pieceBackwardSource);
-const FOUR = [definePart("piece-four", fourSource)];
 const BACKWARD_FOUR = [definePart("piece-backward-four", backwardFourSource)];
 
 /** Logits that exist at a time. */
@@ -19,15 +17,15 @@ const LOGIT_BYTES = 32 * 2 ** 20;
 /** Rows of a chunk are a multiple of this, so that chunks of anything start at a multiple of 256 bytes. */
 const ROW_STEP = 64;
 
-/** The output projection, or pieces of it: rows 0 … V₀ − 1, V₀ … and so on. A device may not bind a large vocabulary in one. */
+/** The output projection [V,C], or pieces of it: see `piecesOf`. */
 export type Head = Tensor | PackedMatrix | readonly (Tensor | PackedMatrix)[];
 
 export interface LinearCrossEntropy {
   readonly loss: Tensor;
   /** d(loss)/dh, if it was wanted. */
   readonly dh: Tensor | undefined;
-  /** d(loss)/dW of each piece that was wanted. */
-  readonly dW: readonly (Tensor | undefined)[];
+  /** d(loss)/dW of each piece that is not packed, if it was wanted. */
+  readonly dW: readonly Tensor[];
 }
 
 /**
@@ -47,40 +45,30 @@ export function linearCrossEntropy(
 ): LinearCrossEntropy {
   const { gpu } = h;
   const [M, C] = dims2("linearCrossEntropy", "h", h);
-  const pieces = "length" in head ? head : [head];
-  for (const W of pieces)
+  const pieces = piecesOf(head);
+  for (const { W } of pieces)
     if (W.shape.length !== 2 || W.shape[1] !== C)
       throw new ShapeError(`linearCrossEntropy: W must be [V,C] with C = ${C}, got [${W.shape}]`);
   expectShape("linearCrossEntropy", "labels must be [M]", labels, [M]);
   expectDType("linearCrossEntropy", "labels", labels, "i32");
-  const V = pieces.reduce((sum, { shape: [rows = 0] }) => sum + rows, 0);
+  const V = pieces.reduce((sum, { rows }) => sum + rows, 0);
   const chunk = Math.max(1, Math.floor(logitBytes / (4 * V * ROW_STEP))) * ROW_STEP;
   const losses = empty(gpu, [M], "linearCrossEntropy");
   const dh = wants.dh ? empty(gpu, [M, C], "linearCrossEntropy") : undefined;
-  const dW: (Tensor | undefined)[] = pieces.map(() => undefined);
+  const dW: Tensor[] = [];
   for (let at = 0; at < M; at += chunk) {
     const rows = Math.min(chunk, M - at);
     const part = { h: rowsOf(h, at, rows), labels: slice(labels, at, [rows]), loss: slice(losses, at, [rows]) };
     const sums = empty(gpu, [rows, 4], "linearCrossEntropy");
-    let first = 0;
-    const logits = pieces.map((W, i) => {
+    const logits = pieces.map(({ W, first }, i) => {
       const x = matmul(part.h, W, "nt");
-      const [v = 0] = W.shape;
-      const inFours = v % 4 === 0;
-      const lanes = inFours ? v / 4 : v;
-      const ends = { is_first: i === 0 ? 1 : 0, is_last: i === pieces.length - 1 ? 1 : 0 };
-      const WG = gpu.isSoftware ? 4 : 256;
-      const buffers = { x, labels: part.labels, sums, loss: part.loss };
-      const uniforms = { M: rows, lanes, V: v, first, ...ends, c: scale };
-      piece(gpu, uniforms, buffers, [rows * WG], { WG }, inFours ? FOUR : []);
-      first += v;
+      addPiece({ x, labels: part.labels, sums, loss: part.loss }, { first, isLast: i === pieces.length - 1 }, scale);
       return x;
     });
-    first = 0;
     let sum: Tensor | undefined;
-    pieces.forEach((W, i) => {
+    let trained = 0;
+    for (const [i, { W, first, rows: v }] of pieces.entries()) {
       const x = logits[i] as Tensor;
-      const [v = 0] = W.shape;
       if (wants.dh || wants.dW) {
         const inFours = v % 4 === 0;
         const lanes = inFours ? v / 4 : v;
@@ -101,13 +89,12 @@ export function linearCrossEntropy(
         sum = next;
       }
       if (wants.dW && !isPacked(W)) {
-        const before = dW[i];
-        dW[i] = matmul(x, part.h, "tn", before && { residual: before });
+        const before = dW[trained];
+        dW[trained++] = matmul(x, part.h, "tn", before && { residual: before });
         if (before) gpu.release(before);
       }
       gpu.release(x);
-      first += v;
-    });
+    }
     gpu.release(sums);
   }
   const loss = reduce("sum", losses);

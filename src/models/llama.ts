@@ -7,15 +7,16 @@
  * Shapes: B rows, T positions, C = hiddenSize, H heads of D, G key-value heads, V words. arXiv:2302.13971, 2307.09288.
  */
 import { add, matmul, reshape } from "../autograd/basic-ops.ts";
-import { recompute } from "../autograd/engine.ts";
+import { recompute, record } from "../autograd/engine.ts";
 import { addRmsNorm, attention, embedding, gated, rmsNorm, rope } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import { copyRows } from "../kernels/copy-rows.ts";
-import { type Checkpoint, loadTensor } from "../nn/checkpoint.ts";
+import { type Checkpoint, loadTensor, sliceName, sliceOf } from "../nn/checkpoint.ts";
 import { type Linear, linear } from "../nn/linear.ts";
 import { ropeTables } from "../nn/rope.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { empty, type Tensor, tensor } from "../tensor/tensor.ts";
+import { piecesOf } from "../tensor/pieces.ts";
+import { dims2, empty, type Tensor, tensor, view } from "../tensor/tensor.ts";
 import type { LlamaConfig } from "./config.ts";
 
 interface Block {
@@ -40,19 +41,23 @@ export class Llama {
   readonly linears: ReadonlyMap<string, Linear>;
   /** Keep only the input of each block for the backward pass and compute the block again there: less memory, a third more arithmetic. */
   checkpointing = false;
-  readonly #embedding: Tensor;
+  readonly #embedding: readonly Tensor[];
   readonly #blocks: readonly Block[];
   readonly #norm: Tensor;
-  readonly #head: Tensor;
+  readonly #head: readonly Tensor[];
   readonly #rope: { readonly cos: Tensor; readonly sin: Tensor };
   readonly #others: ReadonlyMap<string, Tensor>;
 
-  /** `weights` by Hugging Face name, complete: see `llamaShapes`. */
+  /** `weights` by Hugging Face name, complete and in the order of `llamaShapes`. */
   constructor(gpu: Gpu, config: LlamaConfig, weights: ReadonlyMap<string, Tensor>) {
     const get = (name: string): Tensor => {
       const t = weights.get(name);
       if (!t) throw new ShapeError(`llama: weight "${name}" must be given, got ${weights.size} others`);
       return t;
+    };
+    const pieces = (name: string): Tensor[] => {
+      const found = [...weights].flatMap(([key, t]) => (sliceOf(key).name === name ? [t] : []));
+      return found.length > 0 ? found : [get(name)];
     };
     const linears = new Map<string, Linear>();
     const layer = (module: string): Linear => {
@@ -63,7 +68,7 @@ export class Llama {
     };
     this.gpu = gpu;
     this.config = config;
-    this.#embedding = get("model.embed_tokens.weight");
+    this.#embedding = pieces("model.embed_tokens.weight");
     this.#blocks = Array.from({ length: config.layers }, (_, i) => {
       const at = `model.layers.${i}`;
       return {
@@ -79,20 +84,20 @@ export class Llama {
       };
     });
     this.#norm = get("model.norm.weight");
-    this.#head = config.tiedEmbeddings ? this.#embedding : get("lm_head.weight");
+    this.#head = config.tiedEmbeddings ? this.#embedding : pieces("lm_head.weight");
     this.linears = linears;
     this.#others = new Map([...weights].filter(([name]) => !linears.has(name.replace(/\.weight$/, ""))));
     this.#rope = ropeTables(gpu, config.headDim, config.contextLength, config.rope);
   }
 
-  /** Every weight as it is now, by Hugging Face name: a merged layer shows its merged weight. */
+  /** Every weight as it is now, named as in `llamaShapes`: a merged layer shows its merged weight. */
   get weights(): Map<string, Tensor> {
     const linears = [...this.linears].map(([name, { weight }]) => [`${name}.weight`, weight] as const);
     return new Map([...this.#others, ...linears]);
   }
 
-  /** The output projection [V,C]: `logits` is `hidden` times its transpose. */
-  get head(): Tensor {
+  /** The output projection [V,C], in one piece or several: `logits` is `hidden` times its transpose. */
+  get head(): readonly Tensor[] {
     return this.#head;
   }
 
@@ -105,10 +110,25 @@ export class Llama {
   logits(ids: Tensor, { cache, lastOnly = false }: { cache?: KvCache; lastOnly?: boolean } = {}): Tensor {
     const [B = 0, T = 0] = ids.shape;
     const y = this.hidden(ids, cache);
-    if (!lastOnly) return matmul(y, this.#head, "nt");
+    if (!lastOnly) return this.#project(y);
     const last = Int32Array.from({ length: B }, (_, b) => b * T + T - 1);
     const rows = embedding(reshape(y, [B * T, this.config.hiddenSize]), tensor(this.gpu, last, [B, 1]));
-    return matmul(rows, this.#head, "nt");
+    return this.#project(rows);
+  }
+
+  /** y·headᵀ. Pieces are joined, for reading: there is no gradient through that. */
+  #project(y: Tensor): Tensor {
+    const parts = this.#head.map((W) => matmul(y, W, "nt"));
+    if (parts.length === 1) return parts[0] as Tensor;
+    const [M] = dims2("logits", "hidden", y);
+    const V = this.config.vocabSize;
+    const logits = empty(this.gpu, [...y.shape.slice(0, -1), V], "logits");
+    piecesOf(this.#head).forEach(({ first, rows }, i) => {
+      copyRows(view(parts[i] as Tensor, [M, rows]), view(logits, [M, V]), first);
+    });
+    return record("logits", logits, parts, () => {
+      throw new ShapeError("logits: gradients need a head in one piece, got several. Use linearCrossEntropy");
+    });
   }
 
   /** What the output projection is applied to: ids i32 [B,T] → [B,T,C]. Cache and errors as in `logits`. */
@@ -172,11 +192,31 @@ export class Llama {
   }
 }
 
-/** Name and shape of every weight of such a model, in the order of the layers. */
-export function llamaShapes(config: LlamaConfig): Map<string, number[]> {
+/** What a device can bind. */
+type Limits = Pick<GPUSupportedLimits, "maxBufferSize" | "maxStorageBufferBindingSize">;
+
+/** Pieces of a vocabulary begin at multiples of so many words. */
+const VOCABULARY_STEP = 64;
+
+/**
+ * Name and shape of every weight of such a model, in the order of the layers.
+ *
+ * Given the limits of a device, an embedding or output projection that is too large for it comes in pieces of rows,
+ * "model.embed_tokens.weight[0:65536]" and so on.
+ */
+export function llamaShapes(config: LlamaConfig, limits?: Limits): Map<string, number[]> {
   const { hiddenSize: C, intermediateSize: I, headDim: D, vocabSize: V } = config;
   const [Q, KV] = [config.heads * D, config.kvHeads * D];
-  const shapes = new Map<string, number[]>([["model.embed_tokens.weight", [V, C]]]);
+  const shapes = new Map<string, number[]>();
+  const table = (name: string): void => {
+    const most = limits ? Math.min(limits.maxBufferSize, limits.maxStorageBufferBindingSize) / (4 * C) : V;
+    const step = most >= V ? V : Math.max(1, Math.floor(most / VOCABULARY_STEP)) * VOCABULARY_STEP;
+    for (let at = 0; at < V; at += step) {
+      const end = Math.min(at + step, V);
+      shapes.set(step === V ? name : sliceName(name, at, end), [end - at, C]);
+    }
+  };
+  table("model.embed_tokens.weight");
   const layer = (name: string, N: number, K: number, bias: boolean): void => {
     shapes.set(`${name}.weight`, [N, K]);
     if (bias) shapes.set(`${name}.bias`, [N]);
@@ -194,15 +234,24 @@ export function llamaShapes(config: LlamaConfig): Map<string, number[]> {
     layer(`${at}.mlp.down_proj`, C, I, config.mlpBias);
   }
   shapes.set("model.norm.weight", [C]);
-  if (!config.tiedEmbeddings) shapes.set("lm_head.weight", [V, C]);
+  if (!config.tiedEmbeddings) table("lm_head.weight");
   return shapes;
 }
 
-/** Loads the weights as f32. Throws FormatError naming a tensor that is missing or has a wrong shape. */
-export async function loadLlama(gpu: Gpu, config: LlamaConfig, checkpoint: Checkpoint): Promise<Llama> {
+/** Loads the weights as f32, in pieces by `limits`. Throws FormatError naming a tensor that is missing or has a wrong shape. */
+export async function loadLlama(
+  gpu: Gpu,
+  config: LlamaConfig,
+  checkpoint: Checkpoint,
+  limits: Limits = gpu.limits,
+): Promise<Llama> {
+  const whole = llamaShapes(config);
   const weights = new Map<string, Tensor>();
   try {
-    for (const [name, shape] of llamaShapes(config)) weights.set(name, await loadTensor(gpu, checkpoint, name, shape));
+    for (const [key, shape] of llamaShapes(config, limits)) {
+      const { name, first } = sliceOf(key);
+      weights.set(key, await loadTensor(gpu, checkpoint, name, whole.get(name) ?? shape, first, shape[0]));
+    }
   } catch (error) {
     gpu.release(...weights.values());
     throw error;

@@ -1,7 +1,8 @@
 import type { Directory } from "../io/bytes.ts";
 import type { FloatDtype } from "../io/dtype.ts";
 import { encodeSafetensors } from "../io/safetensors.ts";
-import { openCheckpoint, storedDtype, tensorToWrite } from "../nn/checkpoint.ts";
+import { openCheckpoint, sliceOf, storedDtype, tensorToWrite } from "../nn/checkpoint.ts";
+import type { Tensor } from "../tensor/tensor.ts";
 import type { Llama } from "./llama.ts";
 
 /** What a model directory has beside its weights, where it has it. */
@@ -35,7 +36,12 @@ export interface ModelFiles {
  */
 export async function saveModel(model: Llama, source: Directory): Promise<ModelFiles> {
   const checkpoint = await openCheckpoint(source, "model");
-  const tensors = [...model.weights].map(([name, t]) => tensorToWrite(name, t, storedDtype(checkpoint, name)));
+  const pieces = new Map<string, Tensor[]>();
+  for (const [key, t] of model.weights) {
+    const { name } = sliceOf(key);
+    pieces.set(name, [...(pieces.get(name) ?? []), t]);
+  }
+  const tensors = [...pieces].map(([name, parts]) => tensorToWrite(name, parts, storedDtype(checkpoint, name)));
   const files = new Map<string, AsyncIterable<Uint8Array>>();
   for (const name of COPIED) if (await source.open(name)) files.set(name, copied(source, name));
   files.set("model.safetensors", encodeSafetensors(tensors, { format: "pt" }));

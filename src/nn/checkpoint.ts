@@ -6,7 +6,8 @@ import { FormatError } from "../io/errors.ts";
 import { isObject, readJson } from "../io/json.ts";
 import { openSafetensors, type SafetensorsFile, type TensorToWrite } from "../io/safetensors.ts";
 import { widen16 } from "../kernels/cast.ts";
-import { empty, readAll, type Tensor } from "../tensor/tensor.ts";
+import { piecesOf } from "../tensor/pieces.ts";
+import { empty, read, type Tensor } from "../tensor/tensor.ts";
 
 /** The tensors of one model or adapter, wherever their shards are. */
 export interface Checkpoint {
@@ -66,8 +67,17 @@ export function storedDtype({ name, tensors }: Checkpoint, tensor: string): Floa
   return dtype;
 }
 
+/** What some rows of a tensor go by: `name[first:end]`. */
+export const sliceName = (name: string, first: number, end: number): string => `${name}[${first}:${end}]`;
+
+/** Name and first row of what `sliceName` named; a whole tensor begins at row 0. */
+export function sliceOf(key: string): { readonly name: string; readonly first: number } {
+  const [, name = key, first = 0] = /^(.*)\[(\d+):\d+\]$/.exec(key) ?? [];
+  return { name, first: Number(first) };
+}
+
 /**
- * Loads one tensor as f32, in pieces of at most 64 MB, so that the host never holds a whole large one.
+ * Loads one tensor of this shape as f32, or some of its rows, in pieces of at most 64 MB, so that the host never holds a whole large one.
  *
  * Throws FormatError when there is no such tensor, or it has another shape or a type that is not floating point.
  */
@@ -76,35 +86,40 @@ export async function loadTensor(
   checkpoint: Checkpoint,
   name: string,
   shape: readonly number[],
+  first = 0,
+  rows: number = shape[0] ?? 1,
 ): Promise<Tensor> {
   const dtype = storedDtype(checkpoint, name);
   const file = checkpoint.tensors.get(name);
   const stored = file?.tensors.get(name)?.shape ?? [];
   if (`${stored}` !== `${shape}`)
     throw new FormatError(`${checkpoint.name}: tensor "${name}" must be [${shape}], got [${stored}]`);
-  const size = shape.reduce((a, b) => a * b, 1);
-  const target = dtype === "F32" ? empty(gpu, shape, name) : empty(gpu, [Math.ceil(size / 2)], name, "i32");
+  const rowSize = shape.slice(1).reduce((a, b) => a * b, 1);
+  const rowBytes = rowSize * (dtype === "F32" ? 4 : 2);
+  const taken = [...shape.slice(0, 1).map(() => rows), ...shape.slice(1)];
+  const target = dtype === "F32" ? empty(gpu, taken, name) : empty(gpu, [Math.ceil((rows * rowSize) / 2)], name, "i32");
   let offset = 0;
-  for await (const piece of file?.readPieces(name) ?? []) {
+  for await (const piece of file?.readPieces(name, undefined, first * rowBytes, (first + rows) * rowBytes) ?? []) {
     gpu.write(target, piece, offset);
     offset += piece.byteLength;
   }
   if (dtype === "F32") return target;
-  const wide = widen16(target, shape, dtype === "F16" ? "f16" : "bf16");
+  const wide = widen16(target, taken, dtype === "F16" ? "f16" : "bf16");
   gpu.release(target);
   return wide;
 }
 
-/** What `encodeSafetensors` needs to write t; its values are read from the device only when its turn comes. */
-export function tensorToWrite(name: string, t: Tensor, dtype: FloatDtype = "F32"): TensorToWrite {
+/** What `encodeSafetensors` needs to write t, or its rows in pieces; values are read from the device only when their turn comes. */
+export function tensorToWrite(name: string, t: Tensor | readonly Tensor[], dtype: FloatDtype = "F32"): TensorToWrite {
+  const pieces = piecesOf(t);
+  const [, ...row] = pieces[0]?.W.shape ?? [];
   return {
     name,
     dtype,
-    shape: t.shape,
-    sizeBytes: t.size * (dtype === "F32" ? 4 : 2),
-    data: async () => {
-      const [values = new Float32Array()] = await readAll([t]);
-      return encodeFloats(dtype, values);
+    shape: [pieces.reduce((sum, { rows }) => sum + rows, 0), ...row],
+    sizeBytes: pieces.reduce((sum, { W }) => sum + W.size, 0) * (dtype === "F32" ? 4 : 2),
+    data: async function* () {
+      for (const { W } of pieces) yield encodeFloats(dtype, await read(W));
     },
   };
 }

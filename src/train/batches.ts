@@ -13,7 +13,7 @@ export interface Batch {
   readonly T: number;
   /** Targets that are not IGNORED: what the loss is the mean over. */
   readonly tokens: number;
-  /** Positions b·T + t that have a target, padded with −1: only there are logits worked out. */
+  /** Positions b·T + t that have a target, padded with −1, or all where nearly all have one: only there are logits worked out. */
   readonly targets: Int32Array;
 }
 
@@ -51,8 +51,9 @@ export function collate(rows: readonly Row[], padId: number, length: number = lo
   }
   const counted = Int32Array.from(labels.keys()).filter((at) => labels[at] !== IGNORED);
   const step = Math.ceil(B * T * TARGET_STEP);
-  const targets = new Int32Array(Math.min(B * T, Math.max(1, Math.ceil(counted.length / step)) * step)).fill(-1);
-  targets.set(counted);
+  const places = Math.min(B * T, Math.max(1, Math.ceil(counted.length / step)) * step);
+  const targets = new Int32Array(places).fill(-1);
+  targets.set(places === B * T ? labels.map((_, at) => at) : counted);
   return { ids, labels, B, T, tokens: counted.length, targets };
 }
 

@@ -64,7 +64,8 @@ export function batchLoss(model: LanguageModel, inputs: Inputs, scale: Uniform):
   const { ids, targets, labels, places } = inputs;
   const h = model.hidden(ids);
   const rows = reshape(h, [ids.size, h.shape.at(-1) ?? 0]);
-  return linearCrossEntropy(gatherRows(rows, targets, places), model.head, labels, scale);
+  const counted = targets.size === ids.size ? rows : gatherRows(rows, targets, places);
+  return linearCrossEntropy(counted, model.head, labels, scale);
 }
 
 export interface Evaluation {

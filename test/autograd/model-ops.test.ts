@@ -180,6 +180,42 @@ test.each([
   });
 });
 
+test.each([
+  [[5], [0, 4, 2]],
+  [
+    [1, 1, 3],
+    [1, 4, 0, 2, 3, 1],
+  ],
+  [
+    [4, 1],
+    [4, 4, 0],
+  ],
+])("embedding of a table in pieces of %j rows equals the twin of the whole", async (rows, values) => {
+  const gpu = await testGpu();
+  const ids = nd([values.length], values);
+  await checkOp({
+    inputs: rows.map((V) => [V, 3]),
+    op: (...t) => embedding(t, upload(gpu, ids, "i32")),
+    twin: (...t) =>
+      embeddingTwin(
+        nd(
+          [5, 3],
+          t.flatMap(({ data }) => [...data]),
+        ),
+        ids,
+      ),
+  });
+});
+
+test("an id past all pieces reads the last row, and pieces are of one width", async () => {
+  const gpu = await testGpu();
+  const pieces = [tensor(gpu, [1, 2], [2, 1]), tensor(gpu, [3], [1, 1])];
+  expect([...(await read(embedding(pieces, tensor(gpu, Int32Array.of(2, 9, -1, 0), [4]))))]).toEqual([3, 3, 3, 1]);
+  expect(() => embedding([empty(gpu, [3, 4], "w"), empty(gpu, [3, 5], "w")], empty(gpu, [2], "ids", "i32"))).toThrow(
+    new ShapeError("embedding: weight must be [V,H] = [3,4], got [3,5]"),
+  );
+});
+
 test("embedding takes ids of i32 only", async () => {
   const gpu = await testGpu();
   expect(() => embedding(empty(gpu, [3, 4], "w"), empty(gpu, [2], "ids"))).toThrow(

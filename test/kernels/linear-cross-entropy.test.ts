@@ -3,6 +3,7 @@ import { expect, test } from "vitest";
 import { matmul, scale as scaled } from "../../src/autograd/basic-ops.ts";
 import { backward } from "../../src/autograd/engine.ts";
 import { crossEntropy, gatherRows, linearCrossEntropy } from "../../src/autograd/model-ops.ts";
+import { dryGpu } from "../../src/gpu/dry.ts";
 import { openGpu } from "../../src/gpu/gpu.ts";
 import { linearCrossEntropy as kernels } from "../../src/kernels/linear-cross-entropy.ts";
 import { packMatrix } from "../../src/kernels/pack.ts";
@@ -117,19 +118,50 @@ test("a packed head is widened as it is read", async () => {
   expect(Math.abs(loss - exact)).toBeLessThan(1e-2);
 });
 
-test("logits of 152k words and 2,048 tokens take under 200 MB beyond weights", async () => {
-  const gpu = await openGpu();
-  const [M, V, C] = [2048, 152_064, 64];
-  const [h, W] = [empty(gpu, [M, C], "h"), empty(gpu, [V, C], "W")];
+// Beyond weights, hidden states and labels: 4·V·rows for the logits of a chunk of rows, where rows = 64·max(1, ⌊32 MiB / 256·V⌋),
+// 4·M·C for dh, 4·rows·C twice more while dh is added up over pieces; buffers come in size classes, an eighth apart at most.
+test.each([
+  [152_064, 1, 1],
+  [152_064, 4, 1],
+  [32_000, 1, 4],
+])("%i words in %i pieces, 2,048 tokens: what it takes beyond weights", async (V, pieces, chunkOf64) => {
+  const real = await testGpu();
+  const [M, C] = [2048, 1024];
+  const gpu = dryGpu(real);
+  const h = empty(gpu, [M, C], "h");
   h.requiresGrad = true;
+  const W = Array.from({ length: pieces }, () => empty(gpu, [V / pieces, C], "W"));
   const labels = empty(gpu, [M], "labels", "i32");
   const workspace: GPUBuffer[] = [];
-  const plan = gpu.trace(() => {
-    backward(linearCrossEntropy(h, W, labels));
-  }, workspace);
-  expect(workspace.reduce((sum, { size }) => sum + size, 0)).toBeLessThan(50e6);
-  plan.destroy();
-  gpu.destroy();
+  const run = (): void => void backward(linearCrossEntropy(h, W, labels));
+  gpu.trace(run, workspace);
+  const bytes = workspace.reduce((sum, { size }) => sum + size, 0);
+  const rows = 64 * chunkOf64;
+  const counted = 4 * V * rows + 4 * M * C + (pieces > 1 ? 8 * rows * C : 0);
+  expect(bytes).toBeGreaterThan(0.98 * counted);
+  expect(bytes).toBeLessThan(1.15 * counted);
+  expect(bytes).toBeLessThan(200e6);
+  const before = gpu.counters().bytesLive;
+  gpu.resetCounters();
+  gpu.scope(run);
+  expect(gpu.counters().bytesPeak - before).toBeLessThan(200e6);
+});
+
+test("152k words, one row in reach of each end: the loss of the f64 twin", async () => {
+  const gpu = await testGpu();
+  const random = new Random(freshSeed());
+  const [M, V, C] = [3, 152_064, 4];
+  const [h, W] = [randomNd([M, C], random), randomNd([V, C], random)];
+  const labels = nd([M], [0, V - 1, 99_999]);
+  const [loss = Number.NaN] = await read(
+    linearCrossEntropy(upload(gpu, h), upload(gpu, W), upload(gpu, labels, "i32")),
+  );
+  const logits = product(h, W);
+  const exact = [0, 1, 2].reduce((sum, i) => {
+    const row = logits.data.subarray(i * V, (i + 1) * V);
+    return sum + Math.log(row.reduce((all, x) => all + Math.exp(x), 0)) - (row[labels.data[i] ?? 0] ?? Number.NaN);
+  }, 0);
+  expectClose([loss], [exact], 1e-5);
 });
 
 test("rows go where the index says, and gradients back", async () => {

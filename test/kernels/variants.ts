@@ -16,7 +16,6 @@ import { binary as binaryOf, expand } from "../../src/kernels/binary.ts";
 import binary from "../../src/kernels/binary.wgsl";
 import clipFactor from "../../src/kernels/clip-factor.wgsl";
 import copyRows from "../../src/kernels/copy-rows.wgsl";
-import crossEntropy from "../../src/kernels/cross-entropy.wgsl";
 import crossEntropyBackward from "../../src/kernels/cross-entropy-backward.wgsl";
 import crossEntropyPiece from "../../src/kernels/cross-entropy-piece.wgsl";
 import crossEntropyPieceBackward from "../../src/kernels/cross-entropy-piece-backward.wgsl";
@@ -80,7 +79,6 @@ export const KERNELS: Readonly<Record<string, string>> = {
   binary,
   "clip-factor": clipFactor,
   "copy-rows": copyRows,
-  "cross-entropy": crossEntropy,
   "cross-entropy-backward": crossEntropyBackward,
   "cross-entropy-piece": crossEntropyPiece,
   "cross-entropy-piece-backward": crossEntropyPieceBackward,

@@ -8,13 +8,17 @@ import { diskDirectory, fileSource } from "../../src/io/files.ts";
 import { openSafetensors } from "../../src/io/safetensors.ts";
 import { loadPeft } from "../../src/lora/peft.ts";
 import { readConfig } from "../../src/models/config.ts";
+import { type Llama, llamaShapes, loadLlama } from "../../src/models/llama.ts";
 import { loadModel } from "../../src/models/load.ts";
+import { saveModel } from "../../src/models/save.ts";
+import { openCheckpoint } from "../../src/nn/checkpoint.ts";
 import { inverseFrequencies } from "../../src/nn/rope.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
-import { read, readAll, tensor } from "../../src/tensor/tensor.ts";
+import { read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { collate } from "../../src/train/batches.ts";
 import { batchInputs, batchLoss } from "../../src/train/loss.ts";
 import { expectClose, testGpu } from "../harness.ts";
+import { writeTinyModel } from "../tiny-model.ts";
 
 const VARIANTS = ["llama-default", "llama-rope3", "llama-bias", "llama-sharded"] as const;
 
@@ -151,6 +155,75 @@ test("a cache gives the logits of the last position that a full pass gives", asy
   expectClose(last ?? [], full ?? [], 1e-5, "logits");
   gpu.release(whole, ...parts, ...cache.layers.flatMap(({ k, v }) => [k, v]));
   model.destroy();
+});
+
+describe("an embedding above what a device can bind comes in pieces", () => {
+  const path = "out/test/pieces";
+  const limits = { maxBufferSize: 2 ** 30, maxStorageBufferBindingSize: 64 * 32 * 4 + 100 };
+  const rows = [3, 199, 64, 127, 128, 0, 63, 199];
+  const labelled = collate([{ inputIds: rows, labels: rows }], 0);
+
+  test.each([
+    [true, "F16"],
+    [false, "F32"],
+  ] as const)("tied %s, stored in %s: logits, loss, gradients and file as in one piece", async (tied, dtype) => {
+    const gpu = await testGpu();
+    await writeTinyModel(path, { config: { vocab_size: 200, tie_word_embeddings: tied }, dtype });
+    const directory = diskDirectory(path);
+    const [config, checkpoint] = [await readConfig(directory), await openCheckpoint(directory, "model")];
+    const whole = await loadLlama(gpu, config, checkpoint);
+    const pieced = await loadLlama(gpu, config, checkpoint, limits);
+    expect([...pieced.weights].filter(([name]) => /embed|head/.test(name)).map(([name, t]) => [name, t.shape])).toEqual(
+      ["model.embed_tokens.weight", ...(tied ? [] : ["lm_head.weight"])].flatMap((name) => [
+        [`${name}[0:64]`, [64, 32]],
+        [`${name}[64:128]`, [64, 32]],
+        [`${name}[128:192]`, [64, 32]],
+        [`${name}[192:200]`, [8, 32]],
+      ]),
+    );
+    const outcome = async (model: Llama): Promise<Float32Array[]> => {
+      const weights = [...model.weights];
+      for (const [, t] of weights) t.requiresGrad = true;
+      const { logits, loss, grads } = gpu.scope(() => {
+        const ids = tensor(gpu, labelled.ids, [1, rows.length]);
+        const l = batchLoss(model, batchInputs(gpu, labelled), 1);
+        return { logits: model.logits(ids), loss: l, grads: backward(l) };
+      });
+      const embedded = weights.flatMap(([name, t]) => (/embed|head/.test(name) ? [grads.get(t) as Tensor] : []));
+      const [a = [], b = [], ...pieces] = await readAll([logits, loss, ...embedded]);
+      gpu.release(logits, loss, ...grads.values());
+      return [Float32Array.from(a), Float32Array.from(b), Float32Array.from(pieces.flatMap((values) => [...values]))];
+    };
+    const [one, several] = [await outcome(whole), await outcome(pieced)];
+    for (const [i, what] of ["logits", "loss", "gradients"].entries())
+      expectClose(several[i] ?? [], one[i] ?? [], 1e-5, what);
+    const bytes = async (model: Llama): Promise<Buffer> => {
+      const parts: Uint8Array[] = [];
+      for await (const part of (await saveModel(model, directory)).files.get("model.safetensors") ?? [])
+        parts.push(part);
+      return Buffer.concat(parts);
+    };
+    expect(await bytes(pieced)).toEqual(await bytes(whole));
+    whole.destroy();
+    pieced.destroy();
+  });
+
+  test("logits in pieces have no gradient, and say so", async () => {
+    const gpu = await testGpu();
+    const directory = diskDirectory(path);
+    const model = await loadLlama(gpu, await readConfig(directory), await openCheckpoint(directory, "model"), limits);
+    for (const t of model.weights.values()) t.requiresGrad = true;
+    const logits = model.logits(tensor(gpu, Int32Array.of(1, 2), [1, 2]));
+    expect(() => backward(logits, logits)).toThrow(
+      new ShapeError("logits: gradients need a head in one piece, got several. Use linearCrossEntropy"),
+    );
+    model.destroy();
+  });
+
+  test("an embedding that fits stays in one", async () => {
+    const config = await readConfig(diskDirectory(path));
+    expect(llamaShapes(config, { ...limits, maxStorageBufferBindingSize: 200 * 32 * 4 })).toEqual(llamaShapes(config));
+  });
 });
 
 test("a row longer than the context is refused", async () => {

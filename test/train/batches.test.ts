@@ -28,6 +28,12 @@ test("rows are padded on the right and labels are shifted by one", () => {
   });
 });
 
+test("where more than three quarters of the positions have a target, all are listed in order", () => {
+  const ids = [1, 5, 6, 2, 3, 4, 7, 8];
+  const { targets, tokens } = collate([{ inputIds: ids, labels: ids }], 0);
+  expect({ targets: [...targets], tokens }).toEqual({ targets: [0, 1, 2, 3, 4, 5, 6, 7], tokens: 7 });
+});
+
 test("padding with an id that is also a label adds no target", () => {
   const rows = [
     { inputIds: [2, 2, 2], labels: [2, 2, 2] },
