@@ -55,12 +55,14 @@ export function layerNorm(x: Tensor, weight: Tensor, bias: Tensor, eps: number):
 }
 
 /**
- * Rotary position embedding of x [B,T,H,D]: pair (i, i + D/2) of row t turns by the angle of position offset + t, whose
- * cos and sin [P,D/2] are given. Keeps nothing of x. Throws ShapeError when a position is past the tables.
+ * Rotary position embedding of x [B,T,H,D]: pair (i, i + D/2) turns by the angle of its position, whose cos and sin [P,D/2] are given.
+ * Row t is at position `at` + t, or at[b,t] where that is i32 [B,T]: packed rows, in which each segment begins at 0.
+ *
+ * Keeps nothing of x. Throws ShapeError when a position is past the tables; those of a tensor are not looked at.
  */
-export function rope(x: Tensor, cos: Tensor, sin: Tensor, offset = 0): Tensor {
-  const y = rotary.rope(x, cos, sin, offset, 1);
-  return record("rope", y, [x], (dy) => [() => rotary.rope(dy, cos, sin, offset, -1)]);
+export function rope(x: Tensor, cos: Tensor, sin: Tensor, at: number | Tensor = 0): Tensor {
+  const y = rotary.rope(x, cos, sin, at, 1);
+  return record("rope", y, [x], (dy) => [() => rotary.rope(dy, cos, sin, at, -1)]);
 }
 
 /** Rows of weight [V,H], or of pieces of it one behind the other, by ids (i32): [...ids.shape, H]. */
@@ -72,27 +74,24 @@ export function embedding(weight: Tensor | readonly Tensor[], ids: Tensor): Tens
   );
 }
 
-export interface AttentionOptions {
-  /** Factor on q·kᵀ; 1/√D unless given. */
-  readonly scale?: number;
-  /** How many of the S keys count: a cache may have room for more. All unless given. */
-  readonly keyLength?: number;
-}
+/** What may be left out of `attention`: scale is 1/√D, keyLength S, and there is no window, no start and no cap unless given. */
+export type AttentionOptions = Partial<Omit<attn.AttentionInputs, "q" | "k" | "v">>;
 
 /**
  * Causal attention with grouped queries: softmax(scale·q·kᵀ)·v. q [B,T,H,D], k and v [B,S,G,D] → [B,T,H,D].
  *
- * Query t sees keys 0 … keyLength − T + t; query head h uses key head ⌊h·G/H⌋. No T×S tensor is made, forward or backward; q, k,
- * v, the result and one number per row are kept. Throws ShapeError if the shapes do not fit or D is not a multiple of 4.
+ * Query t is at position p = keyLength − T + t and sees keys max(starts[b,t], p − window + 1) … p; query head h uses key head ⌊h·G/H⌋.
+ * Packed rows: starts is where the segment of each position begins. No T×S tensor is made, forward or backward; q, k, v, the result and
+ * one number per row are kept. Throws ShapeError if the shapes do not fit or D is not a multiple of 4.
  */
 export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = {}): Tensor {
   const { scale = 1 / Math.sqrt(q.shape.at(-1) ?? 1), keyLength = k.shape[1] ?? 0 } = options;
-  const inputs = { q, k, v, scale, keyLength };
+  const inputs = { ...options, q, k, v, scale, keyLength };
   const { o, lse } = attn.attention(inputs);
   return record("attention", o, [q, k, v], (dy) => {
-    const delta = once(() => attn.attentionDelta(dy, o));
-    const kv = once(() => attn.attentionBackwardKeyValue(inputs, dy, lse, delta()));
-    return [() => attn.attentionBackwardQuery(inputs, dy, lse, delta()), () => kv().dk, () => kv().dv];
+    const stats = once(() => attn.attentionDelta(dy, o, lse));
+    const kv = once(() => attn.attentionBackwardKeyValue(inputs, dy, stats()));
+    return [() => attn.attentionBackwardQuery(inputs, dy, stats()), () => kv().dk, () => kv().dv];
   });
 }
 

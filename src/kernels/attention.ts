@@ -1,32 +1,41 @@
-import { defineKernel } from "../gpu/kernel.ts";
+import { defineKernel, definePart, type Kernel, type Tuned } from "../gpu/kernel.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { empty, expectShape, type Tensor } from "../tensor/tensor.ts";
+import { empty, expectDType, expectShape, type Tensor } from "../tensor/tensor.ts";
 import source from "./attention.wgsl";
 import keyValueSource from "./attention-backward-kv.wgsl";
 import querySource from "./attention-backward-q.wgsl";
-import rowDotSource from "./row-dot.wgsl";
+import deltaSource from "./attention-delta.wgsl";
+import teamSource from "./parts/attention-team.wgsl";
 
 const forward = defineKernel("attention", source);
 const backwardQuery = defineKernel("attention-backward-q", querySource);
 const backwardKeyValue = defineKernel("attention-backward-kv", keyValueSource);
-const rowDot = defineKernel("row-dot", rowDotSource);
+const rowDot = defineKernel("attention-delta", deltaSource);
+const TEAM = [definePart("attention-team", teamSource)];
 
-/** What one attention call works on; `keyLength` of the S keys count. */
+/** What one attention call works on. */
 export interface AttentionInputs {
   readonly q: Tensor;
   readonly k: Tensor;
   readonly v: Tensor;
   readonly scale: number;
+  /** How many of the S keys count. Query t is at position p = keyLength − T + t and sees no key past p. */
   readonly keyLength: number;
+  /** How many keys up to its own position a query sees: p − window + 1 … p. All unless given. */
+  readonly window?: number | undefined;
+  /** The first key that each query sees: i32 [B,T], not decreasing along T and at most p, neither of which is checked. 0 unless given. */
+  readonly starts?: Tensor | undefined;
+  /** c > 0: a score x becomes c·tanh(x/c) (Gemma 2, arXiv:2408.00118 §2). */
+  readonly softCap?: number | undefined;
 }
 
 /**
  * Causal attention with grouped queries: q [B,T,H,D], k and v [B,S,G,D] → o [B,T,H,D] and its log-sum-exp [B,T,H].
  *
- * Query t sees keys 0 … keyLength − T + t. Throws ShapeError if the shapes do not fit or D is not a multiple of 4.
+ * Throws ShapeError if the shapes do not fit, D is not a multiple of 4, or window or softCap is not above 0.
  */
 export function attention(inputs: AttentionInputs): { o: Tensor; lse: Tensor } {
-  const { q, k, v } = inputs;
+  const { q, k, v, starts, keyLength, window = 1, softCap = 1 } = inputs;
   const [B = 0, T = 0, H = 0, D = 0] = q.shape;
   if (q.shape.length !== 4 || D % 4 !== 0)
     throw new ShapeError(`attention: q must be [B,T,H,D] with D a multiple of 4, got [${q.shape}]`);
@@ -34,27 +43,33 @@ export function attention(inputs: AttentionInputs): { o: Tensor; lse: Tensor } {
   expectShape("attention", "k must be [B,S,G,D]", k, [B, S, G, D]);
   expectShape("attention", "v must be [B,S,G,D]", v, [B, S, G, D]);
   if (H % G !== 0) throw new ShapeError(`attention: query heads must be a multiple of key heads, got ${H} and ${G}`);
-  const { keyLength } = inputs;
   if (keyLength < T || keyLength > S)
     throw new ShapeError(`attention: keyLength must be from T = ${T} to S = ${S}, got ${keyLength}`);
+  if (!Number.isInteger(window) || window < 1)
+    throw new ShapeError(`attention: window must be a whole number of keys from 1 on, got ${window}`);
+  if (!(softCap > 0)) throw new ShapeError(`attention: softCap must be above 0, got ${softCap}`);
+  if (starts) {
+    expectShape("attention", "starts must be [B,T]", starts, [B, T]);
+    expectDType("attention", "starts", starts, "i32");
+  }
   const o = empty(q.gpu, q.shape, "attention");
   const lse = empty(q.gpu, [B, T, H], "attention");
-  forward(q.gpu, dims(inputs, B * T * H), { q, k, v, o, lse }, [B * T * H], { D });
+  run(forward, inputs, { o, lse }, B * H, T, 4);
   return { o, lse };
 }
 
-/** delta [B,T,H] = Σ over D of dout∘o: what both backward passes share. */
-export function attentionDelta(dout: Tensor, o: Tensor): Tensor {
-  const delta = empty(o.gpu, o.shape.slice(0, -1), "attentionBackward");
-  rowDot(o.gpu, { M: delta.size, N: o.shape.at(-1) ?? 0 }, { a: dout, b: o, y: delta }, [delta.size]);
-  return delta;
+/** lse and delta = Σ over D of dout∘o, [B,T,H,2]: what both backward passes share. */
+export function attentionDelta(dout: Tensor, o: Tensor, lse: Tensor): Tensor {
+  const stats = empty(o.gpu, [...lse.shape, 2], "attentionBackward");
+  rowDot(o.gpu, { n: lse.size, D: o.shape[3] ?? 0 }, { dout, o, lse, stats }, [lse.size]);
+  return stats;
 }
 
 /** dq of `attention`. */
-export function attentionBackwardQuery(inputs: AttentionInputs, dout: Tensor, lse: Tensor, delta: Tensor): Tensor {
-  const { q, k, v } = inputs;
-  const dq = empty(q.gpu, q.shape, "attentionBackward");
-  backwardQuery(q.gpu, dims(inputs, lse.size), { q, k, v, dout, lse, delta, dq }, [lse.size], { D: q.shape[3] ?? 0 });
+export function attentionBackwardQuery(inputs: AttentionInputs, dout: Tensor, stats: Tensor): Tensor {
+  const [B = 0, T = 0, H = 0] = inputs.q.shape;
+  const dq = empty(dout.gpu, inputs.q.shape, "attentionBackward");
+  run(backwardQuery, inputs, { dout, stats, dq }, B * H, T, 2);
   return dq;
 }
 
@@ -62,19 +77,47 @@ export function attentionBackwardQuery(inputs: AttentionInputs, dout: Tensor, ls
 export function attentionBackwardKeyValue(
   inputs: AttentionInputs,
   dout: Tensor,
-  lse: Tensor,
-  delta: Tensor,
+  stats: Tensor,
 ): { dk: Tensor; dv: Tensor } {
-  const { q, k, v } = inputs;
-  const [B = 0, S = 0, G = 0, D = 0] = k.shape;
+  const { k } = inputs;
+  const [B = 0, S = 0, G = 0] = k.shape;
   const dk = empty(k.gpu, k.shape, "attentionBackward");
   const dv = empty(k.gpu, k.shape, "attentionBackward");
-  backwardKeyValue(k.gpu, dims(inputs, B * S * G), { q, k, v, dout, lse, delta, dk, dv }, [B * S * G], { D });
+  run(backwardKeyValue, inputs, { dout, stats, dk, dv }, B * G, S, 2);
   return { dk, dv };
 }
 
-function dims({ q, k, scale, keyLength }: AttentionInputs, n: number): Record<string, number> {
-  const [, T = 0, H = 0] = q.shape;
+/**
+ * Tiles of `rows` queries (or keys) of each of `heads` go to a thread each on a CPU adapter, where vec4s of `quads` times 4 keys at a time
+ * make up for accumulators in memory, else to a workgroup. A single row has a tile of its own.
+ */
+function run(
+  kernel: Kernel,
+  inputs: AttentionInputs,
+  buffers: Readonly<Record<string, Tensor>>,
+  heads: number,
+  rows: number,
+  quads: number,
+): void {
+  const { q, k, v, scale, keyLength, window, starts, softCap } = inputs;
+  const [, T = 0, H = 0, D = 0] = q.shape;
   const [, S = 0, G = 0] = k.shape;
-  return { n, T, S, L: keyLength, H, G, s: scale };
+  const { isSoftware } = q.gpu;
+  const R = rows === 1 ? 1 : 4;
+  const [WX, WY] = isSoftware ? [1, 1] : R === 1 ? [32, 1] : [8, 8];
+  const n = heads * Math.ceil(rows / (R * WY));
+  const WG = isSoftware ? 8 : WX * WY;
+  const tuned: Tuned = {
+    ...{ R, Q: isSoftware ? quads : 1, WX, WY, WG, CAP: softCap ? 1 : 0 },
+    ...{ BOUNDED: window || starts ? 1 : 0, SEGMENTED: starts ? 1 : 0 },
+  };
+  const uniforms = { n, T, S, L: keyLength, H, G, D, window: window ?? keyLength, s: scale, c: softCap ?? 1 };
+  kernel(
+    q.gpu,
+    uniforms,
+    { q, k, v, starts: starts ?? q, ...buffers },
+    [isSoftware ? n : n * WG],
+    tuned,
+    isSoftware ? [] : TEAM,
+  );
 }

@@ -307,9 +307,9 @@ test("attention runs only the backward kernels that are needed", async () => {
     backward(y, tensor(gpu, new Float32Array(16), y.shape));
     return [...gpu.counters().dispatches].map(([name, n]) => `${name} ${n}`);
   };
-  expect(run([true, false, false])).toEqual(["row-dot 1", "attention-backward-q 1"]);
-  expect(run([false, true, true])).toEqual(["row-dot 1", "attention-backward-kv 1"]);
-  expect(run([true, true, true])).toEqual(["row-dot 1", "attention-backward-q 1", "attention-backward-kv 1"]);
+  expect(run([true, false, false])).toEqual(["attention-delta 1", "attention-backward-q 1"]);
+  expect(run([false, true, true])).toEqual(["attention-delta 1", "attention-backward-kv 1"]);
+  expect(run([true, true, true])).toEqual(["attention-delta 1", "attention-backward-q 1", "attention-backward-kv 1"]);
 });
 
 test("attention names the shapes that do not fit", async () => {

@@ -7,9 +7,15 @@
 
 import adamw from "../../src/kernels/adamw.wgsl";
 import addInto from "../../src/kernels/add-into.wgsl";
+import {
+  attentionBackwardKeyValue as attentionBackwardKeyValueOf,
+  attentionBackwardQuery as attentionBackwardQueryOf,
+  attention as attentionOf,
+} from "../../src/kernels/attention.ts";
 import attention from "../../src/kernels/attention.wgsl";
 import attentionBackwardKv from "../../src/kernels/attention-backward-kv.wgsl";
 import attentionBackwardQ from "../../src/kernels/attention-backward-q.wgsl";
+import attentionDelta from "../../src/kernels/attention-delta.wgsl";
 import { addInto as addIntoOf, axpy as axpyOf } from "../../src/kernels/axpy.ts";
 import axpy from "../../src/kernels/axpy.wgsl";
 import { binary as binaryOf, expand } from "../../src/kernels/binary.ts";
@@ -54,8 +60,8 @@ import {
 import rmsNorm from "../../src/kernels/rms-norm.wgsl";
 import rmsNormBackward from "../../src/kernels/rms-norm-backward.wgsl";
 import rmsNormBackwardWeight from "../../src/kernels/rms-norm-backward-weight.wgsl";
+import { rope as ropeOf } from "../../src/kernels/rope.ts";
 import rope from "../../src/kernels/rope.wgsl";
-import rowDot from "../../src/kernels/row-dot.wgsl";
 import softmax from "../../src/kernels/softmax.wgsl";
 import softmaxBackward from "../../src/kernels/softmax-backward.wgsl";
 import squareSums from "../../src/kernels/square-sums.wgsl";
@@ -75,6 +81,7 @@ export const KERNELS: Readonly<Record<string, string>> = {
   attention,
   "attention-backward-kv": attentionBackwardKv,
   "attention-backward-q": attentionBackwardQ,
+  "attention-delta": attentionDelta,
   axpy,
   binary,
   "clip-factor": clipFactor,
@@ -104,7 +111,6 @@ export const KERNELS: Readonly<Record<string, string>> = {
   "rms-norm-backward": rmsNormBackward,
   "rms-norm-backward-weight": rmsNormBackwardWeight,
   rope,
-  "row-dot": rowDot,
   softmax,
   "softmax-backward": softmaxBackward,
   "square-sums": squareSums,
@@ -222,6 +228,23 @@ export function otherVariants(): Variant[] {
           ...([empty(onGpu, [2, rank], "variants"), 1, plan] as const),
         );
   const onCpu = new Recorder({ isSoftware: true });
+  for (const recorder of [onGpu, onCpu]) {
+    for (const T of [1, 3])
+      for (const window of [undefined, 2])
+        for (const softCap of [undefined, 2])
+          for (const starts of [undefined, empty(recorder, [1, T], "variants", "i32")]) {
+            const q = empty(recorder, [1, T, 2, 8], "variants");
+            const inputs = { q, k: q, v: q, scale: 1, keyLength: T, window, softCap, starts };
+            attentionOf(inputs);
+            attentionBackwardQueryOf(inputs, q, q);
+            attentionBackwardKeyValueOf(inputs, q, q);
+          }
+    for (const D of [6, 8])
+      for (const at of [0, empty(recorder, [1, 3], "variants", "i32")]) {
+        const table = empty(recorder, [4, D / 2], "variants");
+        ropeOf(empty(recorder, [1, 3, 2, D], "variants"), table, table, at, 1);
+      }
+  }
   for (const recorder of [onGpu, onCpu])
     for (const columns of [8, 7]) {
       const x = empty(recorder, [2, columns], "variants");

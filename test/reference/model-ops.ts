@@ -41,13 +41,14 @@ export function rotaryTables(P: number, D: number, theta: number): { cos: Nd; si
   return { cos: table(Math.cos), sin: table(Math.sin) };
 }
 
-/** Each pair (i, i + D/2) of x [B,T,H,D], as a complex number, times cos + i·sin of its position. */
-export function ropeTwin(x: Nd, cos: Nd, sin: Nd, offset: number): Nd {
+/** Each pair (i, i + D/2) of x [B,T,H,D], as a complex number, times cos + i·sin of its position: where + t, or where[b,t]. */
+export function ropeTwin(x: Nd, cos: Nd, sin: Nd, where: number | Nd): Nd {
   const [, T = 0, H = 0] = x.shape;
   let row = 0;
   return mapRows(x, (values) => {
     const half = values.length / 2;
-    const position = offset + (Math.floor(row++ / H) % T);
+    const token = Math.floor(row++ / H);
+    const position = typeof where === "number" ? where + (token % T) : at(where, token);
     return values.map((v, i) => {
       const angle = position * half + (i % half);
       const other = i < half ? -(values[i + half] ?? Number.NaN) : (values[i - half] ?? Number.NaN);
@@ -65,28 +66,77 @@ export function embeddingTwin(w: Nd, ids: Nd): Nd {
   );
 }
 
+/** What attention may be told besides; see `AttentionInputs`. starts [B,T]. */
+export interface AttentionTwinOptions {
+  readonly window?: number | undefined;
+  readonly softCap?: number | undefined;
+  readonly starts?: Nd | undefined;
+}
+
 /** Causal attention, one row of scores at a time. q [B,T,H,D], k and v [B,S,G,D]. */
-export function attentionTwin(q: Nd, k: Nd, v: Nd, scale: number, keyLength: number): Nd {
+export function attentionTwin(
+  q: Nd,
+  k: Nd,
+  v: Nd,
+  scale: number,
+  keyLength: number,
+  options: AttentionTwinOptions = {},
+): Nd {
+  return attentionGradientTwin(q, k, v, scale, keyLength, options).o;
+}
+
+/** `attentionTwin`, and its gradients where a dy is given, by softmax's own formula: what central differences say of it is tested. */
+export function attentionGradientTwin(
+  q: Nd,
+  k: Nd,
+  v: Nd,
+  scale: number,
+  keyLength: number,
+  { window = Number.POSITIVE_INFINITY, softCap, starts }: AttentionTwinOptions,
+  dy?: Nd,
+): { o: Nd; dq: Nd; dk: Nd; dv: Nd } {
   const [B = 0, T = 0, H = 0, D = 0] = q.shape;
   const [, S = 0, G = 0] = k.shape;
-  const o = zeros(q.shape);
+  const [o, dq, dk, dv] = [zeros(q.shape), zeros(q.shape), zeros(k.shape), zeros(v.shape)];
+  const dot = (a: Nd, i: number, b: Nd, j: number): number => {
+    let sum = 0;
+    for (let n = 0; n < D; n++) sum += at(a, i + n) * at(b, j + n);
+    return sum;
+  };
+  const addTo = (y: Nd, i: number, c: number, x: Nd, j: number): void => {
+    for (let n = 0; n < D; n++) y.data[i + n] = at(y, i + n) + c * at(x, j + n);
+  };
   for (let b = 0; b < B; b++)
     for (let t = 0; t < T; t++)
       for (let h = 0; h < H; h++) {
         const row = ((b * T + t) * H + h) * D;
-        const key = (j: number): number => ((b * S + j) * G + Math.floor(h / (H / G))) * D;
-        const scores = Array.from({ length: keyLength - T + t + 1 }, (_, j) => {
-          let dot = 0;
-          for (let i = 0; i < D; i++) dot += at(q, row + i) * at(k, key(j) + i);
-          return scale * dot;
-        });
+        const position = keyLength - T + t;
+        const first = Math.max(0, position - window + 1, starts ? at(starts, b * T + t) : 0);
+        const keys = Array.from(
+          { length: position - first + 1 },
+          (_, j) => ((b * S + first + j) * G + Math.floor(h / (H / G))) * D,
+        );
+        const bends = keys.map((key) => Math.tanh((scale * dot(q, row, k, key)) / (softCap ?? 1)));
+        const scores = keys.map((key, j) => (softCap ? softCap * (bends[j] ?? 0) : scale * dot(q, row, k, key)));
         const top = Math.max(...scores);
         const weights = scores.map((s) => Math.exp(s - top));
         const sum = weights.reduce((x, y) => x + y, 0);
-        for (let i = 0; i < D; i++)
-          o.data[row + i] = weights.reduce((total, p, j) => total + (p / sum) * at(v, key(j) + i), 0);
+        const p = weights.map((weight) => weight / sum);
+        keys.forEach((key, j) => {
+          addTo(o, row, p[j] ?? 0, v, key);
+        });
+        if (!dy) continue;
+        const dp = keys.map((key) => dot(dy, row, v, key));
+        const delta = dp.reduce((total, value, j) => total + value * (p[j] ?? 0), 0);
+        keys.forEach((key, j) => {
+          const bend = softCap ? 1 - (bends[j] ?? 0) ** 2 : 1;
+          const ds = scale * bend * (p[j] ?? 0) * ((dp[j] ?? 0) - delta);
+          addTo(dq, row, ds, k, key);
+          addTo(dk, key, ds, q, row);
+          addTo(dv, key, p[j] ?? 0, dy, row);
+        });
       }
-  return o;
+  return { o, dq, dk, dv };
 }
 
 /** scale·Σ −log softmax(x)[label] over the rows with a label ≥ 0. */
