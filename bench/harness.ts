@@ -21,6 +21,8 @@ export interface Case {
   readonly check: (result: string, element: number) => number;
   /** Of |got − f64| / (1 + |f64|); 10⁻⁴ unless given, which suits f32 arithmetic. */
   readonly tolerance?: number;
+  /** Bytes of buffers on the device at most, where the case counts them. */
+  readonly peakBytes?: number;
 }
 
 /** Cases that are timed in turns on the same inputs. The first is the baseline of every ratio. */
@@ -77,6 +79,8 @@ export interface CaseResult {
   readonly bytes: number;
   /** Dispatches of one run; only known of our own. */
   readonly dispatches?: number;
+  /** Bytes of buffers on the device at most in a first run; only known where the contest counts them. */
+  readonly peakBytes?: number;
   /** Runs per repetition. */
   readonly batch: number;
   readonly repetitions: number;
@@ -112,6 +116,7 @@ const SAMPLES = 64;
 /** A case that has been found right: what its runs cost, and a way to have some. */
 interface Entrant {
   readonly result: Pick<CaseResult, "name" | "peer" | "flops" | "bytes" | "dispatches">;
+  readonly peakBytes?: () => number | undefined;
   /** Elements of each result. */
   readonly resultSizes: ReadonlyMap<string, number>;
   /** Runs it n times and waits for the device. */
@@ -172,7 +177,8 @@ async function enter(gpu: Gpu, what: string, one: Case): Promise<Entrant> {
     }
     await gpu.finish();
   };
-  return { result: { name, flops, bytes, dispatches }, resultSizes, batch, times: [], size: 1 };
+  const peakBytes = (): number | undefined => one.peakBytes;
+  return { result: { name, flops, bytes, dispatches }, peakBytes, resultSizes, batch, times: [], size: 1 };
 }
 
 /** Has a peer do the work once and compares what it gives with the f64 values of our own case. */
@@ -197,6 +203,8 @@ async function enterPeer(
     resultSizes: sizes,
     batch,
     dispose: () => prepared?.dispose(),
+    // Counted for every peer's case: reported where ours is counted too.
+    peakBytes: () => (model.peakBytes === undefined ? undefined : prepared?.peakBytes?.()),
     times: [],
     size: 1,
   };
@@ -253,12 +261,18 @@ async function takeTurns(entrants: readonly Entrant[], settings: Settings): Prom
     }
 }
 
-function report({ result, times, size, error }: Entrant, baseline: readonly number[], peaks?: Peaks): CaseReport {
+function report(
+  { result, peakBytes, times, size, error }: Entrant,
+  baseline: readonly number[],
+  peaks?: Peaks,
+): CaseReport {
   if (error !== undefined) return { name: result.name, peer: result.name, error };
   const ms = spread(times);
   const [gflops, gbs] = [result.flops / ms.median / 1e6, result.bytes / ms.median / 1e6];
+  const peak = peakBytes?.();
   return {
     ...result,
+    ...(peak !== undefined && { peakBytes: peak }),
     batch: size,
     repetitions: times.length,
     ms,

@@ -5,6 +5,7 @@ import { halfArithmetic, matrixUnits } from "./half.ts";
 import type { SizedContest } from "./inputs.ts";
 import { type LoraSizes, loraBackward, loraForward, loraStep } from "./lora.ts";
 import { LAYOUTS, linear, square } from "./matmul.ts";
+import { llamaStep, loraOverFull } from "./step.ts";
 import { weightFormats } from "./weights.ts";
 
 export interface Scope {
@@ -54,16 +55,19 @@ export function contests({ quick, full, isSoftware }: Scope): SizedContest[] {
     ...loraSizes.map(loraBackward),
     ...loraSizes.filter(({ r }) => patient || r === 16).map(loraStep),
     ...[1024, ...(patient ? [4096] : [])].flatMap((n) => [addition(n, n), rowSum(n, n)]),
+    llamaStep({ layers: 4, hidden: 256, inside: 688, heads: 8, kvHeads: 4, vocab: 1024, T: 256 }),
+    loraOverFull({ layers: 2, hidden: 512, inside: 1376, heads: 8, kvHeads: 4, vocab: 1024, T: 256 }),
     ...ladders(patient ? 2048 : 256),
   ];
   return all.filter(({ flops, group }) => flops <= limit * stepsOf(group));
 }
 
 /** A training step is three products. */
-const stepsOf = (group: string | undefined): number => LOW_RANK_SLACK * (group === "lora-step" ? 3 : 1);
+const stepsOf = (group: string | undefined): number => LOW_RANK_SLACK * (group?.endsWith("step") ? 3 : 1);
 
 function quickContests(): SizedContest[] {
   const sizes = { M: 128, N: 128, K: 128, r: 16 };
+  const tiny = { layers: 2, hidden: 64, inside: 96, heads: 4, kvHeads: 2, vocab: 128, T: 32 };
   return [
     ...LAYOUTS.map((layout) => square(layout, 128)),
     linear(1, 576, 576),
@@ -76,6 +80,8 @@ function quickContests(): SizedContest[] {
     loraStep(sizes),
     addition(256, 256),
     rowSum(256, 256),
+    llamaStep(tiny),
+    loraOverFull(tiny),
     ...ladders(128),
   ];
 }

@@ -78,6 +78,8 @@ const GROUPS: Readonly<Record<string, string>> = {
   "lora-forward": "LoRA, forward",
   "lora-backward": "LoRA, backward",
   "lora-step": "LoRA, forward and backward",
+  "llama-step": "A training step of LoRA",
+  "llama-full-step": "A training step of all weights, and of LoRA",
   bandwidth: "Elementwise and reductions",
 };
 

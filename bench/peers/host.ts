@@ -1,5 +1,6 @@
 /** Opens the peers where ours runs, on the same adapter. */
 import type { Gpu } from "../../src/gpu/gpu.ts";
+import { memoryOf } from "./memory.ts";
 import type { Peer, PeerHost, PeerSource } from "./peer.ts";
 
 export interface PeerReport {
@@ -27,13 +28,34 @@ export async function openPeers(gpu: Gpu, sources: readonly PeerSource[]): Promi
   for (const { name, open } of sources)
     try {
       await expectSameAdapter(gpu);
-      const peer = await open(host);
+      const peer = countingMemory(await open(host));
       peers.push(peer);
       reports.push({ name, version: peer.version, ok: true });
     } catch (error) {
       reports.push({ name, version: "", ok: false, reason: String(error) });
     }
   return { peers, reports, close };
+}
+
+/** The peer, whose cases tell what memory they took. */
+function countingMemory(peer: Peer): Peer {
+  const device = peer.device?.();
+  if (!device) return peer;
+  const memory = memoryOf(device);
+  return {
+    ...peer,
+    prepare: async (work) => {
+      const before = memory.live;
+      let peak: number | undefined;
+      memory.restart();
+      const prepared = await peer.prepare(work);
+      const read: typeof prepared.read = () => {
+        peak ??= memory.peak - before; // what reading takes is not the work's
+        return prepared.read();
+      };
+      return { ...prepared, read, peakBytes: () => peak };
+    },
+  };
 }
 
 /** Peers open the adapter themselves; it must be the one that ours is on. */

@@ -1,5 +1,6 @@
 /** The peer jax-js: a jitted function per piece of work. Its arrays are counted: a use consumes one, `.ref` keeps it. */
 import type { Array as JaxArray } from "@jax-js/jax";
+import { llamaStep } from "./jax-js-llama.ts";
 import {
   type HostMatrix,
   importError,
@@ -10,7 +11,7 @@ import {
   packageVersion,
 } from "./peer.ts";
 
-type Jax = typeof import("@jax-js/jax");
+export type Jax = typeof import("@jax-js/jax");
 
 export const jaxJs: PeerSource = {
   name: "jax-js",
@@ -22,12 +23,14 @@ export const jaxJs: PeerSource = {
     return {
       name: "jax-js",
       version: await packageVersion(host, "@jax-js/jax"),
+      device: () => jax.getWebGPUDevice(),
       prepare: (work) => prepare(jax, work),
     };
   },
 };
 
 async function importJax(): Promise<Jax> {
+  lendIteratorHelpers();
   try {
     return await import("@jax-js/jax");
   } catch (error) {
@@ -35,9 +38,23 @@ async function importJax(): Promise<Jax> {
   }
 }
 
+/** `einsum`, which its attention is made of, maps and filters iterators: Node can from 22 on. */
+function lendIteratorHelpers(): void {
+  const prototype = Object.getPrototypeOf(Object.getPrototypeOf([].values())) as object;
+  if ("map" in prototype) return;
+  function* map<T, U>(this: Iterable<T>, f: (value: T) => U): Generator<U> {
+    for (const value of this) yield f(value);
+  }
+  function* filter<T>(this: Iterable<T>, f: (value: T) => boolean): Generator<T> {
+    for (const value of this) if (f(value)) yield value;
+  }
+  for (const helper of [map, filter])
+    Object.defineProperty(prototype, helper.name, { configurable: true, writable: true, value: helper });
+}
+
 async function prepare(jax: Jax, work: PeerWork): Promise<PeerCase> {
   const { operands, results, f } = program(jax, work);
-  const inputs = await Promise.all(operands.map((matrix) => upload(jax, matrix)));
+  const inputs = await Promise.all(operands.map((operand) => upload(jax, operand)));
   const compiled = jax.jit(f);
   let outputs: JaxArray[] = [];
   const drop = (): void => {
@@ -54,6 +71,7 @@ async function prepare(jax: Jax, work: PeerWork): Promise<PeerCase> {
     finish: () => jax.getWebGPUDevice().queue.onSubmittedWorkDone() as Promise<void>,
     read: async () => {
       const values = await Promise.all(outputs.map((output) => output.ref.data()));
+      if (typeof results === "function") return results(values);
       return Object.fromEntries(results.map((name, i) => [name, values[i] ?? new Float32Array()]));
     },
     dispose: () => {
@@ -64,9 +82,10 @@ async function prepare(jax: Jax, work: PeerWork): Promise<PeerCase> {
   };
 }
 
-interface Program {
-  readonly operands: readonly HostMatrix[];
-  readonly results: readonly string[];
+export interface Program {
+  readonly operands: readonly (HostMatrix | Int32Array<ArrayBuffer>)[];
+  /** The names of what `f` gives, or what is made of it. */
+  readonly results: readonly string[] | ((values: Float32Array[]) => Record<string, Float32Array>);
   readonly f: (...args: JaxArray[]) => JaxArray[];
 }
 
@@ -105,8 +124,13 @@ function program(jax: Jax, work: PeerWork): Program {
       return { operands: [work.x, work.z], results: ["y"], f: ((...[x, z]: Args) => [x.add(z)]) as Program["f"] };
     case "row-sum":
       return { operands: [work.x], results: ["y"], f: ((...[x]: Args) => [sum(x, 1)]) as Program["f"] };
+    case "llama-step":
+      return llamaStep(jax, work);
   }
 }
 
-const upload = (jax: Jax, { values, rows, columns }: HostMatrix): Promise<JaxArray> =>
-  jax.numpy.array(values, { shape: [rows, columns] }).blockUntilReady();
+function upload(jax: Jax, operand: HostMatrix | Int32Array<ArrayBuffer>): Promise<JaxArray> {
+  const { array } = jax.numpy;
+  if (operand instanceof Int32Array) return array(operand, { shape: [operand.length] }).blockUntilReady();
+  return array(operand.values, { shape: [operand.rows, operand.columns] }).blockUntilReady();
+}

@@ -35,6 +35,7 @@ export const onnxruntimeWeb: PeerSource = {
     return {
       name: "ort-web",
       version: await packageVersion(host, "onnxruntime-web"),
+      device: () => device,
       prepare: (work) => prepare(ort, device, work),
     };
   },
@@ -152,6 +153,8 @@ function program(work: PeerWork): Program {
       const { operands, graph } = graphOf({ x }, { y: [x.rows] }, [node]);
       return { operands, graph: { ...graph, axes: { axis: [1] } } };
     }
+    case "llama-step":
+      throw new Error("has no gradients: its backward pass would have to be written by hand, node by node");
   }
 }
 

@@ -19,6 +19,66 @@ interface Layer {
   readonly scale: number;
 }
 
+/**
+ * One training step of LoRA on a Llama of which everything else is frozen, from given A and B and with moments that are zero: the mean
+ * cross-entropy of the next token, its gradients by A and B, their global norm, and AdamW without decay. Causal, one row of T tokens,
+ * grouped-query attention, RoPE on the pairs (i, i + D/2), the embedding as output projection.
+ *
+ * Results: "loss", "grad norm", "adapter" (every A and B after the step, one behind the other), and for each of `gradients` what its
+ * name says, divided by its unit.
+ */
+export interface LlamaStep {
+  readonly layers: number;
+  readonly heads: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+  readonly rmsNormEps: number;
+  /** By Hugging Face name; a norm's is a row. */
+  readonly weights: ReadonlyMap<string, HostMatrix>;
+  /** A [r,K] and B [N,r] of every linear layer, by the name of its module. */
+  readonly adapter: ReadonlyMap<string, { readonly A: HostMatrix; readonly B: HostMatrix }>;
+  /** What B·A is multiplied by. */
+  readonly scale: number;
+  /** [T] */
+  readonly ids: Int32Array<ArrayBuffer>;
+  /** [T, D/2] */
+  readonly cos: HostMatrix;
+  readonly sin: HostMatrix;
+  readonly adamw: {
+    readonly learningRate: number;
+    readonly beta1: number;
+    readonly beta2: number;
+    readonly eps: number;
+  };
+  /** "A of …" or "B of …" and a module's name, each with its unit: the root mean square of the gradient, so that errors are seen. */
+  readonly gradients: ReadonlyMap<string, number>;
+}
+
+/** Every A and B with its name, in the order of "adapter". */
+export const parametersOf = ({ adapter }: Pick<LlamaStep, "adapter">): [name: string, HostMatrix][] =>
+  [...adapter].flatMap(([module, { A, B }]) => [
+    [`A of ${module}`, A],
+    [`B of ${module}`, B],
+  ]);
+
+/** The results of a step from what was computed: every A and B after it in the order of `parametersOf`, and the gradients by name. */
+export function llamaResults(
+  { gradients }: LlamaStep,
+  loss: Float32Array,
+  norm: Float32Array,
+  parameters: readonly Float32Array[],
+  gradientOf: ReadonlyMap<string, Float32Array>,
+): Record<string, Float32Array> {
+  const adapter = new Float32Array(parameters.reduce((size, { length }) => size + length, 0));
+  let at = 0;
+  for (const values of parameters) {
+    adapter.set(values, at);
+    at += values.length;
+  }
+  const named = [...gradients].map(([name, unit]) => [name, gradientOf.get(name)?.map((g) => g / unit)] as const);
+  return { loss, "grad norm": norm, adapter, ...Object.fromEntries(named.flatMap(([n, g]) => (g ? [[n, g]] : []))) };
+}
+
 /** One piece of work, with the names of its results. Letters and layouts are those of the engine. */
 export type PeerWork =
   /** y = op(x)·op(w): "nn", "nt" or "tn". */
@@ -30,7 +90,8 @@ export type PeerWork =
   /** y = x + z. */
   | { readonly op: "add"; readonly x: HostMatrix; readonly z: HostMatrix }
   /** y [rows], the sum of each row of x. */
-  | { readonly op: "row-sum"; readonly x: HostMatrix };
+  | { readonly op: "row-sum"; readonly x: HostMatrix }
+  | ({ readonly op: "llama-step" } & LlamaStep);
 
 /** A piece of work whose operands are on the peer's device. */
 export interface PeerCase {
@@ -40,12 +101,19 @@ export interface PeerCase {
   readonly finish: () => Promise<void>;
   /** The results of the last run, by name. */
   readonly read: () => Promise<Readonly<Record<string, Float32Array>>>;
+  /**
+   * Bytes of buffers on the device at most, from `prepare` to the first `read`, beyond what the peer held before; undefined where its
+   * device is not known.
+   */
+  readonly peakBytes?: () => number | undefined;
   readonly dispose: () => void | Promise<void>;
 }
 
 export interface Peer {
   readonly name: string;
   readonly version: string;
+  /** Where it computes, so that its memory can be counted. */
+  readonly device?: () => GPUDevice;
   /** Rejects, saying why, where the peer cannot do this work. */
   readonly prepare: (work: PeerWork) => Promise<PeerCase>;
 }

@@ -9,8 +9,9 @@ import {
   type PeerWork,
   packageVersion,
 } from "./peer.ts";
+import { llamaStep } from "./tfjs-llama.ts";
 
-type Tf = typeof import("@tensorflow/tfjs-core");
+export type Tf = typeof import("@tensorflow/tfjs-core");
 
 export const tfjs: PeerSource = {
   name: "tfjs",
@@ -20,6 +21,7 @@ export const tfjs: PeerSource = {
     return {
       name: "tfjs",
       version: await packageVersion(host, "@tensorflow/tfjs-backend-webgpu"),
+      device: () => (tf.backend() as Backend).device,
       prepare: (work) => prepare(tf, work),
     };
   },
@@ -33,10 +35,8 @@ async function importTf(): Promise<Tf> {
     const tf = await import("@tensorflow/tfjs-core");
     await import("@tensorflow/tfjs-backend-webgpu"); // registers itself if navigator.gpu is there
     // The packages for Node leave the gradients out, and all of them at once cannot be imported there.
-    const { addGradConfig } = await import("@tensorflow/tfjs-core/dist/gradients/Add_grad.js");
-    const { batchMatMulGradConfig } = await import("@tensorflow/tfjs-core/dist/gradients/BatchMatMul_grad.js");
-    const { multiplyGradConfig } = await import("@tensorflow/tfjs-core/dist/gradients/Multiply_grad.js");
-    for (const config of [addGradConfig, batchMatMulGradConfig, multiplyGradConfig]) tf.registerGradient(config);
+    for (const configs of await Promise.all(GRADIENTS()))
+      for (const config of Object.values(configs)) tf.registerGradient(config);
     return tf;
   } catch (error) {
     throw importError(error);
@@ -45,10 +45,40 @@ async function importTf(): Promise<Tf> {
   }
 }
 
+const GRADIENTS = (): Promise<object>[] => [
+  import("@tensorflow/tfjs-core/dist/gradients/Add_grad.js"),
+  import("@tensorflow/tfjs-core/dist/gradients/BatchMatMul_grad.js"),
+  import("@tensorflow/tfjs-core/dist/gradients/Concat_grad.js"),
+  import("@tensorflow/tfjs-core/dist/gradients/Mean_grad.js"),
+  import("@tensorflow/tfjs-core/dist/gradients/Multiply_grad.js"),
+  import("@tensorflow/tfjs-core/dist/gradients/RealDiv_grad.js"),
+  import("@tensorflow/tfjs-core/dist/gradients/Reshape_grad.js"),
+  import("@tensorflow/tfjs-core/dist/gradients/Rsqrt_grad.js"),
+  import("@tensorflow/tfjs-core/dist/gradients/Sigmoid_grad.js"),
+  import("@tensorflow/tfjs-core/dist/gradients/Slice_grad.js"),
+  import("@tensorflow/tfjs-core/dist/gradients/Softmax_grad.js"),
+  import("@tensorflow/tfjs-core/dist/gradients/SplitV_grad.js"),
+  import("@tensorflow/tfjs-core/dist/gradients/Square_grad.js"),
+  import("@tensorflow/tfjs-core/dist/gradients/Sub_grad.js"),
+  import("@tensorflow/tfjs-core/dist/gradients/Sum_grad.js"),
+  import("@tensorflow/tfjs-core/dist/gradients/Transpose_grad.js"),
+];
+
 async function prepare(tf: Tf, work: PeerWork): Promise<PeerCase> {
+  if (work.op === "llama-step") return stepCase(tf, work);
   const { operands, f } = program(tf, work);
-  const backend = tf.backend() as Backend;
   const inputs = operands.map(({ values, rows, columns }) => tf.tensor2d(values, [rows, columns]));
+  return caseOf(tf, inputs, () => f(...(inputs as Inputs)));
+}
+
+function stepCase(tf: Tf, work: Extract<PeerWork, { op: "llama-step" }>): PeerCase {
+  const { inputs, f, results } = llamaStep(tf, work);
+  const prepared = caseOf(tf, inputs, f);
+  return { ...prepared, read: async () => results(await prepared.read()) };
+}
+
+function caseOf(tf: Tf, inputs: readonly Tensor[], f: () => Readonly<Record<string, Tensor>>): PeerCase {
+  const backend = tf.backend() as Backend;
   let outputs: Readonly<Record<string, Tensor>> = {};
   const drop = (): void => {
     for (const output of Object.values(outputs)) output.dispose();
@@ -57,7 +87,7 @@ async function prepare(tf: Tf, work: PeerWork): Promise<PeerCase> {
   return {
     run: () => {
       drop();
-      outputs = tf.tidy(() => f(...(inputs as Inputs)));
+      outputs = tf.tidy(f);
     },
     finish: async () => {
       backend.endComputePassEncoder();
@@ -82,7 +112,7 @@ interface Program {
   readonly f: (...inputs: Inputs) => Readonly<Record<string, Tensor>>;
 }
 
-function program(tf: Tf, work: PeerWork): Program {
+function program(tf: Tf, work: Exclude<PeerWork, { op: "llama-step" }>): Program {
   switch (work.op) {
     case "matmul": {
       const [xT, wT] = [work.layout === "tn", work.layout === "nt"];

@@ -1,7 +1,16 @@
 import { expect, test } from "vitest";
 import { type Contest, measure, type Settings } from "../../bench/harness.ts";
 import { openPeers } from "../../bench/peers/host.ts";
-import type { Peer, PeerCase, PeerSource } from "../../bench/peers/peer.ts";
+import { memoryOf } from "../../bench/peers/memory.ts";
+import {
+  type HostMatrix,
+  type LlamaStep,
+  llamaResults,
+  type Peer,
+  type PeerCase,
+  type PeerSource,
+  parametersOf,
+} from "../../bench/peers/peer.ts";
 import { summarize } from "../../bench/summary.ts";
 import { openGpu } from "../../src/gpu/gpu.ts";
 import { sum2 } from "../../src/kernels/axpy.ts";
@@ -149,4 +158,92 @@ test("the summary compares ours with the fastest peer of each contest and takes 
     ahead: 1,
   });
   expect(summarize([])).toEqual({ rows: [], geomean: null, ahead: 0 });
+});
+
+test("a device's memory is what was made and not destroyed, and the most there was since it was last asked anew", async () => {
+  const { device } = await opened;
+  const memory = memoryOf(device);
+  const before = memory.live;
+  const make = (size: number): GPUBuffer => device.createBuffer({ size, usage: 0x80 });
+  const [a, b] = [make(1024), make(512)];
+  expect(memory.live - before).toBe(1536);
+  a.destroy();
+  a.destroy();
+  expect([memory.live - before, memory.peak - before]).toEqual([512, 1536]);
+  memory.restart();
+  expect(memory.peak - before).toBe(512);
+  b.destroy();
+  expect(memory.live).toBe(before);
+  expect(memoryOf(device)).toBe(memory);
+});
+
+test("a peer's case says what memory it took until its results were first read, and it is in the report where ours is", async () => {
+  const { settings, peer, clock } = fake();
+  const gpu = await opened;
+  const { device } = gpu;
+  const make = (size: number): GPUBuffer => device.createBuffer({ size, usage: 0x80 });
+  const held = make(4096); // before: not this case's
+  const rival: Peer = { ...peer("rival"), device: () => device };
+  const source = {
+    ...rival,
+    prepare: async (): Promise<PeerCase> => {
+      const x = make(256);
+      const prepared = await rival.prepare({ op: "add", x: host, z: host });
+      return {
+        ...prepared,
+        run: () => {
+          prepared.run();
+          make(128).destroy();
+        },
+        read: async () => {
+          make(65_536).destroy();
+          return { y: VALUES.map((v) => 2 * v) };
+        },
+        dispose: () => x.destroy(),
+      };
+    },
+  };
+  const { peers, close } = await openPeers(gpu, [{ name: "rival", open: async () => source }]);
+  close();
+  const contest = addition(clock);
+  const counted: Contest = {
+    ...contest,
+    setup: (on) => {
+      const prepared = contest.setup(on);
+      return { ...prepared, cases: prepared.cases.map((one) => ({ ...one, peakBytes: 99 })) };
+    },
+  };
+  const results = await measure(gpu, counted, settings, peers);
+  expect(results).toMatchObject([
+    { name: "ours", peakBytes: 99 },
+    { name: "rival", peakBytes: 384 },
+  ]);
+  const [, uncounted] = await measure(gpu, contest, settings, peers);
+  expect(uncounted).not.toHaveProperty("peakBytes");
+  held.destroy();
+});
+
+test("results of a Llama's step: all of the adapter in one, and gradients in their units", () => {
+  const row = (...values: number[]): HostMatrix => ({
+    rows: 1,
+    columns: values.length,
+    values: new Float32Array(values),
+  });
+  const adapter = new Map([["q", { A: row(1, 2), B: row(3) }]]);
+  const work = { adapter, gradients: new Map([["B of q", 4]]) } as unknown as LlamaStep;
+  expect(parametersOf(work).map(([name]) => name)).toEqual(["A of q", "B of q"]);
+  const [loss, norm, A, B] = [5, 6, 7, 8].map((value) => new Float32Array([value])) as [
+    Float32Array,
+    ...Float32Array[],
+  ];
+  const gradients = new Map([
+    ["A of q", new Float32Array(2)],
+    ["B of q", new Float32Array([2])],
+  ]);
+  expect(llamaResults(work, loss, norm as Float32Array, [A, B] as Float32Array[], gradients)).toEqual({
+    loss,
+    "grad norm": norm,
+    adapter: new Float32Array([7, 8]),
+    "B of q": new Float32Array([0.5]),
+  });
 });
