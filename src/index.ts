@@ -73,5 +73,5 @@ export {
   profileTable,
 } from "./train/profile.ts";
 export { type Schedule, scheduleFactor } from "./train/schedule.ts";
-export { type StepResult, TrainingStep, type TrainingStepOptions } from "./train/step.ts";
-export { type HasTrainingMode, type StepMetrics, type TrainOptions, train } from "./train/trainer.ts";
+export { type HasTrainingMode, type StepResult, TrainingStep, type TrainingStepOptions } from "./train/step.ts";
+export { type StepMetrics, type TrainOptions, train } from "./train/trainer.ts";

@@ -79,7 +79,8 @@ export const isSeed = (dy: Tensor): boolean => seeds.has(dy);
 /**
  * The gradients of y, weighted by dy, with respect to every leaf that requires one. The graph is consumed.
  *
- * dy has y's shape; for a single number it is 1 unless given. Throws ShapeError otherwise.
+ * dy has y's shape; for a single number it is 1 unless given. Several may be views of one tensor: release all at once. Throws ShapeError
+ * unless dy fits.
  */
 export function backward(y: Tensor, dy?: Tensor): Gradients {
   if (!dy && y.size !== 1) throw new ShapeError(`backward: dy is needed unless y is one number, got y [${y.shape}]`);

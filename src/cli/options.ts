@@ -64,6 +64,11 @@ export function loraOptions(command: string): Option[] {
       holds: (x) => Number.isFinite(x) && x > 0,
       preset: 32,
     }),
+    numeric(command, "--dropout <p>", "share of what the adapter reads that is dropped in training", {
+      rule: "a number of at least 0 and below 1",
+      holds: (x) => x >= 0 && x < 1,
+      preset: 0,
+    }),
     new Option("--target-modules <which>", "all-linear, names separated by commas, or /regular expression/")
       .argParser(parseTargets)
       .default("all-linear"),

@@ -25,6 +25,7 @@ interface PlanArguments extends Omit<RunSize, "maxLength"> {
   readonly rank: number;
   readonly alpha: number;
   readonly targetModules: LoraConfig["targetModules"];
+  readonly dropout: number;
   readonly maxLength?: number;
   readonly budget?: number;
   readonly json?: boolean;
@@ -72,7 +73,7 @@ function planOf(gpu: Gpu, config: LlamaConfig, adapter: LoraConfig | string, siz
       const model = new Llama(dry, config, weights);
       model.checkpointing = size.checkpointing;
       const attached = typeof adapter === "string" ? await loadPeftFrom(model, adapter) : attachLora(model, adapter);
-      return { model, parameters: attached.parameters };
+      return { model, parameters: attached.parameters, adapter: attached };
     },
     size,
   );
@@ -140,11 +141,11 @@ const parts = ({ weights, trained, gradients, optimizer, activations }: MemoryPl
   `weights ${bytes(weights)}, adapter ${bytes(trained)}, gradients ${bytes(gradients)}, optimizer ${bytes(optimizer)}, activations ${bytes(activations)}`;
 
 async function run(options: PlanArguments): Promise<void> {
-  const { rank: r, alpha, targetModules, batchSize, gradAccumulation, checkpointing = false } = options;
+  const { rank: r, alpha, targetModules, dropout, batchSize, gradAccumulation, checkpointing = false } = options;
   const { config } = await openReader(options.model);
   const maxLength = options.maxLength ?? Math.min(512, config.contextLength);
   const size = { batchSize, maxLength, gradAccumulation, checkpointing };
-  const adapter = { r, alpha, targetModules };
+  const adapter = { r, alpha, targetModules, dropout };
   await withGpu(async (gpu) => {
     const budget = budgetOf(gpu, options.budget);
     const plan = await planOf(gpu, config, adapter, size);

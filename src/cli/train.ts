@@ -12,7 +12,6 @@ import {
   savePeftTo,
   writeFileAtomic,
 } from "../node.ts";
-import { ShapeError } from "../tensor/errors.ts";
 import { batchesPerEpoch, longest } from "../train/batches.ts";
 import { byKernel, chromeTrace, type ProfiledDispatch, profilePage, profileTable } from "../train/profile.ts";
 import type { Schedule } from "../train/schedule.ts";
@@ -39,6 +38,7 @@ interface TrainArguments {
   readonly rank: number;
   readonly alpha: number;
   readonly targetModules: TargetModules;
+  readonly dropout: number;
   readonly steps?: number;
   readonly epochs?: number;
   readonly batchSize: number;
@@ -94,11 +94,16 @@ export function trainCommand(): Command {
     .addOption(amount(name, "--weight-decay <x>", "decoupled weight decay", 0))
     .addOption(amount(name, "--max-grad-norm <x>", "scale gradients down to this norm; 0: never", 1))
     .addOption(maxLengthOption(name))
-    .addOption(whole(name, "--seed <n>", "seed of the adapter's start and of the order of the rows", 0, 0))
+    .addOption(whole(name, "--seed <n>", "seed of the adapter's start, of the order of the rows and of dropout", 0, 0))
     .option("--no-shuffle", "keep the order of the file")
     .option("--tune", "first time the kernels on this device and keep the fastest for all later runs")
     .addOption(
-      new Option("--init-adapter <dir>", "go on from this adapter").conflicts(["rank", "alpha", "targetModules"]),
+      new Option("--init-adapter <dir>", "go on from this adapter").conflicts([
+        "rank",
+        "alpha",
+        "targetModules",
+        "dropout",
+      ]),
     )
     .addOption(whole(name, "--save-every <n>", "save the adapter after every so many steps, too", 1))
     .option(
@@ -118,8 +123,8 @@ async function run(options: TrainArguments): Promise<void> {
   const perEpoch = batchesPerEpoch({ rows: rows.length, batchSize });
   const steps = options.steps ?? Math.ceil(((options.epochs ?? 1) * perEpoch) / gradAccumulation);
 
-  const { rank: r, alpha, targetModules, checkpointing = false, saveEvery } = options;
-  const adapterPlan = options.initAdapter ?? { r, alpha, targetModules };
+  const { rank: r, alpha, targetModules, dropout, checkpointing = false, saveEvery } = options;
+  const adapterPlan = options.initAdapter ?? { r, alpha, targetModules, dropout };
   const size = {
     batchSize: Math.min(batchSize, rows.length),
     gradAccumulation,
@@ -157,7 +162,7 @@ async function run(options: TrainArguments): Promise<void> {
     let good: number | undefined;
     let skipped = 0;
     const save = async (): Promise<string> => {
-      if (!good) return "no step was done: no adapter was saved";
+      if (!good) return "no step is known to be done: no adapter was saved";
       await savePeftTo(adapter, options.out, options.model);
       return `the adapter of step ${good} is saved in ${options.out}`;
     };
@@ -165,6 +170,8 @@ async function run(options: TrainArguments): Promise<void> {
       const training = train({
         model,
         parameters,
+        adapter,
+        seed,
         rows,
         steps,
         batchSize,
@@ -244,16 +251,11 @@ const lost = (saved: number | undefined, out: string): string =>
     ? "the adapter could not be saved: what was trained is lost. Use --save-every to keep some of it"
     : `the adapter of step ${saved} is in ${out}, whole. Go on from it with --init-adapter ${out}`;
 
-async function startAdapter(model: Llama, options: TrainArguments): Promise<LoraAdapter> {
-  const { rank: r, alpha, targetModules, initAdapter, seed } = options;
-  if (initAdapter === undefined) return attachLora(model, { r, alpha, targetModules }, seed);
-  const adapter = await loadPeftFrom(model, initAdapter);
-  const { dropout = 0 } = adapter.config;
-  if (dropout > 0)
-    throw new ShapeError(
-      `train: the adapter of --init-adapter must have lora_dropout 0, got ${dropout} in ${initAdapter}. Dropout is not supported yet: set "lora_dropout" to 0 in its adapter_config.json to go on without`,
-    );
-  return adapter;
+function startAdapter(model: Llama, options: TrainArguments): LoraAdapter | Promise<LoraAdapter> {
+  const { rank: r, alpha, targetModules, dropout, initAdapter, seed } = options;
+  return initAdapter === undefined
+    ? attachLora(model, { r, alpha, targetModules, dropout }, seed)
+    : loadPeftFrom(model, initAdapter);
 }
 
 interface Outcome {

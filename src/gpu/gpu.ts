@@ -264,11 +264,15 @@ export class Gpu {
     return buffer;
   }
 
-  /** Gives buffers back to the pool, each once. They may be handed out again at once: the queue keeps the order. */
+  /**
+   * Gives buffers back to the pool, each once. They may be handed out again at once: the queue keeps the order. Views go with what they
+   * are views of: throws GpuError for one that comes without.
+   */
   release(...buffers: readonly HasBuffer[]): void {
-    for (const { offsetBytes } of buffers)
-      if (offsetBytes) throw new GpuError("release: a view goes with what it is a view of, got one. Release that");
-    for (const buffer of new Set(buffers.map((held) => held.buffer))) {
+    const whole = new Set(buffers.flatMap(({ buffer, offsetBytes }) => (offsetBytes ? [] : [buffer])));
+    if (buffers.some(({ buffer }) => !whole.has(buffer)))
+      throw new GpuError("release: a view goes with what it is a view of, got one alone. Release that");
+    for (const buffer of whole) {
       for (const scope of this.#scopes) scope.owned.delete(buffer);
       this.#recycle(buffer);
     }

@@ -38,10 +38,10 @@ export interface LoraDy {
  * v = s·dy·B and dB = s·dyᵀ·u: what a LoRA layer's backward pass needs of dy beside dx, in two dispatches that read dy once, or by
  * two products where those are the cheaper way.
  *
- * dy [...,N], B [N,R], u [...,R]; leading axes are rows. f32. Ranks above 64 are computed apart. Throws ShapeError if the shapes do
- * not fit.
+ * dy [...,N], B [N,R], u [...,R]; leading axes are rows. f32. v goes to `out`, of its shape, if that is given. Ranks above 64 are computed
+ * apart. Throws ShapeError if the shapes do not fit.
  */
-export function loraDy(dy: Tensor, B: Tensor, u: Tensor, s: number, plan?: LoraDyPlan): LoraDy {
+export function loraDy(dy: Tensor, B: Tensor, u: Tensor, s: number, plan?: LoraDyPlan, out?: Tensor): LoraDy {
   const { gpu } = dy;
   const [M, N] = dims2("loraDy", "dy", dy);
   const [, R] = dims2("loraDy", "B", B);
@@ -49,6 +49,7 @@ export function loraDy(dy: Tensor, B: Tensor, u: Tensor, s: number, plan?: LoraD
   if (u.shape.length !== 2) expectShape("loraDy", "u must be [...,R]", u, [...dy.shape.slice(0, -1), R]);
   else expectShape("loraDy", "u must be [M,R]", u, [M, R]);
   for (const [name, t] of Object.entries({ dy, B, u })) expectDType("loraDy", name, t, "f32");
+  if (out) expectShape("loraDy", "out must be [...,R]", out, [...dy.shape.slice(0, -1), R]);
   const shape = { M, N, R };
   const chosen =
     plan ??
@@ -57,15 +58,23 @@ export function loraDy(dy: Tensor, B: Tensor, u: Tensor, s: number, plan?: LoraD
       trial: () => trial(gpu, shape),
     })) ??
     defaultLoraDyPlan(gpu, shape);
-  return run(chosen, dy, B, u, s, shape);
+  return run(chosen, dy, B, u, s, shape, out);
 }
 
-function run(plan: LoraDyPlan, dy: Tensor, B: Tensor, u: Tensor, s: number, { M, N, R }: LoraDyShape): LoraDy {
+function run(
+  plan: LoraDyPlan,
+  dy: Tensor,
+  B: Tensor,
+  u: Tensor,
+  s: number,
+  { M, N, R }: LoraDyShape,
+  out?: Tensor,
+): LoraDy {
   const { gpu } = dy;
   if (!("rows" in plan) || R > MOST_RANK || M * N * R === 0) {
     const flat = view(dy, [M, N]);
     return {
-      v: matmul(dy, B, "nn", { scale: s }),
+      v: matmul(dy, B, "nn", { scale: s, ...(out && { out }) }),
       dB: matmul(flat, view(u, [M, R]), "tn", { scale: s }),
     };
   }
@@ -73,7 +82,7 @@ function run(plan: LoraDyPlan, dy: Tensor, B: Tensor, u: Tensor, s: number, { M,
   const ragged = N % 4 !== 0 || R % 4 !== 0;
   return gpu.scope(() => {
     const parts = empty(gpu, [partials], "loraDy");
-    const v = empty(gpu, [...dy.shape.slice(0, -1), R], "loraDy");
+    const v = out ?? empty(gpu, [...dy.shape.slice(0, -1), R], "loraDy");
     const dB = empty(gpu, [N, R], "loraDy");
     loraDyKernel(
       gpu,

@@ -14,6 +14,8 @@ export interface MatmulShape {
   readonly R: number;
   readonly batch: number;
   readonly format: "f32" | PackedFormat;
+  /** Of x or y, where their columns lie in blocks. */
+  readonly isBlocked?: boolean;
 }
 
 export interface MatmulPlan {
@@ -145,12 +147,14 @@ export function unitsTile({ UM = 1, UN = 1, TM = 1, TN = 1, WX = 1, WY = 1 }: Tu
 }
 
 /** False if the plan cannot compute such a product: `matmul-units.wgsl` takes whole tiles only. */
-export function suits({ family, tuned }: MatmulPlan, { layout, M, N, K, R, batch, format }: MatmulShape): boolean {
+export function suits({ family, tuned }: MatmulPlan, shape: MatmulShape): boolean {
   if (family !== "units") return true;
+  const { layout, M, N, K, R, batch, format, isBlocked = false } = shape;
   const tile = unitsTile(tuned);
   const { BK = 1, BUFFERS = 2 } = tuned;
   return (
     batch === 1 &&
+    !isBlocked &&
     (format === "f32" || format === "f16") &&
     M % tile.M === 0 &&
     N % tile.N === 0 &&

@@ -22,6 +22,7 @@ struct Dims {
   s: f32, c: f32,
   x_batch: u32, w_batch: u32,  // elements from one batch to the next; 0 repeats the operand
   group_bits: u32,             // 2^group_bits elements of w share a scale: parts/weight-*.wgsl
+  block: u32, block_size: u32, // of columns: parts/blocked.wgsl
 }
 @group(0) @binding(0) var<uniform> d: Dims;
 @group(0) @binding(1) var<storage, read> x: array<Left>;
@@ -37,11 +38,15 @@ alias Result = vec4f;
 var<private> x0: u32;
 var<private> w0: u32;
 
+fn x_at(row: u32, column: u32) -> u32 { return x0 + row * select(d.K, d.M, X_T == 1u) + column; }
+
+fn y_at(row: u32, column: u32) -> u32 { return row * d.N + column; }
+
 // Four elements of row-major x or w from (row, column) on; zeros past the last k. Rows of x (columns of w) past the end repeat
 // earlier ones and are not written.
 fn x4(row: u32, column: u32) -> vec4f {
-  if (X_T == 1u) { return select(vec4f(), x[(x0 + min(row, d.K - 1u) * d.M + min(column, d.M - 4u)) / 4u], row < d.K); }
-  return x[(x0 + min(row, d.M - 1u) * d.K + column) / 4u];
+  if (X_T == 1u) { return select(vec4f(), x[x_at(min(row, d.K - 1u), min(column, d.M - 4u)) / 4u], row < d.K); }
+  return x[x_at(min(row, d.M - 1u), column) / 4u];
 }
 
 fn w4(row: u32, column: u32) -> vec4f {
@@ -59,7 +64,7 @@ fn b1(k: u32, column: u32) -> f32 {
 // What becomes of a finished element: parts/epilogue.wgsl.
 fn finish(value: f32, row: u32, column: u32) -> f32 { return value; }
 
-fn store(row: u32, column: u32, value: vec4f) { y[(row * d.N + column) / 4u] = value; }
+fn store(row: u32, column: u32, value: vec4f) { y[y_at(row, column) / 4u] = value; }
 
 @compute @workgroup_size(WX, WY)
 fn main(@builtin(global_invocation_id) id: vec3u) {

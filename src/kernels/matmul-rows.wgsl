@@ -15,7 +15,8 @@ override LOW_RANK: u32 = 1;  // 0 where R is 0: less to compile
 struct Dims {
   M: u32, N: u32, K: u32, R: u32,
   s: f32, c: f32,
-  group_bits: u32,  // 2^group_bits elements of w share a scale: parts/weight-*.wgsl
+  group_bits: u32,              // 2^group_bits elements of w share a scale: parts/weight-*.wgsl
+  block: u32, block_size: u32,  // of columns: parts/blocked.wgsl
 }
 @group(0) @binding(0) var<uniform> d: Dims;
 @group(0) @binding(1) var<storage, read> x: array<Left>;
@@ -31,8 +32,12 @@ const x0 = 0u;
 const w0 = 0u;
 var<workgroup> sums: array<f32, TILE * WG>;
 
+fn x_at(row: u32, column: u32) -> u32 { return row * d.K + column; }
+
+fn y_at(row: u32, column: u32) -> u32 { return row * d.N + column; }
+
 // Four elements from (row, column) on. Rows past the end repeat the last one and are not written.
-fn x4(row: u32, column: u32) -> vec4f { return x[(min(row, d.M - 1u) * d.K + column) / 4u]; }
+fn x4(row: u32, column: u32) -> vec4f { return x[x_at(min(row, d.M - 1u), column) / 4u]; }
 
 fn w4(row: u32, column: u32) -> vec4f { return widen((min(row, d.N - 1u) * d.K + column) / 4u); }
 
@@ -84,6 +89,6 @@ fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_index) thr
   for (var e = thread; e < TILE; e += WG) {
     let i = tile.y * TM + e / TN;
     let j = tile.x * TN + e % TN;
-    if (i < d.M && j < d.N) { y[i * d.N + j] = finish(d.s * sums[e * WG], i, j); }
+    if (i < d.M && j < d.N) { y[y_at(i, j)] = finish(d.s * sums[e * WG], i, j); }
   }
 }

@@ -35,6 +35,7 @@ struct Dims {
   x_batch: u32, w_batch: u32,  // elements from one batch to the next; 0 repeats the operand
   splits: u32,
   group_bits: u32,                  // 2^group_bits elements of w share a scale: parts/weight-*.wgsl
+  block: u32, block_size: u32,      // of columns: parts/blocked.wgsl
 }
 @group(0) @binding(0) var<uniform> d: Dims;
 @group(0) @binding(1) var<storage, read> x: array<Left>;
@@ -52,11 +53,15 @@ var<workgroup> stage: array<Staged, BK * ROW>;
 var<private> x0: u32;
 var<private> w0: u32;
 
+fn x_at(row: u32, column: u32) -> u32 { return x0 + row * select(d.K, d.M, X_T == 1u) + column; }
+
+fn y_at(row: u32, column: u32) -> u32 { return row * d.N + column; }
+
 // Four elements of row-major x, w, u or b from (row, column) on; zeros outside the matrix.
 fn x4(row: u32, column: u32) -> vec4f {
   let size = select(vec2u(d.M, d.K), vec2u(d.K, d.M), X_T == 1u);
   if (row >= size.x || column >= size.y) { return vec4f(); }
-  return x[(x0 + row * size.y + column) / 4u];
+  return x[x_at(row, column) / 4u];
 }
 
 fn w4(row: u32, column: u32) -> vec4f {
@@ -122,7 +127,7 @@ fn prepare(thread: u32) {}
 // What becomes of a finished element: parts/epilogue.wgsl.
 fn finish(value: f32, row: u32, column: u32) -> f32 { return value; }
 
-fn store(row: u32, column: u32, value: vec4f) { y[(row * d.N + column) / 4u] = value; }
+fn store(row: u32, column: u32, value: vec4f) { y[y_at(row, column) / 4u] = value; }
 
 @compute @workgroup_size(WX, WY)
 fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_id) thread: vec3u, @builtin(local_invocation_index) n0: u32) {

@@ -1,8 +1,8 @@
 import type { Gpu, HasBuffer } from "../gpu/gpu.ts";
-import { defineKernel, definePart } from "../gpu/kernel.ts";
+import { defineKernel, definePart, type Part } from "../gpu/kernel.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
-import { empty, expectDType, expectShape, type Tensor } from "../tensor/tensor.ts";
+import { empty, expectDType, expectShape, type Shape, type Tensor } from "../tensor/tensor.ts";
 import { narrow16 } from "./cast.ts";
 import { defaultPlan, type MatmulPlan, type MatmulShape, plans, shapeClass, suits, unitsTile } from "./matmul-plans.ts";
 import registersSource from "./matmul-registers.wgsl";
@@ -10,6 +10,7 @@ import rowsSource from "./matmul-rows.wgsl";
 import splitsSource from "./matmul-splits.wgsl";
 import tiledSource from "./matmul-tiled.wgsl";
 import unitsSource from "./matmul-units.wgsl";
+import blockedSource from "./parts/blocked.wgsl";
 import epilogueSource from "./parts/epilogue.wgsl";
 import halfSource from "./parts/half.wgsl";
 import levelsSource from "./parts/nf4-levels.wgsl";
@@ -30,6 +31,8 @@ const NF4_LEVELS = definePart("nf4-levels", levelsSource);
 const RAGGED_X = definePart("ragged-x", raggedXSource);
 const RAGGED_W = definePart("ragged-w", raggedWSource);
 const RAGGED_Y = definePart("ragged-y", raggedYSource);
+const BLOCKED_X = definePart("blocked-x", blockedSource, ["x_at"]);
+const BLOCKED_Y = definePart("blocked-y", blockedSource, ["y_at"]);
 const HALF = definePart("half", halfSource);
 const SUBGROUP_SUMS = definePart("subgroup-sums", subgroupSumsSource);
 const EPILOGUE = [
@@ -60,6 +63,11 @@ export interface MatmulOptions {
   readonly residual?: Tensor;
   /** Where y goes, of its shape and in no operand's buffer; a new tensor unless given. */
   readonly out?: Tensor;
+  /**
+   * The columns of y, or of x under "tn", are in G blocks, each a matrix of its own: y is `out` [G,P,N/G], whose rows from the M-th on
+   * keep their content, or x is [G,P,M/G], whose rows from the K-th on are not read.
+   */
+  readonly blocked?: boolean;
   /** How to compute it, in place of the tuned or the documented default plan. */
   readonly plan?: MatmulPlan;
 }
@@ -79,8 +87,8 @@ export function matmul(
   options: MatmulOptions = {},
 ): Tensor {
   const { gpu } = x;
-  const { M, N, K, batch, shape } = sizes(x, w, layout);
-  const { lowRank } = options;
+  const { lowRank, blocked = false } = options;
+  const { M, N, K, batch, shape } = sizes(blocked && layout === "tn" ? joined(x, w) : x.shape, w, layout);
   const R = lowRank?.u.shape.at(-1) ?? 0;
   expectDType("matmul", "x", x, "f32");
   if (!isPacked(w)) expectDType("matmul", "w", w, "f32");
@@ -96,11 +104,16 @@ export function matmul(
   }
   if (options.bias) expectShape("matmul", "bias must be [N]", options.bias, [N]);
   if (options.residual) expectShape("matmul", "residual must have the shape of y", options.residual, shape);
-  if (options.out) expectShape("matmul", "out must have the shape of y", options.out, shape);
+  if (blocked && layout !== "tn") {
+    if (!options.out) throw new ShapeError("matmul: blocked columns of y need an out, got none");
+    const [G = 1, P = 0] = options.out.shape;
+    expectShape("matmul", "out must be [G,P,N/G], P at least M,", options.out, [G, Math.max(P, batch * M), N / G]);
+  } else if (options.out) expectShape("matmul", "out must have the shape of y", options.out, shape);
   const y = options.out ?? empty(gpu, shape, "matmul");
   if (y.size === 0) return y;
-  const product: MatmulShape = { layout, M, N, K, R, batch, format: isPacked(w) ? w.format : "f32" };
-  const key = `matmul ${layout} ${product.format} ${M} ${N} ${K} ${R} ${batch}`;
+  const isBlocked = blocked && (layout === "tn" ? x : y).shape[0] !== 1;
+  const product: MatmulShape = { layout, M, N, K, R, batch, format: isPacked(w) ? w.format : "f32", isBlocked };
+  const key = `matmul ${layout} ${product.format} ${M} ${N} ${K} ${R} ${batch}${isBlocked ? " blocked" : ""}`;
   const plan = options.plan ?? gpu.tuner.remember(key, () => choosePlan(gpu, product));
   if (!suits(plan, product))
     throw new ShapeError(
@@ -127,22 +140,26 @@ function run(
   x: Tensor,
   w: Tensor | PackedMatrix,
   y: Tensor,
-  { scale = 1, lowRank, bias, activation, residual }: MatmulOptions,
+  { scale = 1, lowRank, bias, activation, residual, blocked }: MatmulOptions,
 ): void {
   const { u, b } = lowRank ?? { u: x, b: x };
   const { tuned } = plan;
   const [X_T, W_T] = [layout === "tn" ? 1 : 0, layout === "nt" ? 1 : 0];
   const packed = isPacked(w) ? w : undefined;
-  const raggedParts = [
-    ...((X_T ? M : K) % 4 === 0 ? [] : [RAGGED_X]),
+  const [G = 1, P = 0, block = 0] = blocked ? (X_T ? x : y).shape : [];
+  const operandParts = [
+    ...((X_T ? M / G : K) % 4 === 0 ? [] : [RAGGED_X]),
     ...(packed || (W_T ? K : N) % 4 === 0 ? [] : [RAGGED_W]),
-    ...(plan.family === "rows" || N % 4 === 0 ? [] : [RAGGED_Y]),
+    ...(G > 1 && X_T ? [BLOCKED_X] : []),
   ];
+  const raggedY = (columns: number): readonly Part[] => (columns % 4 === 0 ? [] : [RAGGED_Y]);
+  const blockedY = G > 1 && !X_T ? [BLOCKED_Y] : [];
+  const yParts = [...raggedY(blockedY.length > 0 ? block : N), ...blockedY];
   // The kernels compute s·(x·w + c·u·b).
   const [k, s, c] = scale === 0 && lowRank ? [0, 1, lowRank.scale] : [K, scale, (lowRank?.scale ?? 0) / scale];
   const uniforms = {
     ...{ M, N, K: k, R, s, c: lowRank ? c : 0, x_batch: M * K, w_batch: K * N },
-    ...{ splits: plan.splits, group_bits: Math.log2(packed?.group ?? 1) },
+    ...{ splits: plan.splits, group_bits: Math.log2(packed?.group ?? 1), block, block_size: P * block },
   };
   const weight = packed ? weightParts(packed) : [];
   const levels = packed?.format === "nf4" ? [NF4_LEVELS] : [];
@@ -161,28 +178,32 @@ function run(
     ...{ x, w: packed?.words ?? (w as Tensor), u, b, y, scales: packed?.scales ?? x },
     ...rest,
   };
+  const addUp = (sums: Tensor, pieces: number): void => {
+    const n = batch * M * N;
+    const dims = { n, M, N, P: pieces, block, block_size: P * block };
+    splits(gpu, dims, { parts: sums, y, ...rest }, [n], finish.tuned, [...blockedY, ...finish.parts]);
+  };
   const { TM = 1, TN = 1 } = tuned;
   const LOW_RANK = R > 0 ? 1 : 0;
 
   switch (plan.family) {
     case "tiled": {
-      const P = plan.splits;
-      const parts = [...weight, ...levels, ...raggedParts, ...(plan.half ? [HALF] : [])];
-      const threads = [Math.ceil(N / TN), Math.ceil(M / TM), batch * P] as const;
+      const parts = [...weight, ...levels, ...operandParts, ...(plan.half ? [HALF] : [])];
+      const threads = [Math.ceil(N / TN), Math.ceil(M / TM), batch * plan.splits] as const;
       const variant = { ...tuned, X_T, W_T, LOW_RANK };
-      if (P === 1) {
-        tiled(gpu, uniforms, buffers, threads, { ...variant, ...finish.tuned }, [...parts, ...finish.parts]);
+      if (plan.splits === 1) {
+        tiled(gpu, uniforms, buffers, threads, { ...variant, ...finish.tuned }, [...parts, ...yParts, ...finish.parts]);
         return;
       }
       gpu.scope(() => {
-        const sums = empty(gpu, [batch, P, M, N], "matmul");
-        tiled(gpu, uniforms, { ...buffers, y: sums }, threads, variant, parts);
-        splits(gpu, { n: y.size, M, N, P }, { parts: sums, y, ...rest }, [y.size], finish.tuned, finish.parts);
+        const sums = empty(gpu, [batch, plan.splits, M, N], "matmul");
+        tiled(gpu, uniforms, { ...buffers, y: sums }, threads, variant, [...parts, ...raggedY(N)]);
+        addUp(sums, plan.splits);
       });
       return;
     }
     case "registers": {
-      const parts = [...weight, ...raggedParts, ...finish.parts];
+      const parts = [...weight, ...operandParts, ...yParts, ...finish.parts];
       const variant = { ...tuned, X_T, W_T, LOW_RANK, ...finish.tuned };
       registers(gpu, uniforms, buffers, [Math.ceil(N / TN), Math.ceil(M / TM), batch], variant, parts);
       return;
@@ -196,14 +217,13 @@ function run(
         const low = lowRank ? { u: narrow16(u, "f16"), b: narrow16(b, "f16") } : { u: left, b: left };
         const sums = hasEpilogue ? empty(gpu, y.shape, "matmul") : y;
         units(gpu, uniforms, { x: left, w: right, ...low, y: sums }, threads, { ...tuned, X_T, W_T });
-        if (hasEpilogue)
-          splits(gpu, { n: y.size, M, N, P: 1 }, { parts: sums, y, ...rest }, [y.size], finish.tuned, finish.parts);
+        if (hasEpilogue) addUp(sums, 1);
       });
       return;
     }
     case "rows": {
       const sums = plan.subgroups ? [SUBGROUP_SUMS] : [];
-      const parts = [...weight, ...levels, ...raggedParts, ...sums, ...finish.parts];
+      const parts = [...weight, ...levels, ...operandParts, ...blockedY, ...sums, ...finish.parts];
       const threads = [Math.ceil(N / TN) * (tuned.WG ?? 1), Math.ceil(M / TM), batch] as const;
       rows(gpu, uniforms, buffers, threads, { ...tuned, LOW_RANK, ...finish.tuned }, parts);
     }
@@ -243,25 +263,33 @@ function noise(sizeBytes: number): Float32Array {
   return Float32Array.from({ length: sizeBytes / 4 }, (_, i) => ((i * 2654435761) % 1024) / 1024 - 0.5);
 }
 
-function sizes(x: Tensor, w: Tensor | PackedMatrix, layout: Layout) {
+/** [K,M], what x of G blocks [G,P,M/G] is one matrix of. */
+function joined(x: Tensor, w: Tensor | PackedMatrix): Shape {
+  const [G = 1, P = 0, columns = 0] = x.shape;
+  const K = w.shape[0] ?? 0;
+  expectShape("matmul", "x must be [G,P,M/G], P at least K,", x, [G, Math.max(P, K), columns]);
+  return [K, G * columns];
+}
+
+function sizes(x: Shape, w: Tensor | PackedMatrix, layout: Layout) {
   if (layout === "tn" && isPacked(w))
     throw new ShapeError(`matmul: a packed w takes "nn" or "nt", got "tn" with w [${w.shape}]`);
-  if (x.shape.length < 2 || w.shape.length < 2)
-    throw new ShapeError(`matmul: x and w must have at least two axes, got [${x.shape}] and [${w.shape}]`);
+  if (x.length < 2 || w.shape.length < 2)
+    throw new ShapeError(`matmul: x and w must have at least two axes, got [${x}] and [${w.shape}]`);
   const [wa = 0, wb = 0] = w.shape.slice(-2);
   const [N, K] = layout === "nt" ? [wa, wb] : [wb, wa];
-  const lead = x.shape.slice(0, -2);
-  const [xa = 0, xb = 0] = x.shape.slice(-2);
+  const lead = x.slice(0, -2);
+  const [xa = 0, xb = 0] = x.slice(-2);
   const fold = w.shape.length === 2 && layout !== "tn"; // leading axes of x are more rows of one product
   const [M, xK] = layout === "tn" ? [xb, xa] : [fold ? lead.reduce((a, b) => a * b, xa) : xa, xb];
   if (xK !== K)
     throw new ShapeError(
-      `matmul: the inner sizes of "${layout}" must be equal, got x [${x.shape}] with ${xK} and w [${w.shape}] with ${K}`,
+      `matmul: the inner sizes of "${layout}" must be equal, got x [${x}] with ${xK} and w [${w.shape}] with ${K}`,
     );
   const batches = w.shape.slice(0, -2);
   if (!fold && `${batches}` !== `${lead}`)
-    throw new ShapeError(`matmul: the leading axes of x and w must be equal, got x [${x.shape}] and w [${w.shape}]`);
+    throw new ShapeError(`matmul: the leading axes of x and w must be equal, got x [${x}] and w [${w.shape}]`);
   return fold
-    ? { M, N, K, batch: 1, shape: [...x.shape.slice(0, -1), N] }
+    ? { M, N, K, batch: 1, shape: [...x.slice(0, -1), N] }
     : { M, N, K, batch: lead.reduce((a, b) => a * b, 1), shape: [...lead, M, N] };
 }

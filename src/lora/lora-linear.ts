@@ -1,19 +1,33 @@
 import { adding, once, record } from "../autograd/engine.ts";
+import { copyTo } from "../kernels/copy-rows.ts";
+import { type DropoutKey, dropout } from "../kernels/dropout.ts";
 import { loraDy } from "../kernels/lora-dy.ts";
 import { matmul } from "../kernels/matmul.ts";
 import { sumTo } from "../kernels/reduce.ts";
+import { ShapeError } from "../tensor/errors.ts";
 import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
-import { type Tensor, view } from "../tensor/tensor.ts";
+import { blockRows, dims2, empty, rowsOf, slice, type Tensor, tensor, view } from "../tensor/tensor.ts";
+
+/** One linear layer and its pair A [R,K], B [N,R]. */
+export interface LoraLayer {
+  /** [N,K]; a packed one is widened as it is read. */
+  readonly W: Tensor | PackedMatrix;
+  readonly A: Tensor;
+  readonly B: Tensor;
+  /** [N] */
+  readonly bias?: Tensor | undefined;
+}
+
+/** Dropout of what A multiplies, as in PEFT: of x on its way to A, not to W. */
+export interface LoraDropout {
+  readonly p: number;
+  readonly key: DropoutKey;
+}
 
 /**
  * LoRA linear layer: y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ + bias.        arXiv:2106.09685 §4.1; s = alpha / r
  *
- *     x [...,K]   W [N,K]   A [R,K]   B [N,R]   bias [N]   →   y [...,N]
- *     u = x·Aᵀ       [M,R]   kept from forward, for dB
- *     v = s·dy·B     [M,R]   computed once, for dx and dA
- *
- * Two dispatches forward; W is read once and y written once, for the low-rank term is R more columns of the same product. W may be
- * packed (f16, bf16, int8, nf4): it is widened as it is read, forward and for dx. Throws ShapeError if the shapes do not fit.
+ * x [...,K]   W [N,K]   A [R,K]   B [N,R]   bias [N]   →   y [...,N]. `loraLinears` of one layer: see there.
  */
 export function loraLinear(
   x: Tensor,
@@ -22,23 +36,79 @@ export function loraLinear(
   B: Tensor,
   s: number,
   bias?: Tensor,
+  drop?: LoraDropout,
 ): Tensor {
-  const u = matmul(x, A, "nt");
-  const y = matmul(x, W, "nt", { lowRank: { u, b: B, scale: s }, ...(bias && { bias }) });
-  const rows = (t: Tensor): Tensor => view(t, [t.size / (t.shape.at(-1) ?? 1), t.shape.at(-1) ?? 1]);
-  const base = isPacked(W) ? [] : [W]; // a packed one is always frozen
+  const [y] = loraLinears(x, [{ W, A, B, bias }], A, s, drop);
+  return y as Tensor;
+}
 
-  return record("loraLinear", y, [x, A, B, ...(bias ? [bias] : []), ...base], (dy) => {
-    // v and dB both go through dy: together where both are needed.
-    const both = once(() => loraDy(dy, B, u, s));
-    const areBoth = B.requiresGrad && (A.requiresGrad || x.requiresGrad);
-    const v = once(() => (areBoth ? both().v : matmul(dy, B, "nn", { scale: s }))); // [...,R]
-    const dx = adding((residual) =>
-      matmul(dy, W, "nn", { lowRank: { u: v(), b: A, scale: 1 }, ...(residual && { residual }) }),
-    ); // [...,K]
-    const dA = () => matmul(rows(v()), rows(x), "tn"); // [R,K]
-    const dB = () => (areBoth ? both().dB : matmul(rows(dy), rows(u), "tn", { scale: s })); // [N,R]
-    const dW = () => matmul(rows(dy), rows(x), "tn"); // [N,K], never run while W is frozen
-    return [dx, dA, dB, ...(bias ? [() => sumTo(dy, bias.shape)] : []), dW];
+/**
+ * LoRA linear layers that read the same x, of one rank: yᵢ = x·Wᵢᵀ + s·uᵢ·Bᵢᵀ + biasᵢ, uᵢ = x·Aᵢᵀ.
+ *
+ *     A [G·R,K]   their Aᵢ, which are views of it, one below the other
+ *     u [G,P,R]   = x·Aᵀ, in one product that reads x once; kept from forward, for dB. uᵢ is its i-th block; of P rows M are used
+ *     v [G,P,R]   vᵢ = s·dyᵢ·Bᵢ, the gradient of u; computed once, for dx = Σᵢ dyᵢ·Wᵢ + vᵢ·Aᵢ and dA = vᵀ·x, again one product
+ *
+ * 1 + G dispatches forward; each W is read once and each y written once, for the low-rank term is R more columns of the same product. A W
+ * may be packed (f16, bf16, int8, nf4): it is widened as it is read, forward and for dx.
+ *
+ * With dropout (one layer) u = x̂·Aᵀ, x̂ = mask∘x/(1 − p). The backward pass makes the mask again: dA = vᵀ·x̂, dx = dy·W + mask∘(v·A)/(1 − p).
+ *
+ * Gradients of the Aᵢ are views of one tensor. Throws ShapeError if the shapes do not fit.
+ */
+export function loraLinears(
+  x: Tensor,
+  layers: readonly LoraLayer[],
+  A: Tensor,
+  s: number,
+  drop?: LoraDropout,
+): Tensor[] {
+  const { gpu } = x;
+  const G = layers.length;
+  if (drop && G !== 1) throw new ShapeError(`loraLinears: dropout takes one layer, got ${G}`);
+  const [M] = dims2("loraLinear", "x", x);
+  const R = dims2("loraLinear", "A", A)[0] / G;
+  const P = G === 1 ? M : blockRows(M, R);
+  const block = (t: Tensor, i: number): Tensor => slice(t, i * P * R, [...x.shape.slice(0, -1), R]);
+  const rows = (t: Tensor): Tensor => view(t, dims2("loraLinear", "t", t));
+  const dropped = (t: Tensor, sum?: Tensor): Tensor => (drop ? dropout(t, drop.p, drop.key, sum) : t);
+
+  const u = empty(gpu, [G, P, R], "loraLinear");
+  gpu.scope(() => void matmul(dropped(x), A, "nt", { out: u, blocked: true }));
+  const filled = new Set<number>();
+  const pairs = layers.map((layer) => layer.A);
+  record("loraShrink", u, pairs, (v) => {
+    // A layer that nothing came of has no gradient.
+    for (let i = 0; i < G; i++)
+      if (!filled.has(i)) copyTo(tensor(gpu, new Float32Array(M * R), [M, R]), view(block(v, i), [M, R]));
+    const dA = once(() => gpu.scope(() => matmul(v, rows(dropped(x)), "tn", { blocked: true }))); // [G·R,K]
+    return pairs.map((_, i) => () => rowsOf(dA(), i * R, R));
+  });
+
+  return layers.map(({ W, A: own, B, bias }, i) => {
+    const y = matmul(x, W, "nt", { lowRank: { u: block(u, i), b: B, scale: s }, ...(bias && { bias }) });
+    const base = isPacked(W) ? [] : [W]; // a packed one is always frozen
+    return record("loraLinear", y, [u, x, B, ...(bias ? [bias] : []), ...base], (dy) => {
+      let out: Tensor | undefined;
+      // v and dB both go through dy: together where both are needed.
+      const both = once(() => loraDy(dy, B, block(u, i), s, undefined, out));
+      const areBoth = B.requiresGrad && (u.requiresGrad || x.requiresGrad);
+      const v = once(() => (areBoth ? both().v : matmul(dy, B, "nn", { scale: s, ...(out && { out }) }))); // [...,R]
+      const du = adding((sum = empty(gpu, u.shape, "loraLinear")) => {
+        out = block(sum, i);
+        filled.add(i);
+        v();
+        return sum;
+      }); // [G,P,R]
+      const dx = adding((sum) => {
+        const low = v();
+        const residual = sum ? { residual: sum } : {};
+        if (!drop) return matmul(dy, W, "nn", { lowRank: { u: low, b: own, scale: 1 }, ...residual });
+        return gpu.scope(() => dropped(matmul(low, own), matmul(dy, W, "nn", residual)));
+      }); // [...,K]
+      const dB = () => (areBoth ? both().dB : matmul(rows(dy), rows(block(u, i)), "tn", { scale: s })); // [N,R]
+      const dW = () => matmul(rows(dy), rows(x), "tn"); // [N,K], never run while W is frozen
+      return [du, dx, dB, ...(bias ? [() => sumTo(dy, bias.shape)] : []), dW];
+    });
   });
 }

@@ -12,7 +12,7 @@ import { addRmsNorm, attention, embedding, gated, rmsNorm, rope } from "../autog
 import type { Gpu } from "../gpu/gpu.ts";
 import { copyRows } from "../kernels/copy-rows.ts";
 import { type Checkpoint, loadTensor, sliceName, sliceOf } from "../nn/checkpoint.ts";
-import { type Linear, linear } from "../nn/linear.ts";
+import { type Linear, linear, linears } from "../nn/linear.ts";
 import { ropeTables } from "../nn/rope.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { piecesOf } from "../tensor/pieces.ts";
@@ -34,11 +34,21 @@ export interface KvCache {
   readonly layers: readonly { readonly k: Tensor; readonly v: Tensor }[];
 }
 
+/** Rows of several segments: no position sees one of a segment before its own. Each i32 [B,T]. */
+export interface Packing {
+  /** Of each token within its segment, from 0. */
+  readonly positions: Tensor;
+  /** Where in the row the segment of each token begins. */
+  readonly starts: Tensor;
+}
+
 export class Llama {
   readonly gpu: Gpu;
   readonly config: LlamaConfig;
   /** Every linear layer that can take an adapter, by module name: "model.layers.0.self_attn.q_proj". */
   readonly linears: ReadonlyMap<string, Linear>;
+  /** Names of those that read the same input. */
+  readonly groups: readonly (readonly string[])[];
   /** Keep only the input of each block for the backward pass and compute the block again there: less memory, a third more arithmetic. */
   checkpointing = false;
   readonly #embedding: readonly Tensor[];
@@ -59,11 +69,11 @@ export class Llama {
       const found = [...weights].flatMap(([key, t]) => (sliceOf(key).name === name ? [t] : []));
       return found.length > 0 ? found : [get(name)];
     };
-    const linears = new Map<string, Linear>();
+    const byName = new Map<string, Linear>();
     const layer = (module: string): Linear => {
       const bias = weights.get(`${module}.bias`);
       const made: Linear = { weight: get(`${module}.weight`), ...(bias && { bias }) };
-      linears.set(module, made);
+      byName.set(module, made);
       return made;
     };
     this.gpu = gpu;
@@ -85,15 +95,19 @@ export class Llama {
     });
     this.#norm = get("model.norm.weight");
     this.#head = config.tiedEmbeddings ? this.#embedding : pieces("lm_head.weight");
-    this.linears = linears;
-    this.#others = new Map([...weights].filter(([name]) => !linears.has(name.replace(/\.weight$/, ""))));
+    this.linears = byName;
+    this.groups = Array.from({ length: config.layers }, (_, i) => `model.layers.${i}`).flatMap((at) => [
+      ["q", "k", "v"].map((one) => `${at}.self_attn.${one}_proj`),
+      ["gate", "up"].map((one) => `${at}.mlp.${one}_proj`),
+    ]);
+    this.#others = new Map([...weights].filter(([name]) => !byName.has(name.replace(/\.weight$/, ""))));
     this.#rope = ropeTables(gpu, config.headDim, config.contextLength, config.rope);
   }
 
   /** Every weight as it is now, named as in `llamaShapes`: a merged layer shows its merged weight. */
   get weights(): Map<string, Tensor> {
-    const linears = [...this.linears].map(([name, { weight }]) => [`${name}.weight`, weight] as const);
-    return new Map([...this.#others, ...linears]);
+    const layers = [...this.linears].map(([name, { weight }]) => [`${name}.weight`, weight] as const);
+    return new Map([...this.#others, ...layers]);
   }
 
   /** The output projection [V,C], in one piece or several: `logits` is `hidden` times its transpose. */
@@ -109,7 +123,7 @@ export class Llama {
    */
   logits(ids: Tensor, { cache, lastOnly = false }: { cache?: KvCache; lastOnly?: boolean } = {}): Tensor {
     const [B = 0, T = 0] = ids.shape;
-    const y = this.hidden(ids, cache);
+    const y = this.hidden(ids, cache ? { cache } : {});
     if (!lastOnly) return this.#project(y);
     const last = Int32Array.from({ length: B }, (_, b) => b * T + T - 1);
     const rows = embedding(reshape(y, [B * T, this.config.hiddenSize]), tensor(this.gpu, last, [B, 1]));
@@ -131,10 +145,16 @@ export class Llama {
     });
   }
 
-  /** What the output projection is applied to: ids i32 [B,T] → [B,T,C]. Cache and errors as in `logits`. */
-  hidden(ids: Tensor, cache?: KvCache): Tensor {
+  /**
+   * What the output projection is applied to: ids i32 [B,T] → [B,T,C]. Cache and errors as in `logits`. Packed rows take no cache: each
+   * of their segments is computed as if it were a row of its own.
+   */
+  hidden(ids: Tensor, { cache, packing }: { readonly cache?: KvCache; readonly packing?: Packing } = {}): Tensor {
+    if (cache && packing)
+      throw new ShapeError("hidden: packed rows take no cache, got one. Give each segment a row of its own");
     const [, T = 0] = ids.shape;
     const start = cache?.length ?? 0;
+    const at = packing ?? start;
     const limit = cache?.capacity ?? this.config.contextLength;
     if (start + T > limit)
       throw new ShapeError(`logits: at most ${limit} positions fit, got ${start + T}. Shorten the rows`);
@@ -143,14 +163,14 @@ export class Llama {
     if (this.checkpointing && !cache) {
       for (const block of this.#blocks)
         sum = recompute(sum, (x) => {
-          const middle = addRmsNorm(x, this.#attend(block, rmsNorm(x, block.inputNorm, eps), 0), block.postNorm, eps);
+          const middle = addRmsNorm(x, this.#attend(block, rmsNorm(x, block.inputNorm, eps), at), block.postNorm, eps);
           return add(middle.sum, this.#feedForward(block, middle.y));
         });
       return rmsNorm(sum, this.#norm, eps);
     }
     let y = rmsNorm(sum, this.#blocks[0]?.inputNorm ?? this.#norm, eps);
     this.#blocks.forEach((block, i) => {
-      ({ sum, y } = addRmsNorm(sum, this.#attend(block, y, start, cache?.layers[i]), block.postNorm, eps));
+      ({ sum, y } = addRmsNorm(sum, this.#attend(block, y, at, cache?.layers[i]), block.postNorm, eps));
       ({ sum, y } = addRmsNorm(sum, this.#feedForward(block, y), this.#blocks[i + 1]?.inputNorm ?? this.#norm, eps));
     });
     if (cache) cache.length += T;
@@ -170,25 +190,35 @@ export class Llama {
     this.gpu.release(...new Set([...this.weights.values(), this.#rope.cos, this.#rope.sin]));
   }
 
-  #attend({ attention: { q, k, v, o } }: Block, n: Tensor, start: number, cached?: { k: Tensor; v: Tensor }): Tensor {
+  /** `at`: the position of the first token, with its keys and values going to `cached`, or those of packed rows. */
+  #attend(
+    { attention: { q, k, v, o } }: Block,
+    n: Tensor,
+    at: number | Packing,
+    cached?: { readonly k: Tensor; readonly v: Tensor },
+  ): Tensor {
     const { heads, kvHeads, headDim } = this.config;
     const [B = 0, T = 0] = n.shape;
     const { cos, sin } = this.#rope;
-    const queries = rope(reshape(linear(q, n), [B, T, heads, headDim]), cos, sin, start);
-    let keys = rope(reshape(linear(k, n), [B, T, kvHeads, headDim]), cos, sin, start);
-    let values = reshape(linear(v, n), [B, T, kvHeads, headDim]);
+    const [start, positions] = typeof at === "number" ? [at, at] : [0, at.positions];
+    const [ofQ, ofK, ofV] = linears([q, k, v], n);
+    const queries = rope(reshape(ofQ, [B, T, heads, headDim]), cos, sin, positions);
+    let keys = rope(reshape(ofK, [B, T, kvHeads, headDim]), cos, sin, positions);
+    let values = reshape(ofV, [B, T, kvHeads, headDim]);
     if (cached) {
       copyRows(keys, cached.k, start);
       copyRows(values, cached.v, start);
       keys = cached.k;
       values = cached.v;
     }
-    const mixed = attention(queries, keys, values, { keyLength: start + T });
+    const starts = typeof at === "number" ? {} : { starts: at.starts };
+    const mixed = attention(queries, keys, values, { keyLength: start + T, ...starts });
     return linear(o, reshape(mixed, [B, T, heads * headDim]));
   }
 
   #feedForward({ mlp }: Block, n: Tensor): Tensor {
-    return linear(mlp.down, gated(linear(mlp.gate, n), linear(mlp.up, n), this.config.activation));
+    const [gate, up] = linears([mlp.gate, mlp.up], n);
+    return linear(mlp.down, gated(gate, up, this.config.activation));
   }
 }
 

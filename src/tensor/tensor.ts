@@ -89,6 +89,14 @@ export function slice(t: Tensor, first: number, shape: Shape): Tensor {
   return sliced;
 }
 
+/** How many rows of so many columns a block of at least `rows` has, so that the block after it begins where a view may. */
+export function blockRows(rows: number, columns: number): number {
+  const elements = VIEW_ALIGNMENT / 4;
+  let step = elements;
+  while (step % 2 === 0 && ((step / 2) * columns) % elements === 0) step /= 2;
+  return Math.ceil(rows / step) * step;
+}
+
 /** Rows first … first + count of a matrix, as a view. Throws ShapeError as `slice`. */
 export function rowsOf(t: Tensor, first: number, count: number): Tensor {
   const [, columns] = dims2("rowsOf", "t", t);

@@ -4,7 +4,7 @@ import type { Gpu } from "../gpu/gpu.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { largestBatch } from "./batches.ts";
 import type { LanguageModel } from "./loss.ts";
-import { TrainingStep } from "./step.ts";
+import { type HasTrainingMode, TrainingStep } from "./step.ts";
 
 export interface PlanOptions {
   /** Rows of one forward pass. */
@@ -36,6 +36,8 @@ export interface MemoryPlan {
 interface Planned {
   readonly model: LanguageModel;
   readonly parameters: readonly Tensor[];
+  /** What is trained, where it behaves differently in training. */
+  readonly adapter?: HasTrainingMode;
 }
 
 /**
@@ -50,7 +52,8 @@ export async function planTraining(
   { batchSize, maxLength, gradAccumulation = 1 }: PlanOptions,
 ): Promise<MemoryPlan> {
   const dry = dryGpu(gpu);
-  const { model, parameters } = await build(dry);
+  const { model, parameters, adapter } = await build(dry);
+  if (adapter) adapter.training = { seed: 0, step: 0 };
   const trained = parameters.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
   const weights = dry.counters().bytesLive - trained;
   const step = new TrainingStep({ model, parameters, accumulates: gradAccumulation > 1 });

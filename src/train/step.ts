@@ -1,5 +1,6 @@
 import { backward } from "../autograd/engine.ts";
 import type { Gpu } from "../gpu/gpu.ts";
+import type { Uniform } from "../gpu/kernel.ts";
 import type { Plan } from "../gpu/plan.ts";
 import { addInto } from "../kernels/axpy.ts";
 import { copyTo } from "../kernels/copy-rows.ts";
@@ -10,6 +11,12 @@ import { AdamW, type AdamWSettings } from "./adamw.ts";
 import type { Batch } from "./batches.ts";
 import { batchInputs, batchLoss, type Inputs, type LanguageModel, shapeKey, writeInputs } from "./loss.ts";
 import { type ProfiledDispatch, profiled } from "./profile.ts";
+
+/** An adapter, seen from training. */
+export interface HasTrainingMode {
+  /** Set while it is trained: dropout is on, its masks made from the seed and the number of the step. */
+  training?: { readonly seed: number; readonly step: Uniform } | undefined;
+}
 
 export interface TrainingStepOptions extends AdamWSettings {
   readonly model: LanguageModel;

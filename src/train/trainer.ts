@@ -1,5 +1,4 @@
 import { backward } from "../autograd/engine.ts";
-import type { Uniform } from "../gpu/kernel.ts";
 import type { Tuning } from "../gpu/tuner.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
@@ -9,13 +8,7 @@ import type { Row } from "./data.ts";
 import { batchInputs, batchLoss, type LanguageModel } from "./loss.ts";
 import type { ProfiledDispatch } from "./profile.ts";
 import { type Schedule, scheduleFactor } from "./schedule.ts";
-import { MOST_BAD_STEPS, type StepResult, TrainingStep } from "./step.ts";
-
-/** An adapter, seen from training. */
-export interface HasTrainingMode {
-  /** Set while it is trained: dropout is on, its masks made from the seed and the number of the step. */
-  training?: { readonly seed: number; readonly step: Uniform } | undefined;
-}
+import { type HasTrainingMode, MOST_BAD_STEPS, type StepResult, TrainingStep } from "./step.ts";
 
 export interface TrainOptions extends AdamWSettings {
   readonly model: LanguageModel;

@@ -3,14 +3,15 @@ import { mkdtemp, open, readFile, rm, unlink, writeFile } from "node:fs/promises
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { Command } from "commander";
-import { afterAll, beforeAll, expect, test, vi } from "vitest";
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test, vi } from "vitest";
 import { evalCommand } from "../../src/cli/eval.ts";
 import { generateCommand } from "../../src/cli/generate.ts";
 import { logitsCommand } from "../../src/cli/logits.ts";
 import { mergeCommand } from "../../src/cli/merge.ts";
+import { planCommand } from "../../src/cli/plan.ts";
 import { trainCommand } from "../../src/cli/train.ts";
 import { GpuError } from "../../src/gpu/errors.ts";
-import { openGpu } from "../../src/gpu/gpu.ts";
+import { Gpu, openGpu } from "../../src/gpu/gpu.ts";
 import { FormatError } from "../../src/io/errors.ts";
 import { attachLora, type LoraConfig } from "../../src/lora/adapter.ts";
 import { readConfig } from "../../src/models/config.ts";
@@ -35,6 +36,12 @@ const train = (...more: string[]): Promise<Command> =>
 async function model(name: string, options?: TinyModelOptions): Promise<string> {
   await writeTinyModel(at(name), options);
   return at(name);
+}
+
+/** A model without its weights. */
+async function unlinkWeights(name: string): Promise<void> {
+  await model(name);
+  await unlink(at(`${name}/model.safetensors`));
 }
 
 async function data(name: string, ...lines: string[]): Promise<string[]> {
@@ -76,6 +83,7 @@ test.each([
   ["--max-grad-norm", "Infinity", "a number of at least 0"],
   ["--max-length", "1", "a whole number of at least 2"],
   ["--seed", "-3", "a whole number of at least 0"],
+  ["--dropout", "1", "a number of at least 0 and below 1"],
 ])("train %s %s is refused by the rule for it", async (flag, value, rule) => {
   await expect(train(flag, value)).rejects.toThrow(new ShapeError(`train: ${flag} must be ${rule}, got ${value}`));
 });
@@ -99,6 +107,10 @@ test.each([
   [
     ["--init-adapter", "x", "--target-modules", "q_proj"],
     "error: option '--init-adapter <dir>' cannot be used with option '--target-modules <which>'",
+  ],
+  [
+    ["--init-adapter", "x", "--dropout", "0.1"],
+    "error: option '--init-adapter <dir>' cannot be used with option '--dropout <p>'",
   ],
   [
     ["--schedule", "step"],
@@ -207,13 +219,116 @@ test("a target that matches no module lists those there are", async () => {
   );
 });
 
-test("an adapter with dropout is not trained on", async () => {
-  const path = await adapter("model", "dropout", { dropout: 0.05 });
-  await expect(train("--init-adapter", path)).rejects.toThrow(
-    new ShapeError(
-      `train: the adapter of --init-adapter must have lora_dropout 0, got 0.05 in ${path}. Dropout is not supported yet: set "lora_dropout" to 0 in its adapter_config.json to go on without`,
-    ),
-  );
+test("an adapter with dropout is trained on, with its dropout", async () => {
+  const path = await adapter("model", "dropout", { dropout: 0.5 });
+  const lossOf = async (from: string): Promise<number> => {
+    await train("--init-adapter", from, "--steps", "1", "--seed", "4", "--no-shuffle");
+    return JSON.parse(await readFile(at("out/metrics.jsonl"), "utf8")).grad_norm;
+  };
+  const without = await adapter("model", "no-dropout");
+  expect(await lossOf(path)).not.toBe(await lossOf(without));
+  expect(JSON.parse(await readFile(at("dropout/adapter_config.json"), "utf8"))).toMatchObject({ lora_dropout: 0.5 });
+});
+
+describe("memory", () => {
+  const plan = (...more: string[]): Promise<Command> => run(planCommand(), "--model", at("model"), ...more);
+  const printed = (): string =>
+    vi
+      .mocked(process.stdout.write)
+      .mock.calls.map(([text]) => text)
+      .join("");
+
+  beforeEach(() => {
+    vi.mocked(process.stdout.write).mockClear();
+  });
+  afterEach(() => {
+    process.exitCode = undefined;
+  });
+
+  test("a run that cannot fit is refused before anything is loaded, with what would make it fit", async () => {
+    await unlinkWeights("light");
+    const many = await data("many.jsonl", ...new Array(4).fill(JSON.stringify({ input_ids: new Array(64).fill(1) })));
+    const args = ["--model", at("light"), ...many, "--out", at("out"), "--batch-size", "4"];
+    await expect(run(trainCommand(), ...args, "--budget", "1MiB")).rejects.toThrow(
+      /^plan: a run must fit into 1\.0 MiB of GPU memory, got [\d.]+ MiB: weights 81\.3 KiB, adapter [\d.]+ KiB, gradients [\d.]+ KiB, optimizer [\d.]+ KiB, activations [\d.]+ MiB\. Use --checkpointing, which takes 9[\d.]+ KiB$/,
+    );
+    await expect(run(trainCommand(), ...args, "--budget", "600KiB")).rejects.toThrow(
+      /Use --checkpointing --batch-size [12], which takes [\d.]+ KiB$/,
+    );
+    await expect(run(trainCommand(), ...args, "--budget", "100KiB")).rejects.toThrow(
+      /^plan: .*\. Use a smaller model or another device: no batch is small enough$/,
+    );
+  });
+
+  test("plan says where it goes and whether it fits", async () => {
+    await plan("--budget", "1GiB", "--rank", "4", "--batch-size", "2");
+    expect(printed()).toMatch(
+      /^weights +[\d.]+ KiB\nadapter +[\d.]+ KiB\ngradients +[\d.]+ KiB\noptimizer +[\d.]+ KiB\nactivations +[\d.]+ .iB\nother +[\d.]+ KiB\npeak +[\d.]+ .iB\n\d+ dispatches a step of 128 tokens\nfits into 1\.0 GiB\n$/,
+    );
+    expect(process.exitCode).toBeUndefined();
+  });
+
+  test("plan fails where it does not fit, and says what would", async () => {
+    await plan("--budget", "1000000", "--json");
+    const { fits, advice, peak, budget } = JSON.parse(printed());
+    expect({ fits, budget }).toEqual({ fits: false, budget: 1_000_000 });
+    expect(peak).toBeGreaterThan(1_000_000);
+    expect(advice).toMatch(/^Use --checkpointing.*, which takes [\d.]+ KiB$/);
+    expect(process.exitCode).toBe(1);
+  });
+
+  test.each(["lots", "-1", "8GB"])("a budget of %s is refused", async (budget) => {
+    await expect(plan("--budget", budget)).rejects.toThrow(
+      new ShapeError(`plan: --budget must be a size such as 8GiB, 500MiB or 1000000, got ${budget}`),
+    );
+  });
+});
+
+describe("a device that is lost in the middle", () => {
+  const gone = new GpuError("the device was lost (injected). Open a new one with openGpu");
+  let spies: { mockRestore(): void }[] = [];
+  /** Training loses its device in a step: from then on nothing can be read. */
+  function loseDevice(inStep: number): void {
+    let steps = 0;
+    const { throttle, read } = Gpu.prototype;
+    const isGone = (): boolean => steps >= inStep;
+    spies = [
+      vi.spyOn(Gpu.prototype, "throttle").mockImplementation(function (this: Gpu, most) {
+        steps++;
+        return isGone() ? Promise.reject(gone) : throttle.call(this, most);
+      }),
+      vi.spyOn(Gpu.prototype, "read").mockImplementation(function (this: Gpu, sources) {
+        return isGone() ? Promise.reject(gone) : read.call(this, sources);
+      }),
+    ];
+  }
+  const restore = (): void => {
+    for (const spy of spies.splice(0)) spy.mockRestore();
+  };
+  const said = (): string =>
+    vi
+      .mocked(process.stderr.write)
+      .mock.calls.map(([text]) => text)
+      .join("");
+  afterEach(restore);
+
+  test("leaves the last adapter that was saved, whole, and says how to go on", async () => {
+    loseDevice(4);
+    await expect(train("--steps", "9", "--save-every", "2")).rejects.toThrow(gone);
+    expect(said()).toContain(
+      `the adapter of step 2 is in ${at("out")}, whole. Go on from it with --init-adapter ${at("out")}\n`,
+    );
+    restore();
+    await train("--init-adapter", at("out"), "--steps", "1");
+  });
+
+  test("says what would have kept some of it where none was saved", async () => {
+    loseDevice(25);
+    await expect(train("--steps", "99")).rejects.toThrow(gone);
+    expect(said()).toContain(
+      "the adapter could not be saved: what was trained is lost. Use --save-every to keep some of it\n",
+    );
+  });
 });
 
 test("bad data is refused with file and line", async () => {

@@ -7,8 +7,8 @@ import { unroll } from "../../src/gpu/unroll.ts";
 import { defaultLoraDyPlan, type LoraDyPlan, loraDy, loraDyPlans } from "../../src/kernels/lora-dy.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
-import { empty, read, readAll } from "../../src/tensor/tensor.ts";
-import { expectClose, freshSeed, randomNd, testGpu, upload } from "../harness.ts";
+import { empty, read, readAll, slice, type Tensor, tensor } from "../../src/tensor/tensor.ts";
+import { expectClose, freshSeed, type Nd, randomNd, testGpu, upload } from "../harness.ts";
 import { findRaces, type RaceCheck } from "../race.ts";
 import { loraDyTwin } from "../reference/lora-dy.ts";
 
@@ -115,6 +115,32 @@ test("loraDy fused takes two dispatches and keeps only its results", async () =>
   ]);
   expect(gpu.counters().buffersLive).toBe(buffersLive + 2);
   gpu.release(dy, B, u, v, dB);
+});
+
+test("loraDy puts v where it is told to", async () => {
+  const gpu = await testGpu();
+  const random = new Random(freshSeed());
+  const [dy, B, u] = [
+    [70, 12],
+    [12, 4],
+    [70, 4],
+  ].map((shape) => randomNd(shape, random)) as [Nd, Nd, Nd];
+  const expected = loraDyTwin(dy, B, u, 0.5);
+  for (const plan of PLANS) {
+    const all = tensor(gpu, new Float32Array(1024).fill(7), [1024]);
+    const out = slice(all, 64, [70, 4]);
+    const { v, dB } = gpu.scope(() => loraDy(upload(gpu, dy), upload(gpu, B), upload(gpu, u), 0.5, plan, out));
+    expect(v).toBe(out);
+    const values = await read(all);
+    expectClose(values.slice(64, 344), expected.v.data);
+    expect([...values.slice(0, 64), ...values.slice(344)].every((value) => value === 7)).toBe(true);
+    expectClose(await read(dB), expected.dB.data);
+    gpu.release(all, dB);
+  }
+  const t = (...shape: number[]): Tensor => empty(gpu, shape, "t");
+  expect(() => loraDy(t(3, 4), t(4, 2), t(3, 2), 1, undefined, t(2, 3))).toThrow(
+    new ShapeError("loraDy: out must be [...,R] = [3,2], got [2,3]"),
+  );
 });
 
 test("loraDy over no rows or no columns is zero, and at rank 0 empty", async () => {

@@ -188,3 +188,60 @@ test("a product with more workgroups than WebGPU dispatches names the numbers", 
     new GpuError("matmul-tiled: at most 65535 workgroups per axis, got 1×65536×1. Use a smaller batch"),
   );
 });
+
+/** Blocks of columns, which hold more rows than there are: the rows of matrix m [R,G·C] in G matrices [P,C], what is left 7. */
+function inBlocks({ shape: [R = 0, columns = 0], data }: Nd, G: number, P: number): Nd {
+  const C = columns / G;
+  const blocks = nd([G, P, C], new Float64Array(G * P * C).fill(7));
+  data.forEach((value, at) => {
+    const [row, column] = [Math.floor(at / columns), at % columns];
+    blocks.data[(Math.floor(column / C) * P + row) * C + (column % C)] = value;
+  });
+  expect(data.length).toBe(R * columns);
+  return blocks;
+}
+
+/** G blocks of C columns in the axis that is blocked; P rows are held. */
+const BLOCKED: [rows: number, G: number, C: number, other: number, P: number][] = [
+  [5, 3, 8, 20, 8],
+  [17, 2, 16, 12, 17],
+  [1, 3, 4, 16, 16],
+  [9, 3, 3, 7, 64],
+  [6, 1, 12, 8, 6],
+];
+
+test.each(CASES)("matmul by %s, %s, equals its f64 twin with its columns in blocks", async (_, layout, plan) => {
+  for (const [rows, G, C, other, P] of BLOCKED) {
+    const seed = freshSeed();
+    const random = new Random(seed);
+    const gpu = await testGpu();
+    const options = { scale: 0.5, blocked: true, ...(plan && { plan }) };
+    const [M, N, K] = layout === "tn" ? [G * C, other, rows] : [rows, G * C, other];
+    const [xs, ws] = shapes(layout, M, N, K);
+    const [x, w] = [randomNd(xs, random), randomNd(ws, random)];
+    const expected = matmulTwin(x, w, layout, 0.5);
+    const y = gpu.scope(() => {
+      if (layout === "tn") return matmul(upload(gpu, inBlocks(x, G, P)), upload(gpu, w), layout, options);
+      const out = upload(gpu, nd([G, P, C], new Float64Array(G * P * C).fill(7)));
+      return matmul(upload(gpu, x), upload(gpu, w), layout, { ...options, out });
+    });
+    const want = layout === "tn" ? expected : inBlocks(expected, G, P);
+    expect(y.shape).toEqual(want.shape);
+    expectClose(await read(y), want.data, 1e-5, `${layout} ${[rows, G, C, other, P]} (seed ${seed})`);
+    gpu.release(y);
+  }
+});
+
+test("matmul names the shapes of blocks that do not fit", async () => {
+  const gpu = await testGpu();
+  const t = (...shape: number[]): Tensor => empty(gpu, shape, "t");
+  expect(() => matmul(t(5, 8), t(12, 8), "nt", { blocked: true })).toThrow(
+    new ShapeError("matmul: blocked columns of y need an out, got none"),
+  );
+  expect(() => matmul(t(5, 8), t(12, 8), "nt", { blocked: true, out: t(3, 4, 4) })).toThrow(
+    new ShapeError("matmul: out must be [G,P,N/G], P at least M, = [3,5,4], got [3,4,4]"),
+  );
+  expect(() => matmul(t(3, 4, 4), t(5, 8), "tn", { blocked: true })).toThrow(
+    new ShapeError("matmul: x must be [G,P,M/G], P at least K, = [3,5,4], got [3,4,4]"),
+  );
+});

@@ -205,6 +205,13 @@ export function matmulVariants(): Variant[] {
       make(f32, layout, EVEN, { plan, ...finish(EVEN) });
       for (const sizes of RAGGED) make(f32, layout, sizes, { plan });
       make(f32, layout, ODD, { plan, ...finish(ODD) });
+      for (const columns of [4, 3]) {
+        const sizes = { ...EVEN, ...(layout === "tn" ? { M: 2 * columns } : { N: 2 * columns }) };
+        const w = empty(recorder, layout === "nt" ? [sizes.N, sizes.K] : [sizes.K, sizes.N], "variants");
+        const blocks = empty(recorder, [2, 16, columns], "variants");
+        if (layout === "tn") matmul(blocks, w, layout, { plan, blocked: true });
+        else matmul(empty(recorder, [sizes.M, sizes.K], "variants"), w, layout, { plan, blocked: true, out: blocks });
+      }
     }
     // A packed w has rows of multiples of 4: of N, or of K under "nt".
     const ragged = layout === "nt" ? { ...EVEN, N: 13 } : { ...EVEN, K: 17 };

@@ -1,5 +1,6 @@
 import { readFileSync } from "node:fs";
 import { describe, expect, test } from "vitest";
+import { add, mul, sum } from "../../src/autograd/basic-ops.ts";
 import { backward } from "../../src/autograd/engine.ts";
 import { memoryDirectory } from "../../src/io/bytes.ts";
 import { decodeFloats } from "../../src/io/dtype.ts";
@@ -155,6 +156,71 @@ test("a cache gives the logits of the last position that a full pass gives", asy
   expectClose(last ?? [], full ?? [], 1e-5, "logits");
   gpu.release(whole, ...parts, ...cache.layers.flatMap(({ k, v }) => [k, v]));
   model.destroy();
+});
+
+describe("packed rows", () => {
+  const ofSegments = (lengths: readonly number[], of: (at: number, first: number) => number): Int32Array =>
+    Int32Array.from(
+      lengths.flatMap((n, i) => {
+        const first = lengths.slice(0, i).reduce((a, b) => a + b, 0);
+        return Array.from({ length: n }, (_, t) => of(t, first));
+      }),
+    );
+
+  test("give each segment what a row of its own gives, gradients too", async () => {
+    const gpu = await testGpu();
+    const model = await loadModel(gpu, diskDirectory(folder("llama-default")));
+    const adapter = await loadPeft(model, diskDirectory(`${folder("llama-default")}/adapter`));
+    const ids = [3, 9, 27, 1, 5, 40, 41, 2, 7, 8, 11];
+    const lengths = [4, 1, 6];
+    const H = model.config.hiddenSize;
+    const weights = Float32Array.from({ length: ids.length * H }, (_, i) => Math.sin(i));
+    const firsts = lengths.map((_, i) => lengths.slice(0, i).reduce((a, b) => a + b, 0));
+    const lossOf = (h: Tensor, first: number): Tensor =>
+      sum(mul(h, tensor(gpu, weights.subarray(first * H, first * H + h.size), h.shape)));
+    const packed = gpu.scope(() => {
+      const packing = {
+        positions: tensor(
+          gpu,
+          ofSegments(lengths, (t) => t),
+          [1, 11],
+        ),
+        starts: tensor(
+          gpu,
+          ofSegments(lengths, (_, first) => first),
+          [1, 11],
+        ),
+      };
+      const h = model.hidden(tensor(gpu, Int32Array.from(ids), [1, 11]), { packing });
+      return { h, grads: backward(lossOf(h, 0)) };
+    });
+    const alone = gpu.scope(() => {
+      const hs = firsts.map((first, i) => {
+        const segment = ids.slice(first, first + (lengths[i] ?? 0));
+        return model.hidden(tensor(gpu, Int32Array.from(segment), [1, segment.length]));
+      });
+      const losses = hs.map((h, i) => lossOf(h, firsts[i] ?? 0));
+      return { hs, grads: backward(losses.reduce((l, more) => add(l, more))) };
+    });
+    const rows = (await readAll(alone.hs)).flatMap((values) => [...values]);
+    expectClose(await read(packed.h), rows, 1e-5, "hidden");
+    for (const [name, { A, B }] of adapter.pairs)
+      for (const t of [A, B])
+        expectClose(await read(packed.grads.get(t) as Tensor), await read(alone.grads.get(t) as Tensor), 2e-5, name);
+    gpu.release(packed.h, ...packed.grads.values(), ...alone.hs, ...alone.grads.values());
+    adapter.detach();
+    model.destroy();
+  });
+
+  test("take no cache", async () => {
+    const gpu = await testGpu();
+    const model = await loadModel(gpu, diskDirectory(folder("llama-default")));
+    const ids = tensor(gpu, Int32Array.of(1, 2), [1, 2]);
+    expect(() => model.hidden(ids, { cache: model.cache(1, 4), packing: { positions: ids, starts: ids } })).toThrow(
+      new ShapeError("hidden: packed rows take no cache, got one. Give each segment a row of its own"),
+    );
+    model.destroy();
+  });
 });
 
 describe("an embedding above what a device can bind comes in pieces", () => {

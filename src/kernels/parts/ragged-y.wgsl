@@ -4,6 +4,6 @@ alias Result = f32;
 
 fn store(row: u32, column: u32, value: vec4f) {
   for (var q = 0u; q < 4u; q++) {
-    if (column + q < d.N) { y[row * d.N + column + q] = value[q]; }
+    if (column + q < d.N) { y[y_at(row, column + q)] = value[q]; }
   }
 }
