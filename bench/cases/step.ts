@@ -177,7 +177,7 @@ class Training {
       ),
     };
     if (restores) {
-      this.#flat = sideBySide(this.#parameters);
+      this.#flat = bufferOf(this.#parameters);
       this.#first = empty(gpu, this.#flat.shape, "bench");
       copyTo(this.#flat, this.#first);
     }
@@ -214,7 +214,7 @@ class Training {
     return {
       loss: copied(loss),
       "grad norm": copied(slice(clip, 0, [1])),
-      ...(this.#flat && { adapter: copied(this.#flat) }),
+      ...(this.#flat && { adapter: joined(this.#gpu, this.#parameters) }),
       ...Object.fromEntries(scaled),
     };
   }
@@ -373,16 +373,23 @@ function configOf({ layers, hidden, inside, heads, kvHeads, vocab, T }: StepSize
 const shapeOf = (sizes: StepSizes, name: string): number[] => llamaShapes(configOf(sizes)).get(name) ?? [];
 const onDevice = (gpu: Gpu, { values, rows, columns }: HostMatrix): Tensor => tensor(gpu, values, [rows, columns]);
 
-/** The tensors of one buffer, one behind the other, as one. */
-function sideBySide(parts: readonly Tensor[]): Tensor {
+/** The whole buffer that these tensors are in, as one tensor. */
+function bufferOf(parts: readonly Tensor[]): Tensor {
   const [one] = parts as [Tensor];
-  let end = 0;
-  for (const { buffer, offsetBytes, sizeBytes } of parts) {
-    if (buffer !== one.buffer || offsetBytes !== end)
-      throw new Error(`bench: A and B must lie one behind the other, got ${offsetBytes} where ${end} bytes end`);
-    end += sizeBytes;
-  }
+  if (parts.some(({ buffer }) => buffer !== one.buffer)) throw new Error("bench: A and B must lie in one buffer");
+  const end = Math.max(...parts.map(({ offsetBytes, sizeBytes }) => offsetBytes + sizeBytes));
   return new Tensor(one.gpu, one.buffer, [end / 4], "f32");
+}
+
+/** Copies of tensors, one behind the other. */
+function joined(gpu: Gpu, parts: readonly Tensor[]): Tensor {
+  const y = empty(gpu, [parts.reduce((sum, { size }) => sum + size, 0)], "bench");
+  let at = 0;
+  for (const part of parts) {
+    copyTo(part, slice(y, at, part.shape));
+    at += part.size;
+  }
+  return y;
 }
 
 const largestBytes = ({ hidden, inside, vocab, T }: StepSizes): number =>
