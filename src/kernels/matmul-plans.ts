@@ -28,7 +28,7 @@ export interface MatmulPlan {
   readonly splits: number;
   /** Multiply in f16. Needs shader-f16. */
   readonly half?: boolean;
-  /** Add up with subgroup operations. Needs subgroups. */
+  /** Add up, or share what is read, with subgroup operations. Needs subgroups. */
   readonly subgroups?: boolean;
 }
 
@@ -60,7 +60,7 @@ const BUSY = 128;
  *
  * With matrix units (`openGpu({ matrixUnits: true })`): `units`, the widest tile of which there are 128, where one suits.
  * CPU adapters: `rows`, 16 × 16, for large "nt" along 1024 k or more (and × 8 for up to 4 rows), else `registers`, tiles of at most 16 × 16, or
- * 8 × 8 below 2²⁵ operations. GPUs: `rows` for "nt" up to 16 rows; else the widest tile
+ * 8 × 8 below 2²⁴ operations. GPUs: `rows` for "nt" up to 16 rows; else the widest tile
  * that gives 128 workgroups, at most 64 × 16 or 16 × 64 for skinny results, with k split while there are fewer.
  */
 export function defaultPlan(gpu: Gpu, shape: MatmulShape): MatmulPlan {
@@ -74,7 +74,7 @@ export function defaultPlan(gpu: Gpu, shape: MatmulShape): MatmulPlan {
     const isWide = 2 * M * N * K * batch >= CPU_WIDE;
     if (layout === "nt" && batch === 1 && (M <= 4 || (isWide && K >= CPU_LONG)))
       return cpuRowsPlan(shape, 16, M <= 4 ? 8 : 16);
-    return isWide ? cpuPlan(shape, 16, 16) : cpuPlan(shape, 8, 8);
+    return isWide ? cpuPlan(gpu, shape, 16, 16) : cpuPlan(gpu, shape, 8, 8);
   }
   if (layout === "nt" && M <= FEW_ROWS) return rowsPlan(gpu, shape, 4, 64);
   const skinny = N <= 32 ? "64×16/4" : M <= 32 ? "16×64/4" : undefined;
@@ -94,7 +94,7 @@ export function plans(gpu: Gpu, shape: MatmulShape): readonly MatmulPlan[] {
   const { layout, M, N, K, R } = shape;
   const all: MatmulPlan[] = [defaultPlan(gpu, shape), ...unitsPlans(gpu, shape)];
   if (gpu.isSoftware) {
-    for (const [TM, TN] of [[4, 8], [8, 8], [8, 16], [16, 8], [16, 16]] as const) all.push(cpuPlan(shape, TM, TN)); // biome-ignore format: one line
+    for (const [TM, TN] of [[4, 8], [8, 8], [8, 16], [16, 8], [16, 16]] as const) all.push(cpuPlan(gpu, shape, TM, TN)); // biome-ignore format: one line
     if (layout === "nt" && shape.batch === 1) for (const TN of [8, 16]) all.push(cpuRowsPlan(shape, 16, TN));
   } else {
     if (layout === "nt" && M <= FEW_ROWS)
@@ -206,11 +206,17 @@ function rowsPlan(gpu: Gpu, { M }: MatmulShape, TN: number, WG: number): MatmulP
   return { name: `rows ${TN}/${WG}`, family: "rows", tuned, splits: 1, subgroups };
 }
 
-/** For a CPU adapter: `registers`, a tile of at most TM × TN, invocations side by side along the columns. */
-function cpuPlan({ M, N }: MatmulShape, most: number, widest: number): MatmulPlan {
-  const TM = Math.min(most, 2 ** Math.ceil(Math.log2(M)));
-  const TN = Math.max(4, Math.min(widest, 2 ** Math.ceil(Math.log2(N / LANES))));
-  return { name: `cpu ${most}×${widest}`, family: "registers", tuned: { TM, TN, WX: LANES, WY: 1 }, splits: 1 };
+/** For a CPU adapter: `registers`, a tile of at most TM × TN to a thread. */
+function cpuPlan(gpu: Gpu, { M, N }: MatmulShape, most: number, widest: number): MatmulPlan {
+  // A quad is two tiles by two. What one side does not need goes to the other.
+  const side = (n: number, limit: number): number => Math.max(4, Math.min(limit, 2 ** Math.ceil(Math.log2(n / 2))));
+  const [high, wide] = [side(M, most), side(N, widest)];
+  const [TM, TN] = [side(M, Math.min(16, (most * widest) / wide)), side(N, Math.min(16, (most * widest) / high))];
+  const tuned = { TM: wide < widest ? TM : high, TN: high < most ? TN : wide, WG: LANES };
+  return {
+    ...{ name: `cpu ${most}×${widest}`, family: "registers", tuned, splits: 1 },
+    subgroups: gpu.features.has("subgroups"),
+  };
 }
 
 /** For a CPU adapter and "nt": `rows`, whose lanes read along k, so that a cache line is used up at once. */
@@ -224,4 +230,4 @@ const CPU_LONG = 1024;
 /** Invocations that a CPU adapter runs side by side: eight f32 are a vector register of AVX2, or two of SSE and Neon. */
 const LANES = 8;
 /** Operations from which the wide tile's longer compilation pays. */
-const CPU_WIDE = 2 ** 25;
+const CPU_WIDE = 2 ** 24;

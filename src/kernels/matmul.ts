@@ -14,6 +14,8 @@ import blockedSource from "./parts/blocked.wgsl";
 import epilogueSource from "./parts/epilogue.wgsl";
 import halfSource from "./parts/half.wgsl";
 import levelsSource from "./parts/nf4-levels.wgsl";
+import quadsSource from "./parts/quads.wgsl";
+import raggedLowSource from "./parts/ragged-low.wgsl";
 import raggedWSource from "./parts/ragged-w.wgsl";
 import raggedXSource from "./parts/ragged-x.wgsl";
 import raggedYSource from "./parts/ragged-y.wgsl";
@@ -30,10 +32,12 @@ const splits = defineKernel("matmul-splits", splitsSource);
 const NF4_LEVELS = definePart("nf4-levels", levelsSource);
 const RAGGED_X = definePart("ragged-x", raggedXSource);
 const RAGGED_W = definePart("ragged-w", raggedWSource);
+const RAGGED_LOW = definePart("ragged-low", raggedLowSource);
 const RAGGED_Y = definePart("ragged-y", raggedYSource);
 const BLOCKED_X = definePart("blocked-x", blockedSource, ["x_at"]);
 const BLOCKED_Y = definePart("blocked-y", blockedSource, ["y_at"]);
 const HALF = definePart("half", halfSource);
+const QUADS = definePart("quads", quadsSource);
 const SUBGROUP_SUMS = definePart("subgroup-sums", subgroupSumsSource);
 const EPILOGUE = [
   definePart("epilogue", epilogueSource),
@@ -203,9 +207,18 @@ function run(
       return;
     }
     case "registers": {
-      const parts = [...weight, ...operandParts, ...yParts, ...finish.parts];
-      const variant = { ...tuned, X_T, W_T, LOW_RANK, ...finish.tuned };
-      registers(gpu, uniforms, buffers, [Math.ceil(N / TN), Math.ceil(M / TM), batch], variant, parts);
+      const low = R % 4 === 0 && (R === 0 || W_T || N % 4 === 0) ? [] : [RAGGED_LOW];
+      const parts = [
+        ...weight,
+        ...operandParts,
+        ...low,
+        ...yParts,
+        ...(plan.subgroups ? [QUADS] : []),
+        ...finish.parts,
+      ];
+      const variant = { ...tuned, READS: plan.subgroups ? 1 : 2, X_T, W_T, LOW_RANK, ...finish.tuned };
+      const threads = [4 * Math.ceil(N / (2 * TN)), Math.ceil(M / (2 * TM)), batch] as const;
+      registers(gpu, uniforms, buffers, threads, variant, parts);
       return;
     }
     case "units": {

@@ -33,7 +33,8 @@ const PLANS: MatmulPlan[] = [
   { name: "tiled 16×16", family: "tiled", tuned: { BK: 8, TM: 4, TN: 4, WX: 4, WY: 4 }, splits: 1 },
   { name: "tiled 16×32, deeper stages", family: "tiled", tuned: { BK: 16, TM: 4, TN: 8, WX: 4, WY: 4 }, splits: 1 },
   { name: "tiled 16×16, k split", family: "tiled", tuned: { BK: 8, TM: 4, TN: 4, WX: 4, WY: 4 }, splits: 3 },
-  { name: "registers 4×4", family: "registers", tuned: { TM: 4, TN: 4, WX: 4, WY: 2 }, splits: 1 },
+  { name: "registers 4×4", family: "registers", tuned: { TM: 4, TN: 4, WG: 8 }, splits: 1 },
+  { name: "registers 8×4, by quads", family: "registers", tuned: { TM: 8, TN: 4, WG: 4 }, splits: 1, subgroups: true },
 ];
 /** For "nt" alone. */
 const NT: MatmulPlan[] = [

@@ -65,7 +65,7 @@ const ROWS: MatmulPlan = { name: "rows", family: "rows", tuned: { TM: 2, TN: 1, 
 const REGISTERS: MatmulPlan = {
   name: "registers",
   family: "registers",
-  tuned: { TM: 4, TN: 4, WX: 2, WY: 1 },
+  tuned: { TM: 4, TN: 4, WG: 4 },
   splits: 1,
 };
 

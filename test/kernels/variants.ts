@@ -41,7 +41,7 @@ import { linearCrossEntropy as linearCrossEntropyOf } from "../../src/kernels/li
 import { loraDy as loraDyOf, loraDyPlans } from "../../src/kernels/lora-dy.ts";
 import loraDy from "../../src/kernels/lora-dy.wgsl";
 import loraDySums from "../../src/kernels/lora-dy-sums.wgsl";
-import { type Layout, type MatmulOptions, matmul } from "../../src/kernels/matmul.ts";
+import { type Layout, type LowRank, type MatmulOptions, matmul } from "../../src/kernels/matmul.ts";
 import { type MatmulPlan, type MatmulShape, plans } from "../../src/kernels/matmul-plans.ts";
 import matmulRegisters from "../../src/kernels/matmul-registers.wgsl";
 import matmulRows from "../../src/kernels/matmul-rows.wgsl";
@@ -157,9 +157,10 @@ export const HALF: MatmulPlan = { ...TILED, name: "tiled, half", half: true };
 export const REGISTERS: MatmulPlan = {
   name: "registers",
   family: "registers",
-  tuned: { TM: 4, TN: 4, WX: 4, WY: 4 },
+  tuned: { TM: 4, TN: 4, WG: 4 },
   splits: 1,
 };
+export const QUADS: MatmulPlan = { ...REGISTERS, name: "registers, by quads", subgroups: true };
 export const ROWS: MatmulPlan = { name: "rows", family: "rows", tuned: { TM: 2, TN: 2, WG: 32 }, splits: 1 };
 export const SUBGROUP_ROWS: MatmulPlan = { ...ROWS, name: "rows, by subgroups", subgroups: true };
 
@@ -193,15 +194,15 @@ export function matmulVariants(): Variant[] {
     matmul(x, w, layout, options);
   };
   for (const layout of LAYOUTS) {
-    const lowRank = {
-      u: empty(recorder, [EVEN.M, 4], "variants"),
-      b: empty(recorder, layout === "nt" ? [EVEN.N, 4] : [4, EVEN.N], "variants"),
+    const lowRank = (R: number): LowRank => ({
+      u: empty(recorder, [EVEN.M, R], "variants"),
+      b: empty(recorder, layout === "nt" ? [EVEN.N, R] : [R, EVEN.N], "variants"),
       scale: 1,
-    };
-    const all = [TILED, SPLIT, HALF, REGISTERS, ...(layout === "nt" ? [ROWS, SUBGROUP_ROWS] : [])];
+    });
+    const all = [TILED, SPLIT, HALF, REGISTERS, QUADS, ...(layout === "nt" ? [ROWS, SUBGROUP_ROWS] : [])];
     for (const stored of storedFor(layout)) for (const plan of all) make(stored, layout, EVEN, { plan });
     for (const plan of all) {
-      make(f32, layout, EVEN, { plan, lowRank });
+      for (const R of [4, 3]) make(f32, layout, EVEN, { plan, lowRank: lowRank(R) });
       make(f32, layout, EVEN, { plan, ...finish(EVEN) });
       for (const sizes of RAGGED) make(f32, layout, sizes, { plan });
       make(f32, layout, ODD, { plan, ...finish(ODD) });
