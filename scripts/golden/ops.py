@@ -10,9 +10,11 @@ import math
 
 from common import GOLDEN, MADE_WITH, deterministic, exact, plain, write_json
 
+import peft
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2_attention
 from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
@@ -171,6 +173,143 @@ for name, shape_a, shape_b in (
 ):
     case(f"add_{name}", "add", torch.add, {"input": exact(*shape_a), "other": exact(*shape_b)})
     case(f"mul_{name}", "mul", torch.mul, {"input": exact(*shape_a), "other": exact(*shape_b)})
+
+
+def masked_attention(window=None, cap=None):
+    """Attention with whatever hides keys written out: scores past the window or of another segment, capped before."""
+
+    def apply(q, k, v, starts=None):
+        group = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if cap is not None:
+            scores = cap * torch.tanh(scores / cap)
+        row, key = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]
+        hidden = (key > row)[None]
+        if window is not None:
+            hidden = hidden | (key <= row - window)[None]
+        if starts is not None:
+            hidden = hidden | (key[None] < starts[:, :, None])
+        return scores.masked_fill(hidden[:, None], -math.inf).softmax(-1) @ v
+
+    return apply
+
+
+def attention_gemma2(cap: float):
+    def apply(q, k, v):
+        module = torch.nn.Module()
+        module.num_key_value_groups = q.shape[1] // k.shape[1]
+        module.training = False
+        mask = torch.full((q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype).triu(1)[None, None]
+        scaling = q.shape[-1] ** -0.5
+        return gemma2_attention(module, q, k, v, mask, scaling=scaling, softcap=cap)[0].transpose(1, 2)
+
+    return apply
+
+
+def qkv(heads: int, kv_heads: int, tokens: int, dim: int) -> dict[str, torch.Tensor]:
+    return {
+        "q": exact(2, heads, tokens, dim, scale=1.5),
+        "k": exact(2, kv_heads, tokens, dim, scale=1.5),
+        "v": exact(2, kv_heads, tokens, dim),
+    }
+
+
+ATTENTION = {"causal": True, "scale": 0.5, "layout": "BHTD"}
+case("attention_window", "attention", masked_attention(window=3), qkv(4, 2, 7, 4), {**ATTENTION, "window": 3})
+case(
+    "attention_cap",
+    "attention",
+    masked_attention(cap=1.5),
+    qkv(2, 1, 6, 4),
+    {**ATTENTION, "softCap": 1.5},
+    like=attention_gemma2(1.5),
+)
+starts = torch.tensor([[0, 0, 0, 3, 3, 5], [0, 1, 1, 1, 1, 1]])
+case("attention_segments", "attention", masked_attention(), {**qkv(4, 2, 6, 4), "starts": starts}, ATTENTION)
+
+
+def rotary_at(theta: float):
+    def apply(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        inv_freq = theta ** (-torch.arange(0, x.shape[-1], 2, dtype=torch.float64) / x.shape[-1])
+        angle = positions.double()[..., None] * inv_freq
+        angle = torch.cat([angle, angle], dim=-1)
+        return apply_rotary_pos_emb(x, x, angle.cos(), angle.sin())[0]
+
+    return apply
+
+
+positions = torch.tensor([[0, 1, 2, 0, 1], [3, 0, 1, 2, 3]])
+case(
+    "rotary_positions",
+    "rotary",
+    rotary_at(10000.0),
+    {"x": exact(2, 2, 5, 8), "positions": positions},
+    {"rope_theta": 10000.0, "layout": "BHTD"},
+)
+
+for name, f in {"silu": F.silu, "geluTanh": lambda gate: F.gelu(gate, approximate="tanh")}.items():
+    case(
+        f"gated_{name}",
+        "gated",
+        lambda gate, up: f(gate) * up,
+        {"gate": exact(3, 5, scale=2), "up": exact(3, 5)},
+        {"activation": name},
+    )
+
+ids = torch.tensor([[3, 0, 3], [1, 6, 3]])
+case("embedding", "embedding", lambda weight, ids: F.embedding(ids, weight), {"weight": exact(7, 5), "ids": ids})
+
+case(
+    "linear_bias",
+    "linear",
+    lambda x, weight, bias: F.linear(x, weight, bias),
+    {"x": exact(2, 3, 8), "weight": exact(6, 8), "bias": exact(6)},
+)
+
+case(
+    "linear_cross_entropy",
+    "linear_cross_entropy",
+    lambda h, weight, targets: F.cross_entropy(h @ weight.T, targets, ignore_index=-100, reduction="sum"),
+    {"h": exact(5, 4), "weight": exact(9, 4), "targets": torch.tensor([4, -100, 0, 8, -100])},
+)
+
+
+def add_rms_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Both results go on, as in a model."""
+    total = x + delta
+    return total + F.rms_norm(total, total.shape[-1:], weight, 1e-5)
+
+
+case(
+    "add_rms_norm",
+    "add_rms_norm",
+    add_rms_norm,
+    {"x": exact(3, 5), "delta": exact(3, 5), "weight": exact(5)},
+    {"eps": 1e-5},
+)
+
+
+def lora_linear(x, weight, a, b) -> torch.Tensor:
+    """PEFT's own layer, in f64."""
+    base = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False).double()
+    config = peft.LoraConfig(r=a.shape[0], lora_alpha=6, target_modules=["0"], lora_dropout=0.0)
+    layer = peft.get_peft_model(torch.nn.Sequential(base), config).base_model.model[0].double()
+    named = {
+        "base_layer.weight": weight,
+        "lora_A.default.weight": a,
+        "lora_B.default.weight": b,
+    }
+    return torch.func.functional_call(layer, named, (x,))
+
+
+case(
+    "lora_linear",
+    "lora_linear",
+    lora_linear,
+    {"x": exact(2, 3, 8), "weight": exact(5, 8), "a": exact(3, 8), "b": exact(5, 3)},
+    {"scale": 2.0},
+)
 
 write_json(GOLDEN / "ops.json", {"made_with": MADE_WITH, "cases": cases})
 print(f"{len(cases)} cases")

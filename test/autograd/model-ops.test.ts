@@ -1,6 +1,6 @@
 import { readFileSync } from "node:fs";
 import { describe, expect, test } from "vitest";
-import { add, scale } from "../../src/autograd/basic-ops.ts";
+import { add, matmul, scale } from "../../src/autograd/basic-ops.ts";
 import { backward } from "../../src/autograd/engine.ts";
 import {
   addRmsNorm,
@@ -9,9 +9,11 @@ import {
   embedding,
   gated,
   layerNorm,
+  linearCrossEntropy,
   rmsNorm,
   rope,
 } from "../../src/autograd/model-ops.ts";
+import { loraLinear } from "../../src/lora/lora-linear.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { empty, read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
@@ -445,13 +447,37 @@ const CALLS: Record<string, { run: (golden: Golden, ...t: Tensor[]) => Tensor; l
     run: (g, ...t) => {
       const x = at(t, 0);
       const { cos, sin } = rotaryTables(x.shape[1] ?? 0, x.shape[3] ?? 0, option(g, "rope_theta"));
-      return rope(x, upload(x.gpu, cos), upload(x.gpu, sin));
+      return rope(x, upload(x.gpu, cos), upload(x.gpu, sin), t[1]);
     },
     layout: head1,
   },
   attention: {
-    run: (g, ...t) => attention(at(t, 0), at(t, 1), at(t, 2), { scale: option(g, "scale") }),
+    run: (g, ...t) => {
+      const { window, softCap } = g.options as { window?: number; softCap?: number };
+      const [starts] = t.slice(3);
+      return attention(at(t, 0), at(t, 1), at(t, 2), {
+        scale: option(g, "scale"),
+        ...(window !== undefined && { window }),
+        ...(softCap !== undefined && { softCap }),
+        ...(starts && { starts }),
+      });
+    },
     layout: head4,
+  },
+  gated: { run: (g, ...t) => gated(at(t, 0), at(t, 1), g.options.activation as "silu"), layout: asIs },
+  embedding: { run: (_, ...t) => embedding(at(t, 0), at(t, 1)), layout: asIs },
+  linear: { run: (_, ...t) => matmul(at(t, 0), at(t, 1), "nt", at(t, 2)), layout: asIs },
+  linear_cross_entropy: { run: (_, ...t) => linearCrossEntropy(at(t, 0), at(t, 1), at(t, 2)), layout: asIs },
+  add_rms_norm: {
+    run: (g, ...t) => {
+      const { sum, y } = addRmsNorm(at(t, 0), at(t, 1), at(t, 2), option(g, "eps"));
+      return add(sum, y);
+    },
+    layout: asIs,
+  },
+  lora_linear: {
+    run: (g, ...t) => loraLinear(at(t, 0), at(t, 1), at(t, 2), at(t, 3), option(g, "scale")),
+    layout: asIs,
   },
   cross_entropy: {
     run: (g, ...t) => {
@@ -461,6 +487,9 @@ const CALLS: Record<string, { run: (golden: Golden, ...t: Tensor[]) => Tensor; l
     layout: asIs,
   },
 };
+
+/** Inputs that are i32 and laid out here as there. */
+const WHOLE = ["targets", "ids", "positions", "starts"];
 
 describe("PyTorch agrees", () => {
   const known = Object.entries(cases).filter(([, { op }]) => op in CALLS);
@@ -474,7 +503,8 @@ describe("PyTorch agrees", () => {
     const call = CALLS[golden.op];
     if (!call) throw new Error(golden.op);
     const inputs = Object.entries(golden.inputs).map(([name, values]) => {
-      const t = upload(gpu, call.layout(asIs(values)), name === "targets" ? "i32" : "f32");
+      const isWhole = WHOLE.includes(name);
+      const t = upload(gpu, isWhole ? asIs(values) : call.layout(asIs(values)), isWhole ? "i32" : "f32");
       t.requiresGrad = name in golden.grads;
       return t;
     });
