@@ -204,9 +204,10 @@ describe("packed rows", () => {
     });
     const rows = (await readAll(alone.hs)).flatMap((values) => [...values]);
     expectClose(await read(packed.h), rows, 1e-5, "hidden");
+    // Sums over other rows in another order: both are f32 gradients with cancellation.
     for (const [name, { A, B }] of adapter.pairs)
       for (const t of [A, B])
-        expectClose(await read(packed.grads.get(t) as Tensor), await read(alone.grads.get(t) as Tensor), 2e-5, name);
+        expectClose(await read(packed.grads.get(t) as Tensor), await read(alone.grads.get(t) as Tensor), 1e-4, name);
     gpu.release(packed.h, ...packed.grads.values(), ...alone.hs, ...alone.grads.values());
     adapter.detach();
     model.destroy();
