@@ -103,7 +103,7 @@ function run(
   const [, T = 0, H = 0, D = 0] = q.shape;
   const [, S = 0, G = 0] = k.shape;
   const { isSoftware } = q.gpu;
-  const R = rows === 1 ? 1 : 4;
+  const R = rows === 1 ? 1 : isSoftware && rows >= 16 ? 8 : 4;
   const [WX, WY] = isSoftware ? [1, 1] : R === 1 ? [32, 1] : [8, 8];
   const n = heads * Math.ceil(rows / (R * WY));
   const WG = isSoftware ? 8 : WX * WY;
