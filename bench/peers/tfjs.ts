@@ -34,28 +34,27 @@ async function importTf(): Promise<Tf> {
   try {
     const tf = await import("@tensorflow/tfjs-core");
     await import("@tensorflow/tfjs-backend-webgpu"); // registers itself if navigator.gpu is there
-    // The packages for Node leave the gradients out, and all of them at once cannot be imported there. They are listed within `try`, where
+    // The packages for Node leave the gradients out, and all of them at once cannot be imported there. They are awaited within `try`, where
     // bundling goes on without what is not installed.
-    const gradients: Promise<object>[] = [
-      import("@tensorflow/tfjs-core/dist/gradients/Add_grad.js"),
-      import("@tensorflow/tfjs-core/dist/gradients/BatchMatMul_grad.js"),
-      import("@tensorflow/tfjs-core/dist/gradients/Concat_grad.js"),
-      import("@tensorflow/tfjs-core/dist/gradients/Mean_grad.js"),
-      import("@tensorflow/tfjs-core/dist/gradients/Multiply_grad.js"),
-      import("@tensorflow/tfjs-core/dist/gradients/RealDiv_grad.js"),
-      import("@tensorflow/tfjs-core/dist/gradients/Reshape_grad.js"),
-      import("@tensorflow/tfjs-core/dist/gradients/Rsqrt_grad.js"),
-      import("@tensorflow/tfjs-core/dist/gradients/Sigmoid_grad.js"),
-      import("@tensorflow/tfjs-core/dist/gradients/Slice_grad.js"),
-      import("@tensorflow/tfjs-core/dist/gradients/Softmax_grad.js"),
-      import("@tensorflow/tfjs-core/dist/gradients/SplitV_grad.js"),
-      import("@tensorflow/tfjs-core/dist/gradients/Square_grad.js"),
-      import("@tensorflow/tfjs-core/dist/gradients/Sub_grad.js"),
-      import("@tensorflow/tfjs-core/dist/gradients/Sum_grad.js"),
-      import("@tensorflow/tfjs-core/dist/gradients/Transpose_grad.js"),
+    const gradients: object[] = [
+      await import("@tensorflow/tfjs-core/dist/gradients/Add_grad.js"),
+      await import("@tensorflow/tfjs-core/dist/gradients/BatchMatMul_grad.js"),
+      await import("@tensorflow/tfjs-core/dist/gradients/Concat_grad.js"),
+      await import("@tensorflow/tfjs-core/dist/gradients/Mean_grad.js"),
+      await import("@tensorflow/tfjs-core/dist/gradients/Multiply_grad.js"),
+      await import("@tensorflow/tfjs-core/dist/gradients/RealDiv_grad.js"),
+      await import("@tensorflow/tfjs-core/dist/gradients/Reshape_grad.js"),
+      await import("@tensorflow/tfjs-core/dist/gradients/Rsqrt_grad.js"),
+      await import("@tensorflow/tfjs-core/dist/gradients/Sigmoid_grad.js"),
+      await import("@tensorflow/tfjs-core/dist/gradients/Slice_grad.js"),
+      await import("@tensorflow/tfjs-core/dist/gradients/Softmax_grad.js"),
+      await import("@tensorflow/tfjs-core/dist/gradients/SplitV_grad.js"),
+      await import("@tensorflow/tfjs-core/dist/gradients/Square_grad.js"),
+      await import("@tensorflow/tfjs-core/dist/gradients/Sub_grad.js"),
+      await import("@tensorflow/tfjs-core/dist/gradients/Sum_grad.js"),
+      await import("@tensorflow/tfjs-core/dist/gradients/Transpose_grad.js"),
     ];
-    for (const configs of await Promise.all(gradients))
-      for (const config of Object.values(configs)) tf.registerGradient(config);
+    for (const configs of gradients) for (const config of Object.values(configs)) tf.registerGradient(config);
     return tf;
   } catch (error) {
     throw importError(error);
