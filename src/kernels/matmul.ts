@@ -2,7 +2,7 @@ import type { Gpu, HasBuffer } from "../gpu/gpu.ts";
 import { defineKernel, definePart, type Part } from "../gpu/kernel.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
-import { empty, expectDType, expectShape, type Shape, type Tensor } from "../tensor/tensor.ts";
+import { empty, expectDType, expectShape, rowsOf, type Shape, type Tensor, view } from "../tensor/tensor.ts";
 import { narrow16 } from "./cast.ts";
 import { defaultPlan, type MatmulPlan, type MatmulShape, plans, shapeClass, suits, unitsTile } from "./matmul-plans.ts";
 import registersSource from "./matmul-registers.wgsl";
@@ -123,8 +123,30 @@ export function matmul(
     throw new ShapeError(
       `matmul: the plan "${plan.name}" takes whole tiles of one product with f32 or f16 weights, got "${layout}" ${M}×${N}×${K} of rank ${R}, ${batch} in all, ${product.format}. Leave the plan out`,
     );
-  run(gpu, product, plan, x, w, y, options);
+  const most = layout === "tn" || batch > 1 || isBlocked ? M : rowsAtATime(gpu, product);
+  if (most >= M) run(gpu, product, plan, x, w, y, options);
+  else
+    for (let first = 0; first < M; first += most) {
+      const count = Math.min(most, M - first);
+      const part = (t: Tensor): Tensor => rowsOf(view(t, [M, t.size / M]), first, count);
+      const { residual } = options;
+      run(gpu, { ...product, M: count }, plan, part(x), w, part(y), {
+        ...options,
+        ...(lowRank && { lowRank: { ...lowRank, u: part(lowRank.u) } }),
+        ...(residual && { residual: part(residual) }),
+      });
+    }
   return y;
+}
+
+/** Operations of one dispatch: about 100 ms on a software adapter of two cores and on a GPU of half a TFLOP/s. */
+const MOST_OPERATIONS = { software: 2 ** 29, hardware: 5e10 };
+
+/** Rows of y that one dispatch may compute, so that no page or driver waits for it too long. Whole tiles of every plan, and views of whole rows. */
+function rowsAtATime(gpu: Gpu, { N, K, R }: MatmulShape): number {
+  const most = MOST_OPERATIONS[gpu.isSoftware ? "software" : "hardware"];
+  const step = 128;
+  return Math.max(1, Math.floor(most / (2 * N * Math.max(1, K + R)) / step)) * step;
 }
 
 /** The tuned plan, or the default one. A class of shapes holds some that not all its plans suit. */

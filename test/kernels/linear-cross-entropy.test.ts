@@ -70,11 +70,12 @@ test.each([
   const [loss, dh, dW] = await readAll([whole.loss, whole.dh as Tensor, whole.dW[0] as Tensor]);
   const [loss2, dh2, ...dW2] = await readAll([divided.loss, divided.dh as Tensor, ...(divided.dW as Tensor[])]);
   expectClose(loss2 ?? [], loss ?? [], 1e-6, "loss");
-  expectClose(dh2 ?? [], dh ?? [], 1e-5, "dh");
+  // Both are f32, and other tiles add up in another order.
+  expectClose(dh2 ?? [], dh ?? [], 5e-5, "dh");
   expectClose(
     dW2.flatMap((values) => [...values]),
     dW ?? [],
-    1e-5,
+    5e-5,
     "dW",
   );
 });

@@ -8,6 +8,7 @@ import { empty, read, type Tensor } from "../../src/tensor/tensor.ts";
 import { checkOp, expectClose, freshSeed, type Nd, nd, randomNd, testGpu, upload } from "../harness.ts";
 import { geluTwin, siluTwin } from "../reference/elementwise.ts";
 import { matmulTwin } from "../reference/matmul.ts";
+import { Recorder } from "./recorder.ts";
 
 const shapes = (layout: Layout, M: number, N: number, K: number): [number[], number[]] => [
   layout === "tn" ? [K, M] : [M, K],
@@ -55,6 +56,7 @@ async function check(
   R: number,
   options: MatmulOptions,
   batch = 1,
+  tolerance = 1e-5,
 ): Promise<void> {
   const seed = freshSeed();
   const random = new Random(seed);
@@ -73,7 +75,7 @@ async function check(
     }),
   );
   expect(y.shape).toEqual(expected.shape);
-  expectClose(await read(y), expected.data, 1e-5, `${layout} ${[M, N, K, R, batch]} (seed ${seed})`);
+  expectClose(await read(y), expected.data, tolerance, `${layout} ${[M, N, K, R, batch]} (seed ${seed})`);
   gpu.release(y);
 }
 
@@ -93,6 +95,19 @@ test.each(CASES)("matmul by %s, %s, with LoRA columns equals its f64 twin", asyn
     await check(layout, [M, N, K], R, { scale: -0.5, ...(plan && { plan }) });
   await check(layout, [10, 5, 4], 3, { scale: 0, ...(plan && { plan }) });
 });
+
+test.each(["nn", "nt"] as const)(
+  "a product that would take long, %s, is cut into dispatches by rows",
+  async (layout) => {
+    const [M, N, K, R] = [200, 4400, 640, 4];
+    const recorder = new Recorder({ isSoftware: true });
+    const t = (...shape: number[]): Tensor => empty(recorder, shape, "t");
+    const [[xs, ws], bs] = [shapes(layout, M, N, K), layout === "nt" ? [N, R] : [R, N]];
+    matmul(t(...xs), t(...ws), layout, { lowRank: { u: t(M, R), b: t(...bs), scale: 1 }, residual: t(M, N) });
+    expect(recorder.dispatches.map(({ uniforms }) => uniforms.M)).toEqual([128, 72]);
+    await check(layout, [M, N, K], R, { scale: 0.5 }, 1, 1e-4); // sums of 640 products in f32
+  },
+);
 
 test.each(CASES)("matmul by %s, %s, multiplies batches pairwise", async (_, layout, plan) => {
   if (plan?.family === "rows") return;
