@@ -160,7 +160,7 @@ export const REGISTERS: MatmulPlan = {
   tuned: { TM: 4, TN: 4, WG: 4 },
   splits: 1,
 };
-export const QUADS: MatmulPlan = { ...REGISTERS, name: "registers, by quads", subgroups: true };
+const QUADS: MatmulPlan = { ...REGISTERS, name: "registers, by quads", subgroups: true };
 export const ROWS: MatmulPlan = { name: "rows", family: "rows", tuned: { TM: 2, TN: 2, WG: 32 }, splits: 1 };
 export const SUBGROUP_ROWS: MatmulPlan = { ...ROWS, name: "rows, by subgroups", subgroups: true };
 
