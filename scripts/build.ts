@@ -5,14 +5,14 @@ import { createRequire } from "node:module";
 import { dirname, join } from "node:path";
 import { build, type Plugin } from "esbuild";
 
-/** Kernels as text, without what a compiler skips: the comments are for the repository. Indentation stays, it tells declarations apart. */
+/** Kernels as text, without what a compiler skips: the comments are for the repository. A space of indentation stays: it tells declarations apart. */
 const kernels: Plugin = {
   name: "kernels",
   setup: ({ onLoad }) => {
     onLoad({ filter: /\.wgsl$/ }, ({ path }) => {
       const lines = readFileSync(path, "utf8")
         .split("\n")
-        .map((line) => line.replace(/\/\/.*$/, "").trimEnd());
+        .map((line) => line.replace(/\/\/.*$/, "").trimEnd().replace(/^ +/, " "));
       return { contents: lines.filter(Boolean).join("\n"), loader: "text" };
     });
   },

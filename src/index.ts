@@ -69,7 +69,6 @@ export {
   chromeTrace,
   type KernelProfile,
   type ProfiledDispatch,
-  profilePage,
   profileTable,
 } from "./train/profile.ts";
 export { type Schedule, scheduleFactor } from "./train/schedule.ts";

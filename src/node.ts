@@ -8,6 +8,7 @@ import type { Llama } from "./models/llama.ts";
 import { loadModel } from "./models/load.ts";
 
 export { appendLine, diskDirectory, ensureWritableDirectory, fileSource, writeFileAtomic } from "./io/files.ts";
+export { profilePage } from "./train/profile-page.ts";
 
 /** Loads a model from a Hugging Face directory on disk. See `loadModel`. */
 export const loadModelFrom = async (gpu: Gpu, path: string): Promise<Llama> => loadModel(gpu, diskDirectory(path));

@@ -13,7 +13,8 @@ import {
   writeFileAtomic,
 } from "../node.ts";
 import { batchesPerEpoch, longest } from "../train/batches.ts";
-import { byKernel, chromeTrace, type ProfiledDispatch, profilePage, profileTable } from "../train/profile.ts";
+import { byKernel, chromeTrace, type ProfiledDispatch, profileTable } from "../train/profile.ts";
+import { profilePage } from "../train/profile-page.ts";
 import type { Schedule } from "../train/schedule.ts";
 import { type StepMetrics, train } from "../train/trainer.ts";
 import {

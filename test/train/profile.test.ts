@@ -5,7 +5,8 @@ import { loadModel } from "../../src/models/load.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { readAll } from "../../src/tensor/tensor.ts";
 import { collate } from "../../src/train/batches.ts";
-import { byKernel, chromeTrace, type ProfiledDispatch, profilePage, profileTable } from "../../src/train/profile.ts";
+import { byKernel, chromeTrace, type ProfiledDispatch, profileTable } from "../../src/train/profile.ts";
+import { profilePage } from "../../src/train/profile-page.ts";
 import { TrainingStep } from "../../src/train/step.ts";
 import { testGpu } from "../harness.ts";
 
