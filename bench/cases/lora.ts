@@ -70,6 +70,16 @@ export function loraForward(sizes: LoraSizes): SizedContest {
   };
 }
 
+/** What gives the gradients of a node's inputs, for dy. */
+function thunksOf({ node }: Tensor, dy: Tensor): (input: Tensor) => Tensor {
+  const thunks = node?.vjp(dy) ?? [];
+  return (input) => {
+    const thunk = thunks[node?.inputs.indexOf(input) ?? -1];
+    if (!thunk) throw new Error("bench: loraLinear must have a gradient for x, A and B, got none for one of them");
+    return thunk();
+  };
+}
+
 /**
  * The backward pass of a layer whose forward pass is done: dx alone, as without LoRA, against dx, dA and dB.
  *
@@ -92,16 +102,11 @@ export function loraBackward(sizes: LoraSizes): SizedContest {
       setTrainable([x, A, B], [W]);
       // The forward pass, once. What it keeps for later lives until the device goes.
       const y = loraLinear(x, W, A, B, SCALE);
-      const { node } = y;
       const gradients = (): Record<string, Tensor> => {
-        const thunks = node?.vjp(dy.t) ?? [];
-        const of = (leaf: Tensor): Tensor => {
-          const thunk = thunks[node?.inputs.indexOf(leaf) ?? -1];
-          if (!thunk)
-            throw new Error("bench: loraLinear must have a gradient for x, A and B, got none for one of them");
-          return thunk();
-        };
-        return { dx: of(x), dA: of(A), dB: of(B) };
+        const of = thunksOf(y, dy.t);
+        const u = y.node?.inputs[0] as Tensor; // x·Aᵀ, a node of its own, which A hangs on
+        const du = of(u);
+        return { dx: of(x), dA: thunksOf(u, du)(A), dB: of(B) };
       };
       const expected = gradientsOf(layer, dy, sizes);
       return {
