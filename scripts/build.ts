@@ -12,7 +12,12 @@ const kernels: Plugin = {
     onLoad({ filter: /\.wgsl$/ }, ({ path }) => {
       const lines = readFileSync(path, "utf8")
         .split("\n")
-        .map((line) => line.replace(/\/\/.*$/, "").trimEnd().replace(/^ +/, " "));
+        .map((line) =>
+          line
+            .replace(/\/\/.*$/, "")
+            .trimEnd()
+            .replace(/^ +/, " "),
+        );
       return { contents: lines.filter(Boolean).join("\n"), loader: "text" };
     });
   },
