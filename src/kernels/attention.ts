@@ -5,6 +5,7 @@ import source from "./attention.wgsl";
 import keyValueSource from "./attention-backward-kv.wgsl";
 import querySource from "./attention-backward-q.wgsl";
 import deltaSource from "./attention-delta.wgsl";
+import { CPU_WIDE } from "./matmul-plans.ts";
 import teamSource from "./parts/attention-team.wgsl";
 
 const forward = defineKernel("attention", source);
@@ -89,7 +90,8 @@ export function attentionBackwardKeyValue(
 
 /**
  * Tiles of `rows` queries (or keys) of each of `heads` go to a thread each on a CPU adapter, where vec4s of `quads` times 4 keys at a time
- * make up for accumulators in memory, else to a workgroup. A single row has a tile of its own.
+ * make up for accumulators in memory, else to a workgroup. A single row has a tile of its own; eight rows take two to three times as long to
+ * compile as four and pay where there is much to do.
  */
 function run(
   kernel: Kernel,
@@ -103,7 +105,8 @@ function run(
   const [, T = 0, H = 0, D = 0] = q.shape;
   const [, S = 0, G = 0] = k.shape;
   const { isSoftware } = q.gpu;
-  const R = rows === 1 ? 1 : isSoftware && rows >= 16 ? 8 : 4;
+  const isWide = isSoftware && 2 * q.size * keyLength >= CPU_WIDE;
+  const R = rows === 1 ? 1 : isWide ? 8 : 4;
   const [WX, WY] = isSoftware ? [1, 1] : R === 1 ? [32, 1] : [8, 8];
   const n = heads * Math.ceil(rows / (R * WY));
   const WG = isSoftware ? 8 : WX * WY;
