@@ -32,7 +32,7 @@ const splits = defineKernel("matmul-splits", splitsSource);
 const NF4_LEVELS = definePart("nf4-levels", levelsSource);
 const RAGGED_X = definePart("ragged-x", raggedXSource);
 const RAGGED_W = definePart("ragged-w", raggedWSource);
-const RAGGED_LOW = definePart("ragged-low", raggedLowSource);
+const RAGGED_LOW = [definePart("ragged-low", raggedLowSource), definePart("low-elements", tiledSource, ["u4", "b4"])];
 const RAGGED_Y = definePart("ragged-y", raggedYSource);
 const BLOCKED_X = definePart("blocked-x", blockedSource, ["x_at"]);
 const BLOCKED_Y = definePart("blocked-y", blockedSource, ["y_at"]);
@@ -77,7 +77,8 @@ export interface MatmulOptions {
 }
 
 /**
- * y = act(scale·op(x)·op(w) + lowRank.scale·u·b + bias) + residual, one dispatch (two where k is split).
+ * y = act(scale·op(x)·op(w) + lowRank.scale·u·b + bias) + residual, one dispatch (two where k is split; several, by rows, where it takes
+ * long).
  *
  * "nn": x [M,K], w [K,N]. "nt": x [M,K], w [N,K]. "tn": x [K,M], w [K,N]. All give y [M,N]. Further leading axes are batches:
  * those of x and w must be equal, or w has none and serves every batch (x's are then rows of one product). A low-rank term
@@ -123,7 +124,7 @@ export function matmul(
     throw new ShapeError(
       `matmul: the plan "${plan.name}" takes whole tiles of one product with f32 or f16 weights, got "${layout}" ${M}×${N}×${K} of rank ${R}, ${batch} in all, ${product.format}. Leave the plan out`,
     );
-  const most = layout === "tn" || batch > 1 || isBlocked ? M : rowsAtATime(gpu, product);
+  const most = layout === "tn" || batch > 1 || blocked ? M : rowsAtATime(gpu, product);
   if (most >= M) run(gpu, product, plan, x, w, y, options);
   else
     for (let first = 0; first < M; first += most) {
@@ -229,7 +230,7 @@ function run(
       return;
     }
     case "registers": {
-      const low = R % 4 === 0 && (R === 0 || W_T || N % 4 === 0) ? [] : [RAGGED_LOW];
+      const low = R % 4 === 0 && (R === 0 || W_T || N % 4 === 0) ? [] : RAGGED_LOW;
       const parts = [
         ...weight,
         ...operandParts,

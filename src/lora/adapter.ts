@@ -52,7 +52,7 @@ export class LoraAdapter {
   readonly config: LoraConfig;
   /** The adapted layers by module name, such as "model.layers.0.self_attn.q_proj". */
   readonly pairs: ReadonlyMap<string, LoraPair>;
-  /** Set while it is trained: `config.dropout` is on, its masks made from the seed and the number of the step. */
+  /** Set while a training step is made: `config.dropout` is on, its masks made from the seed and the number of the batch. */
   training: { readonly seed: number; readonly step: Uniform } | undefined;
   #factor = 1;
   #state: "enabled" | "disabled" | "merged" | "detached" = "disabled";

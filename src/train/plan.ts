@@ -53,10 +53,9 @@ export async function planTraining(
 ): Promise<MemoryPlan> {
   const dry = dryGpu(gpu);
   const { model, parameters, adapter } = await build(dry);
-  if (adapter) adapter.training = { seed: 0, step: 0 };
   const trained = parameters.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
   const weights = dry.counters().bytesLive - trained;
-  const step = new TrainingStep({ model, parameters, accumulates: gradAccumulation > 1 });
+  const step = new TrainingStep({ model, parameters, ...(adapter && { adapter }), accumulates: gradAccumulation > 1 });
   const batch = largestBatch(batchSize, maxLength);
   step.run(new Array(gradAccumulation).fill(batch), 0);
   const { bytesPeak, dispatches } = dry.counters();

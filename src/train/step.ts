@@ -14,7 +14,7 @@ import { type ProfiledDispatch, profiled } from "./profile.ts";
 
 /** An adapter, seen from training. */
 export interface HasTrainingMode {
-  /** Set while it is trained: dropout is on, its masks made from the seed and the number of the step. */
+  /** Set while a training step is made: dropout is on, its masks made from the seed and the number of the batch. */
   training?: { readonly seed: number; readonly step: Uniform } | undefined;
 }
 
@@ -22,6 +22,10 @@ export interface TrainingStepOptions extends AdamWSettings {
   readonly model: LanguageModel;
   /** What is trained; everything else is frozen. */
   readonly parameters: readonly Tensor[];
+  /** What is trained, where it behaves differently in training: its dropout is on within a step, with masks by `seed`. */
+  readonly adapter?: HasTrainingMode;
+  /** Seed of the dropout masks; 0 unless given. */
+  readonly seed?: number;
   /** Whether a step may have several batches, whose gradients are added up. */
   readonly accumulates?: boolean;
   /** Make every dispatch anew in each step instead of replaying a plan: slower, larger, and the same to the last bit. For study. */
@@ -56,6 +60,8 @@ export class TrainingStep {
   readonly #model: LanguageModel;
   readonly #gpu: Gpu;
   readonly #eager: boolean;
+  readonly #adapter: HasTrainingMode;
+  readonly #seed: number;
   readonly #loss: Tensor;
   readonly #ring: Tensor;
   readonly #workspace: GPUBuffer[] = [];
@@ -67,10 +73,13 @@ export class TrainingStep {
   #scale = 1;
   #learningRate = 0;
 
-  constructor({ model, parameters, accumulates = false, eager = false, ...settings }: TrainingStepOptions) {
+  constructor(options: TrainingStepOptions) {
+    const { model, parameters, adapter = {}, seed = 0, accumulates = false, eager = false, ...settings } = options;
     this.#model = model;
     this.#gpu = model.gpu;
     this.#eager = eager;
+    this.#adapter = adapter;
+    this.#seed = seed;
     this.optimizer = new AdamW(parameters, settings, accumulates);
     this.#loss = tensor(this.#gpu, [0], []);
     this.#ring = tensor(this.#gpu, new Int32Array(ringSize(SLOTS)), [ringSize(SLOTS)]);
@@ -79,11 +88,6 @@ export class TrainingStep {
   /** Plans traced so far. */
   get plans(): ReadonlyMap<string, Plan> {
     return this.#plans;
-  }
-
-  /** Batches sent so far: what dropout masks go by. */
-  get batchCount(): number {
-    return this.#batchCount;
   }
 
   /** Bytes that the plans share for what lives within a step. */
@@ -160,14 +164,25 @@ export class TrainingStep {
 
   /** Forward and backward of one batch, and the update after the last one. */
   #part(inputs: Inputs, isFirst: boolean, isLast: boolean): void {
-    const loss = batchLoss(this.#model, inputs, () => this.#scale);
-    this.optimizer.take(backward(loss), !isFirst);
+    const loss = this.#gradients(inputs, !isFirst);
     if (isFirst) copyTo(loss, this.#loss);
     else addInto(loss, this.#loss);
     if (!isLast) return;
     const clip = this.optimizer.norm();
     recordStep(this.#loss, clip, this.#ring, () => (this.optimizer.stepCount - 1) % SLOTS, MOST_BAD_STEPS);
     this.optimizer.update(clip, () => this.#learningRate);
+  }
+
+  /** The loss of a batch, its gradients taken. Only meanwhile is the adapter in training: between steps it may be evaluated. */
+  #gradients(inputs: Inputs, adds: boolean): Tensor {
+    this.#adapter.training = { seed: this.#seed, step: () => this.#batchCount };
+    try {
+      const loss = batchLoss(this.#model, inputs, () => this.#scale);
+      this.optimizer.take(backward(loss), adds);
+      return loss;
+    } finally {
+      this.#adapter.training = undefined;
+    }
   }
 
   /** The plan of such a batch, traced where there is none yet, with the batch in its inputs. */

@@ -27,9 +27,8 @@ export interface TrainOptions extends AdamWSettings {
   readonly warmupSteps?: number;
   /** Seed of the order of the rows; undefined keeps the order of the file. */
   readonly shuffleSeed?: number | undefined;
-  /** What is trained, where it behaves differently in training: its dropout is on, with masks by `seed`. */
+  /** See `TrainingStepOptions`, as for `seed`. */
   readonly adapter?: HasTrainingMode;
-  /** Seed of the dropout masks; 0 unless given. */
   readonly seed?: number;
   /** Fills rows up to the longest of a batch; never seen by the loss. */
   readonly padId?: number;
@@ -81,7 +80,7 @@ const READ_EVERY_MS = 250;
  */
 export async function* train(options: TrainOptions): AsyncGenerator<StepMetrics, void, undefined> {
   const { model, rows, steps, batchSize, gradAccumulation = 1, schedule = "linear", padId = 0 } = options;
-  const { readEvery = 10, pauseEvery = 0, adapter, seed = 0 } = options;
+  const { readEvery = 10, pauseEvery = 0 } = options;
   checkOptions(options);
   const { gpu } = model;
   if (options.tune) {
@@ -93,7 +92,6 @@ export async function* train(options: TrainOptions): AsyncGenerator<StepMetrics,
   const training = new TrainingStep({ ...options, accumulates: gradAccumulation > 1 });
   const counts = new StepCounts();
   const most = longest(rows);
-  if (adapter) adapter.training = { seed, step: () => training.batchCount };
   training.reserve(new Array(gradAccumulation).fill(largestBatch(Math.min(batchSize, rows.length), most)));
   try {
     let readAt = performance.now();
@@ -124,7 +122,6 @@ export async function* train(options: TrainOptions): AsyncGenerator<StepMetrics,
     if (pending) yield* counts.metrics(await pending);
     yield* counts.metrics(await training.read());
   } finally {
-    if (adapter) adapter.training = undefined;
     await gpu.throttle(1).catch(() => {}); // a lost device has its own error
     training.destroy();
   }

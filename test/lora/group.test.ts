@@ -11,6 +11,7 @@ import { type Linear, linear, linears } from "../../src/nn/linear.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { blockRows, empty, read, readAll, type Tensor } from "../../src/tensor/tensor.ts";
+import { evaluate } from "../../src/train/loss.ts";
 import { train } from "../../src/train/trainer.ts";
 import { expectClose, freshSeed, type Nd, nd, randomNd, testGpu, upload } from "../harness.ts";
 import { dropoutTwin } from "../reference/dropout.ts";
@@ -302,6 +303,24 @@ describe("dropout", () => {
     expect(() => loraLinears(t(5, 32), [layer, layer], t(8, 32), 1, drop)).toThrow(
       new ShapeError("loraLinears: dropout takes one layer, got 2"),
     );
+  });
+
+  test("between the steps of a training there is none", async () => {
+    const gpu = await testGpu();
+    const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
+    const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: "all-linear", dropout: 0.5 }, 5);
+    const rows = [{ inputIds: [1, 2, 3, 4], labels: [1, 2, 3, 4] }];
+    const { parameters } = adapter;
+    const between: number[] = [];
+    const base = { model, parameters, adapter, rows, steps: 2, batchSize: 1, readEvery: 1 };
+    for await (const _ of train({ ...base, learningRate: 1e-1 })) between.push((await evaluate(model, rows, 1)).loss);
+    expect((await evaluate(model, rows, 1)).loss).toBe(between.at(-1));
+    // Nothing is learned: each loss in training is that of the same adapter under another mask.
+    const losses: number[] = [];
+    for await (const { loss } of train({ ...base, steps: 3, learningRate: 0 })) losses.push(loss);
+    expect(new Set([...losses, between.at(-1)]).size).toBe(4);
+    adapter.detach();
+    model.destroy();
   });
 
   test("in training: replayed, eager and checkpointed give the same bits, another seed others", async () => {
