@@ -19,11 +19,23 @@ import json
 import shutil
 import sys
 
-from common import GOLDEN, MADE_WITH, deterministic, write_json
+from common import (
+    GOLDEN,
+    MADE_WITH,
+    backward,
+    causal_batch,
+    deterministic,
+    old_config,
+    randomize,
+    trainable,
+    write_adapter,
+    write_json,
+    write_tensors,
+)
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -61,44 +73,6 @@ MODELS = {
 }
 
 
-def randomize(model: torch.nn.Module) -> None:
-    """Trainable weights so large that attention is far from uniform and every gradient is far from zero."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if not weight.requires_grad:
-                continue
-            if name.endswith("norm.weight"):
-                weight.copy_(1 + 0.2 * torch.randn_like(weight))
-            elif name.endswith("bias"):
-                weight.copy_(0.3 * torch.randn_like(weight))
-            elif "embed_tokens" in name or ".lora_B." in name:
-                weight.copy_(0.4 * torch.randn_like(weight))
-            else:
-                weight.copy_(1.5 * torch.randn_like(weight) / weight.shape[1] ** 0.5)
-
-
-def old_config(config: dict) -> dict:
-    """The same configuration with the keys that transformers 4 wrote."""
-    rope = dict(config["rope_parameters"])
-    theta = rope.pop("rope_theta")
-    drop = {"rope_parameters", "dtype", "head_dim", "transformers_version"}
-    older = {key: value for key, value in config.items() if key not in drop}
-    older["rope_theta"] = theta
-    older["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    older["torch_dtype"] = config["dtype"]
-    older["transformers_version"] = "4.51.0"
-    return dict(sorted(older.items()))
-
-
-def backward(model: torch.nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-    model.zero_grad()
-    out = model(input_ids=input_ids, labels=labels)
-    mean = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    assert abs(mean.item() - out.loss.item()) < 1e-6
-    out.loss.backward()
-    return out.logits.detach().contiguous(), out.loss.item()
-
-
 def make(name: str, spec: dict) -> None:
     directory = GOLDEN / name
     shutil.rmtree(directory, ignore_errors=True)
@@ -119,63 +93,45 @@ def make(name: str, spec: dict) -> None:
     (directory / "generation_config.json").unlink()
     saved = json.loads((directory / "config.json").read_text())
     if name == "llama-sharded":
-        (directory / "config.json").write_text(json.dumps(old_config(saved), indent=2) + "\n")
+        (directory / "config.json").write_text(json.dumps(old_config(saved, {"head_dim"}), indent=2) + "\n")
 
     def load() -> LlamaForCausalLM:
         loaded = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
         assert loaded.config.rope_parameters == config.rope_parameters
         return loaded.train()
 
-    tokens = spec.get("tokens", 11)
-    valid = tokens - 4  # of the second row, which ends in padding; the first is a prompt of 4 tokens and its answer
-    input_ids = torch.randint(3, 64, (2, tokens))
-    input_ids[:, 0] = 1
-    input_ids[1, valid:] = 0
-    labels = input_ids.clone()
-    labels[0, :4] = -100
-    labels[1, valid:] = -100
+    batch = causal_batch(spec.get("tokens", 11))
 
     model = load()
-    base_logits, base_loss = backward(model, input_ids, labels)
+    base_logits, base_loss = backward(model, batch)
     grads = {
         f"grad.{key}": weight.grad
         for key, weight in model.named_parameters()
         if spec.get("all_grads") or not any(f"{linear}.weight" in key for linear in LINEARS)
     }
     assert all(grad.abs().max() > 1e-4 for grad in grads.values())
-    save_file(grads, directory / "expected-full.safetensors")
+    write_tensors(directory / "expected-full.safetensors", grads)
 
     adapted = get_peft_model(load(), LoraConfig(r=4, lora_alpha=8, target_modules=LINEARS, task_type="CAUSAL_LM"))
     randomize(adapted)
-    adapted.save_pretrained(directory / "adapter", save_embedding_layers=False)
-    (directory / "adapter" / "README.md").unlink()
-    config_path = directory / "adapter" / "adapter_config.json"
-    adapter_config = json.loads(config_path.read_text())
-    adapter_config["base_model_name_or_path"] = name
-    adapter_config["target_modules"] = sorted(adapter_config["target_modules"])  # a set: its order changes by run
-    config_path.write_text(json.dumps(adapter_config, indent=2) + "\n")
+    write_adapter(adapted, directory / "adapter", name)
 
     adapted = PeftModel.from_pretrained(load(), directory / "adapter", is_trainable=True).train()
-    lora_logits, lora_loss = backward(adapted, input_ids, labels)
+    lora_logits, lora_loss = backward(adapted, batch)
     keys = set(load_file(directory / "adapter" / "adapter_model.safetensors"))
-    # PEFT leaves the adapter's name out on disk: lora_A.default.weight is lora_A.weight there.
-    lora_grads = {
-        f"lora.grad.{key.replace('.default.', '.')}": weight.grad
-        for key, weight in adapted.named_parameters()
-        if weight.requires_grad
-    }
+    lora_grads = {f"lora.grad.{key}": weight.grad for key, weight in trainable(adapted).items()}
     assert {f"lora.grad.{key}" for key in keys} == set(lora_grads)
     assert all(grad.abs().max() > 1e-4 for grad in lora_grads.values())
     assert (lora_logits - base_logits).abs().max() > 0.1
     logits = {"base.logits": base_logits, "lora.logits": lora_logits}
-    save_file({**logits, **lora_grads}, directory / "expected.safetensors")
+    write_tensors(directory / "expected.safetensors", {**logits, **lora_grads})
     write_json(
         directory / "expected.json",
         {
             "made_with": MADE_WITH,
-            "input_ids": input_ids.tolist(),
-            "labels": labels.tolist(),
-            "loss_tokens": int((labels[:, 1:] != -100).sum()),
+            "input_ids": batch["input_ids"].tolist(),
+            "labels": batch["labels"].tolist(),
+            "loss_tokens": int((batch["labels"][:, 1:] != -100).sum()),
             "base_loss": base_loss,
             "lora_loss": lora_loss,
         },
@@ -183,11 +139,11 @@ def make(name: str, spec: dict) -> None:
 
     if name == "llama-rope3":
         check_rope3(model)
-        (directory / "config.v4.json").write_text(json.dumps(old_config(saved), indent=2) + "\n")
+        (directory / "config.v4.json").write_text(json.dumps(old_config(saved, {"head_dim"}), indent=2) + "\n")
         config_v4 = LlamaConfig.from_json_file(directory / "config.v4.json")
         older = LlamaForCausalLM.from_pretrained(directory, config=config_v4, dtype=torch.float32)
         assert older.config.rope_parameters == config.rope_parameters
-        assert torch.allclose(older(input_ids).logits, base_logits, atol=1e-5)
+        assert torch.allclose(older(batch["input_ids"]).logits, base_logits, atol=1e-5)
     for file in directory.rglob("*.safetensors"):
         file.chmod(0o644)
     print(f"{name}: loss {base_loss:.6f}, with the adapter {lora_loss:.6f}")

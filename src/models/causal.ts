@@ -1,0 +1,154 @@
+import { matmul, reshape } from "../autograd/basic-ops.ts";
+import { record } from "../autograd/engine.ts";
+import { embedding } from "../autograd/model-ops.ts";
+import type { Gpu } from "../gpu/gpu.ts";
+import { copyRows } from "../kernels/copy-rows.ts";
+import { softCap } from "../kernels/soft-cap.ts";
+import type { Linear } from "../nn/linear.ts";
+import { ShapeError } from "../tensor/errors.ts";
+import { piecesOf } from "../tensor/pieces.ts";
+import { dims2, empty, type Tensor, tensor, view } from "../tensor/tensor.ts";
+import type { CausalConfig } from "./decoder-config.ts";
+import type { Weights } from "./weights.ts";
+
+/** Keys and values of the positions seen so far, so that generation computes each position once. */
+export interface KvCache {
+  /** Positions filled. */
+  length: number;
+  readonly capacity: number;
+  readonly layers: readonly { readonly k: Tensor; readonly v: Tensor }[];
+}
+
+/** Rows of several segments: no position sees one of a segment before its own. Each i32 [B,T]. */
+export interface Packing {
+  /** Of each token within its segment, from 0. */
+  readonly positions: Tensor;
+  /** Where in the row the segment of each token begins. */
+  readonly starts: Tensor;
+}
+
+/** A cache, packed rows, or neither: packed rows take no cache. */
+export interface HiddenOptions {
+  readonly cache?: KvCache;
+  readonly packing?: Packing;
+}
+
+/** Where the tokens of a forward pass stand. */
+export interface Places {
+  /** Position of the first token: what a cache holds already. */
+  readonly start: number;
+  /** Positions after the last token. */
+  readonly end: number;
+  readonly packing: Packing | undefined;
+}
+
+/** A model that predicts the next token: logits = hidden·headᵀ. What its layers compute is its own. */
+export abstract class CausalModel<C extends CausalConfig = CausalConfig> {
+  readonly gpu: Gpu;
+  readonly config: C;
+  /** Every linear layer that can take an adapter, by module name: "model.layers.0.self_attn.q_proj". */
+  readonly linears: ReadonlyMap<string, Linear>;
+  /** Names of those that read the same input. */
+  abstract readonly groups: readonly (readonly string[])[];
+  /** The output projection [V,C], in one piece or several. */
+  readonly head: readonly Tensor[];
+  /** c: a logit x counts as c·tanh(x/c). */
+  readonly logitCap: number | undefined;
+  /** Keep only the input of each block for the backward pass and compute the block again there: less memory, a third more arithmetic. */
+  checkpointing = false;
+  readonly #weights: Weights;
+
+  /** `weights` have been asked for every linear layer. */
+  constructor(gpu: Gpu, config: C, weights: Weights, head: readonly Tensor[], logitCap?: number) {
+    this.gpu = gpu;
+    this.config = config;
+    this.#weights = weights;
+    this.linears = weights.linears;
+    this.head = head;
+    this.logitCap = logitCap;
+  }
+
+  /** Every weight as it is now, by Hugging Face name: a merged layer shows its merged weight. */
+  get weights(): Map<string, Tensor> {
+    return this.#weights.current();
+  }
+
+  /**
+   * What the output projection is applied to: ids i32 [B,T] → [B,T,C]. Cache and errors as in `logits`. Packed rows take no cache: each
+   * of their segments is computed as if it were a row of its own.
+   */
+  abstract hidden(ids: Tensor, options?: HiddenOptions): Tensor;
+
+  /**
+   * Next-token logits: ids i32 [B,T] → [B,T,V]; with `lastOnly`, those of the last position, [B,1,V].
+   *
+   * With a cache, the ids continue what it holds and are added to it; no gradients then. Throws ShapeError when a row is longer
+   * than the model's context (or the cache).
+   */
+  logits(ids: Tensor, { cache, lastOnly = false }: { cache?: KvCache; lastOnly?: boolean } = {}): Tensor {
+    const [B = 0, T = 0] = ids.shape;
+    const y = this.hidden(ids, cache ? { cache } : {});
+    if (!lastOnly) return this.#project(y);
+    const last = Int32Array.from({ length: B }, (_, b) => b * T + T - 1);
+    const rows = embedding(reshape(y, [B * T, this.config.hiddenSize]), tensor(this.gpu, last, [B, 1]));
+    return this.#project(rows);
+  }
+
+  /** y·headᵀ. Pieces are joined, and capped logits are for reading: there is no gradient through that. */
+  #project(y: Tensor): Tensor {
+    const parts = this.head.map((W) => matmul(y, W, "nt"));
+    if (parts.length === 1 && this.logitCap === undefined) return parts[0] as Tensor;
+    const [M] = dims2("logits", "hidden", y);
+    const V = this.config.vocabSize;
+    const logits = empty(this.gpu, [...y.shape.slice(0, -1), V], "logits");
+    piecesOf(this.head).forEach(({ first, rows }, i) => {
+      copyRows(view(parts[i] as Tensor, [M, rows]), view(logits, [M, V]), first);
+    });
+    if (this.logitCap !== undefined) softCap(logits, this.logitCap);
+    return record("logits", logits, parts, () => {
+      throw new ShapeError("logits: gradients need one head without a cap. Use linearCrossEntropy");
+    });
+  }
+
+  /** Throws ShapeError where the tokens do not fit. */
+  protected places(ids: Tensor, { cache, packing }: HiddenOptions): Places {
+    if (cache && packing)
+      throw new ShapeError("hidden: packed rows take no cache, got one. Give each segment a row of its own");
+    const start = cache?.length ?? 0;
+    const end = start + (ids.shape[1] ?? 0);
+    const limit = cache?.capacity ?? this.config.contextLength;
+    if (end > limit) throw new ShapeError(`logits: at most ${limit} positions fit, got ${end}. Shorten the rows`);
+    return { start, end, packing };
+  }
+
+  /** An empty cache for B rows of up to `capacity` positions. */
+  cache(B: number, capacity: number): KvCache {
+    const { kvHeads, headDim, layers, contextLength } = this.config;
+    const size = Math.min(capacity, contextLength);
+    const one = (): Tensor => empty(this.gpu, [B, size, kvHeads, headDim], "key-value cache");
+    return { length: 0, capacity: size, layers: Array.from({ length: layers }, () => ({ k: one(), v: one() })) };
+  }
+
+  /** Whether files have this weight as [K,N], turned around. */
+  isTransposed(_name: string): boolean {
+    return false;
+  }
+
+  /** Frees every weight. Adapters are freed by their own `detach`. */
+  destroy(): void {
+    this.gpu.release(...new Set(this.weights.values()));
+  }
+}
+
+/** Puts the keys and values of tokens from position `start` on into a layer's cache, and gives all that it holds then. */
+export function cached(
+  layer: KvCache["layers"][number] | undefined,
+  keys: Tensor,
+  values: Tensor,
+  start: number,
+): { readonly keys: Tensor; readonly values: Tensor } {
+  if (!layer) return { keys, values };
+  copyRows(keys, layer.k, start);
+  copyRows(values, layer.v, start);
+  return { keys: layer.k, values: layer.v };
+}

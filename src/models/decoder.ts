@@ -1,0 +1,264 @@
+/**
+ * Decoders with RMSNorm, RoPE and a gated MLP: Llama, and what differs from it by its configuration (Mistral, Qwen, SmolLM, Gemma, Phi,
+ * OLMo, Granite).
+ *
+ *     h = h + Wo·attention(rope(Wq·n), rope(Wk·n), Wv·n)     n = rmsNorm(h)
+ *     h = h + Wdown·(act(Wgate·n) ∘ Wup·n)                    n = rmsNorm(h)
+ *
+ * Shapes: B rows, T positions, C = hiddenSize, H heads of D, G key-value heads, V words. arXiv:2302.13971, 2307.09288.
+ */
+import { add, reshape, scale, split } from "../autograd/basic-ops.ts";
+import { recompute } from "../autograd/engine.ts";
+import { addRmsNorm, attention, embedding, gated, rmsNorm, rope } from "../autograd/model-ops.ts";
+import type { Gpu } from "../gpu/gpu.ts";
+import { type Linear, linear, linears } from "../nn/linear.ts";
+import { dependsOnLength, type RopeSettings, ropeTables } from "../nn/rope.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { CausalModel, cached, type HiddenOptions, type KvCache, type Places } from "./causal.ts";
+import type { DecoderConfig } from "./decoder-config.ts";
+import { type Limits, Shapes, Weights } from "./weights.ts";
+
+/** The norms around a part of a block; after it means: of what it adds. */
+interface Norms {
+  readonly before: Tensor | undefined;
+  readonly after: Tensor | undefined;
+}
+
+interface Block {
+  readonly attention: {
+    readonly norms: Norms;
+    /** q, k and v, or one layer that is all of them. */
+    readonly inputs: readonly Linear[];
+    readonly queryNorm: Tensor | undefined;
+    readonly keyNorm: Tensor | undefined;
+    readonly o: Linear;
+    readonly window: number | undefined;
+    readonly rope: Rope | undefined;
+  };
+  readonly mlp: {
+    readonly norms: Norms;
+    /** gate and up, or one layer that is both. */
+    readonly inputs: readonly Linear[];
+    readonly down: Linear;
+  };
+}
+
+interface Rope {
+  readonly settings: RopeSettings;
+  readonly tables: { readonly cos: Tensor; readonly sin: Tensor };
+}
+
+/** Where the norms of a block are, and what they go by. */
+const NORMS = {
+  before: { attention: ["input_layernorm", undefined], mlp: ["post_attention_layernorm", undefined] },
+  after: { attention: [undefined, "post_attention_layernorm"], mlp: [undefined, "post_feedforward_layernorm"] },
+  both: {
+    attention: ["input_layernorm", "post_attention_layernorm"],
+    mlp: ["pre_feedforward_layernorm", "post_feedforward_layernorm"],
+  },
+} as const;
+
+/** What the layers that read the residual stream go by. */
+const inputNames = (at: string, isFused = false) =>
+  isFused
+    ? { attention: [`${at}.self_attn.qkv_proj`], mlp: [`${at}.mlp.gate_up_proj`] }
+    : {
+        attention: ["q", "k", "v"].map((one) => `${at}.self_attn.${one}_proj`),
+        mlp: ["gate", "up"].map((one) => `${at}.mlp.${one}_proj`),
+      };
+
+const layerName = (i: number): string => `model.layers.${i}`;
+
+export class Decoder extends CausalModel<DecoderConfig> {
+  readonly groups: readonly (readonly string[])[];
+  readonly #embedding: readonly Tensor[];
+  readonly #blocks: readonly Block[];
+  readonly #norm: Tensor;
+  readonly #ropes: readonly Rope[];
+
+  /** `weights` by Hugging Face name, complete and in the order of `decoderShapes`. */
+  constructor(gpu: Gpu, config: DecoderConfig, weights: ReadonlyMap<string, Tensor>) {
+    const all = new Weights(weights);
+    const tables = all.pieces("model.embed_tokens.weight");
+    const [whole, windowed = whole] = [config.rope, ...(config.windowRope ? [config.windowRope] : [])].map(
+      (settings) => ({
+        settings,
+        tables: ropeTables(gpu, config.rotaryDim ?? config.headDim, config.contextLength, settings),
+      }),
+    );
+    const blocks = Array.from({ length: config.layers }, (_, i) => {
+      const window = config.windows?.[i];
+      const hasRope = !config.isWithoutRope?.[i];
+      return block(all, config, i, window, hasRope ? (window === undefined ? whole : windowed) : undefined);
+    });
+    const norm = all.get("model.norm.weight");
+    super(gpu, config, all, config.tiedEmbeddings ? tables : all.pieces("lm_head.weight"), config.logitCap);
+    this.groups = blocks.flatMap((_, i) => Object.values(inputNames(layerName(i), config.isFused)));
+    this.#embedding = tables;
+    this.#blocks = blocks;
+    this.#norm = norm;
+    this.#ropes = [...new Set([whole, windowed])].filter((one) => one !== undefined);
+  }
+
+  hidden(ids: Tensor, options: HiddenOptions = {}): Tensor {
+    const places = this.places(ids, options);
+    const { cache } = options;
+    const { embeddingScale = 1, logitScale = 1 } = this.config;
+    let sum = times(embedding(this.#embedding, ids), embeddingScale);
+    const first = (x: Tensor, norm: Tensor | undefined): Tensor => (norm ? this.#normed(x, norm) : x);
+    if (this.checkpointing && !cache) {
+      for (const { attention: attend, mlp } of this.#blocks)
+        sum = recompute(sum, (x) => {
+          const mixed = this.#attend(attend, first(x, attend.norms.before), places);
+          const middle = this.#join(x, mixed, attend.norms, mlp.norms.before);
+          return this.#join(middle.sum, this.#feedForward(mlp, middle.y), mlp.norms, undefined).sum;
+        });
+      return times(this.#normed(sum, this.#norm), logitScale);
+    }
+    let y = first(sum, this.#blocks[0]?.attention.norms.before);
+    this.#blocks.forEach(({ attention: attend, mlp }, i) => {
+      const next = this.#blocks[i + 1];
+      const following = next ? next.attention.norms.before : this.#norm;
+      ({ sum, y } = this.#join(sum, this.#attend(attend, y, places, cache?.layers[i]), attend.norms, mlp.norms.before));
+      ({ sum, y } = this.#join(sum, this.#feedForward(mlp, y), mlp.norms, following));
+    });
+    if (cache) cache.length = places.end;
+    return times(y, logitScale);
+  }
+
+  override destroy(): void {
+    super.destroy();
+    this.gpu.release(...this.#ropes.flatMap(({ tables }) => [tables.cos, tables.sin]));
+  }
+
+  #normed(x: Tensor, weight: Tensor): Tensor {
+    return rmsNorm(x, weight, this.config.rmsNormEps, this.config.normOffset);
+  }
+
+  /** The residual stream with what a part of a block adds, and what the next part reads: its norm, where it has one. */
+  #join(x: Tensor, added: Tensor, { after }: Norms, next: Tensor | undefined): { sum: Tensor; y: Tensor } {
+    const { rmsNormEps, normOffset, residualScale = 1 } = this.config;
+    const delta = times(after ? this.#normed(added, after) : added, residualScale);
+    if (next) return addRmsNorm(x, delta, next, rmsNormEps, normOffset);
+    const sum = add(x, delta);
+    return { sum, y: sum };
+  }
+
+  #attend(
+    { inputs, queryNorm, keyNorm, o, window, rope: turn }: Block["attention"],
+    n: Tensor,
+    { start, end, packing }: Places,
+    layer?: KvCache["layers"][number],
+  ): Tensor {
+    const { heads, kvHeads, headDim, attentionScale, attentionCap } = this.config;
+    const [B = 0, T = 0] = n.shape;
+    const widths = [heads * headDim, kvHeads * headDim, kvHeads * headDim];
+    const [ofQ, ofK, ofV] = parts(inputs, n, widths) as [Tensor, Tensor, Tensor];
+    const tables = turn && this.#tables(turn, end);
+    const place = (x: Tensor, norm: Tensor | undefined, count: number): Tensor => {
+      const isWhole = norm?.size === x.shape.at(-1); // of all heads at once
+      const apart = reshape(norm && isWhole ? this.#normed(x, norm) : x, [B, T, count, headDim]);
+      const y = norm && !isWhole ? this.#normed(apart, norm) : apart;
+      return tables ? rope(y, tables.cos, tables.sin, packing?.positions ?? start) : y;
+    };
+    const queries = place(ofQ, queryNorm, heads);
+    const own = place(ofK, keyNorm, kvHeads);
+    const { keys, values } = cached(layer, own, reshape(ofV, [B, T, kvHeads, headDim]), start);
+    const mixed = attention(queries, keys, values, {
+      keyLength: end,
+      ...(attentionScale && { scale: attentionScale }),
+      ...(attentionCap && { softCap: attentionCap }),
+      ...(window !== undefined && window < end && { window }),
+      ...(packing && { starts: packing.starts }),
+    });
+    return linear(o, reshape(mixed, [B, T, heads * headDim]));
+  }
+
+  /** Those of rows that end before position `end`. */
+  #tables({ settings, tables }: Rope, end: number): Rope["tables"] {
+    if (!dependsOnLength(settings, end)) return tables;
+    return ropeTables(this.gpu, this.config.rotaryDim ?? this.config.headDim, end, settings, end);
+  }
+
+  #feedForward({ inputs, down }: Block["mlp"], n: Tensor): Tensor {
+    const { intermediateSize, activation } = this.config;
+    const [gate, up] = parts(inputs, n, [intermediateSize, intermediateSize]) as [Tensor, Tensor];
+    return linear(down, gated(gate, up, activation));
+  }
+}
+
+const times = (x: Tensor, factor: number): Tensor => (factor === 1 ? x : scale(x, factor));
+
+/** What several layers give for n, or the columns of what one gives. */
+function parts(layers: readonly Linear[], n: Tensor, widths: readonly number[]): readonly Tensor[] {
+  const [only, ...more] = layers;
+  return only && more.length === 0 ? split(linear(only, n), widths) : linears(layers, n);
+}
+
+function block(
+  weights: Weights,
+  { norms = "before", queryKeyNorm, isFused }: DecoderConfig,
+  i: number,
+  window: number | undefined,
+  turn: Rope | undefined,
+): Block {
+  const at = layerName(i);
+  const inputs = inputNames(at, isFused);
+  const normsOf = (part: "attention" | "mlp"): Norms => {
+    const [before, after] = NORMS[norms][part].map((name) => name && weights.get(`${at}.${name}.weight`));
+    return { before, after };
+  };
+  const attentionInputs = inputs.attention.map((name) => weights.linear(name));
+  const o = weights.linear(`${at}.self_attn.o_proj`);
+  return {
+    attention: {
+      norms: normsOf("attention"),
+      inputs: attentionInputs,
+      queryNorm: queryKeyNorm && weights.get(`${at}.self_attn.q_norm.weight`),
+      keyNorm: queryKeyNorm && weights.get(`${at}.self_attn.k_norm.weight`),
+      ...{ o, window, rope: turn },
+    },
+    mlp: {
+      norms: normsOf("mlp"),
+      inputs: inputs.mlp.map((name) => weights.linear(name)),
+      down: weights.linear(`${at}.mlp.down_proj`),
+    },
+  };
+}
+
+/** See `weightShapes`. */
+export function decoderShapes(config: DecoderConfig, limits?: Limits): Map<string, number[]> {
+  const { hiddenSize: C, intermediateSize: I, headDim: D, vocabSize: V, norms = "before", isFused } = config;
+  const [Q, KV] = [config.heads * D, config.kvHeads * D];
+  const shapes = new Shapes(limits);
+  shapes.table("model.embed_tokens.weight", V, C);
+  for (let i = 0; i < config.layers; i++) {
+    const at = layerName(i);
+    const inputs = inputNames(at, isFused);
+    const norm = (part: "attention" | "mlp", side: 0 | 1): void => {
+      const name = NORMS[norms][part][side];
+      if (name) shapes.add(`${at}.${name}.weight`, C);
+    };
+    const layers = (names: readonly string[], widths: readonly number[], bias: boolean): void => {
+      const isOne = names.length === 1;
+      names.forEach((name, n) => {
+        shapes.linear(name, isOne ? widths.reduce((a, b) => a + b, 0) : (widths[n] ?? 0), C, bias);
+      });
+    };
+    norm("attention", 0);
+    layers(inputs.attention, [Q, KV, KV], config.attentionBias !== false);
+    if (config.queryKeyNorm) {
+      shapes.add(`${at}.self_attn.q_norm.weight`, config.queryKeyNorm === "all" ? Q : D);
+      shapes.add(`${at}.self_attn.k_norm.weight`, config.queryKeyNorm === "all" ? KV : D);
+    }
+    shapes.linear(`${at}.self_attn.o_proj`, C, Q, config.attentionBias === true);
+    norm("attention", 1);
+    norm("mlp", 0);
+    layers(inputs.mlp, [I, I], config.mlpBias);
+    shapes.linear(`${at}.mlp.down_proj`, C, I, config.mlpBias);
+    norm("mlp", 1);
+  }
+  shapes.add("model.norm.weight", C);
+  if (!config.tiedEmbeddings) shapes.table("lm_head.weight", V, C);
+  return shapes.map;
+}
