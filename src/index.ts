@@ -41,9 +41,10 @@ export { attachLora, type HasLinears, LoraAdapter, type LoraConfig, type LoraPai
 export { loraLinear } from "./lora/lora-linear.ts";
 export { type AdapterFiles, loadPeft, savePeft } from "./lora/peft.ts";
 export { matchModules, type TargetModules } from "./lora/target-modules.ts";
-export { type LlamaConfig, readConfig } from "./models/config.ts";
-export { type KvCache, Llama, llamaShapes } from "./models/llama.ts";
-export { loadModel } from "./models/load.ts";
+export { CausalModel, type HiddenOptions, type KvCache, type Packing } from "./models/causal.ts";
+export { type ModelConfig, readConfig } from "./models/config.ts";
+export type { CausalConfig, DecoderConfig } from "./models/decoder-config.ts";
+export { loadModel, makeModel, weightShapes } from "./models/load.ts";
 export { type Linear, type LinearAdapter, linear } from "./nn/linear.ts";
 export { inverseFrequencies, type RopeSettings, ropeTables } from "./nn/rope.ts";
 export { type GenerateOptions, generate } from "./serve/generate.ts";

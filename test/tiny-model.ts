@@ -5,7 +5,7 @@ import { memoryDirectory } from "../src/io/bytes.ts";
 import { encodeFloats, type FloatDtype } from "../src/io/dtype.ts";
 import { encodeSafetensors, type TensorToWrite } from "../src/io/safetensors.ts";
 import { readConfig } from "../src/models/config.ts";
-import { llamaShapes } from "../src/models/llama.ts";
+import { weightShapes } from "../src/models/load.ts";
 import { Random } from "../src/tensor/random.ts";
 
 export interface TinyModelOptions {
@@ -37,7 +37,7 @@ export async function writeTinyModel(path: string, options: TinyModelOptions = {
   });
   // The shapes come from the sizes alone; a model_type that does not exist still gets its tensors.
   const sizes = { ...(JSON.parse(config) as object), model_type: "llama" };
-  const shapes = llamaShapes(await readConfig(memoryDirectory("tiny", { "config.json": JSON.stringify(sizes) })));
+  const shapes = weightShapes(await readConfig(memoryDirectory("tiny", { "config.json": JSON.stringify(sizes) })));
   const random = new Random(seed);
   const tensors = [...shapes].map(([name, shape]) => {
     const size = shape.reduce((a, b) => a * b, 1);

@@ -4,8 +4,8 @@ import { Gpu } from "../../src/gpu/gpu.ts";
 import { scale } from "../../src/kernels/axpy.ts";
 import { copyTo } from "../../src/kernels/copy-rows.ts";
 import { attachPairs } from "../../src/lora/adapter.ts";
-import type { LlamaConfig } from "../../src/models/config.ts";
-import { Llama, llamaShapes } from "../../src/models/llama.ts";
+import { Decoder, decoderShapes } from "../../src/models/decoder.ts";
+import type { DecoderConfig } from "../../src/models/decoder-config.ts";
 import { inverseFrequencies } from "../../src/nn/rope.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { empty, slice, Tensor, tensor } from "../../src/tensor/tensor.ts";
@@ -99,7 +99,7 @@ export function loraOverFull(sizes: StepSizes): SizedContest {
 }
 
 interface Trained {
-  readonly model: Llama;
+  readonly model: Decoder;
   readonly optimizer: AdamW;
   readonly inputs: Inputs;
   /** Targets of the batch. */
@@ -146,7 +146,7 @@ class Training {
     const weights = new Map(
       [...work.weights].map(([name, host]) => [name, tensor(gpu, host.values, shapeOf(sizes, name))] as const),
     );
-    const model = new Llama(gpu, configOf(sizes), weights);
+    const model = new Decoder(gpu, configOf(sizes), weights);
     if (trained === "adapter") {
       const pairs = attachPairs(model, { r: RANK, alpha: ALPHA, targetModules: "all-linear" }, ({ name }) => {
         const pair = work.adapter.get(name);
@@ -304,7 +304,7 @@ function makeStep(sizes: StepSizes, trained: "adapter" | "weights"): Known {
   const draw = normals();
   const weights = new Map<string, HostMatrix>();
   const adapter = new Map<string, { A: HostMatrix; B: HostMatrix }>();
-  for (const [name, shape] of llamaShapes(config)) {
+  for (const [name, shape] of decoderShapes(config)) {
     const [N = 0, K] = shape;
     if (K === undefined) weights.set(name, { ...draw(1, N, 0.1, 1) });
     else weights.set(name, draw(N, K, 1 / Math.sqrt(K)));
@@ -362,7 +362,7 @@ function normals(): (rows: number, columns: number, deviation: number, mean?: nu
   };
 }
 
-function configOf({ layers, hidden, inside, heads, kvHeads, vocab, T }: StepSizes): LlamaConfig {
+function configOf({ layers, hidden, inside, heads, kvHeads, vocab, T }: StepSizes): DecoderConfig {
   return {
     ...{ modelType: "llama", bosId: undefined, eosIds: [], activation: "silu", rope: ROPE, rmsNormEps: 1e-5 },
     ...{ vocabSize: vocab, hiddenSize: hidden, intermediateSize: inside, layers, heads, kvHeads },
@@ -370,7 +370,7 @@ function configOf({ layers, hidden, inside, heads, kvHeads, vocab, T }: StepSize
   };
 }
 
-const shapeOf = (sizes: StepSizes, name: string): number[] => llamaShapes(configOf(sizes)).get(name) ?? [];
+const shapeOf = (sizes: StepSizes, name: string): number[] => decoderShapes(configOf(sizes)).get(name) ?? [];
 const onDevice = (gpu: Gpu, { values, rows, columns }: HostMatrix): Tensor => tensor(gpu, values, [rows, columns]);
 
 /** The whole buffer that these tensors are in, as one tensor. */
@@ -404,7 +404,7 @@ function costsOf(sizes: StepSizes, trained: "adapter" | "weights"): { flops: num
   const { T, layers } = sizes;
   const config = configOf(sizes);
   let [flops, bytes] = [layers * 6 * T * T * config.hiddenSize, layers * 4 * 12 * T * config.hiddenSize];
-  for (const [name, [N = 0, K]] of llamaShapes(config)) {
+  for (const [name, [N = 0, K]] of decoderShapes(config)) {
     if (K === undefined) continue;
     const one = 4 * (T * K + N * K + T * N);
     const isHead = name === "model.embed_tokens.weight";

@@ -4,8 +4,8 @@ import type { Gpu } from "../../src/gpu/gpu.ts";
 import { axpy } from "../../src/kernels/axpy.ts";
 import { copyTo } from "../../src/kernels/copy-rows.ts";
 import { attachLora } from "../../src/lora/adapter.ts";
-import type { LlamaConfig } from "../../src/models/config.ts";
-import { Llama, llamaShapes } from "../../src/models/llama.ts";
+import { Decoder, decoderShapes } from "../../src/models/decoder.ts";
+import type { DecoderConfig } from "../../src/models/decoder-config.ts";
 import { empty, read, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { collate } from "../../src/train/batches.ts";
 import { batchInputs, batchLoss } from "../../src/train/loss.ts";
@@ -28,7 +28,7 @@ export interface ReplayReport {
 const DISPATCHES = 1000;
 const REPETITIONS = 15;
 
-const CONFIG: LlamaConfig = {
+const CONFIG: DecoderConfig = {
   ...{ modelType: "llama", bosId: undefined, eosIds: [] },
   ...{ vocabSize: 256, hiddenSize: 64, intermediateSize: 176, layers: 4, heads: 4, kvHeads: 2, headDim: 16 },
   ...{ contextLength: 128, rmsNormEps: 1e-5, activation: "silu", tiedEmbeddings: true },
@@ -73,9 +73,9 @@ async function hostTime(gpu: Gpu): Promise<ReplayReport["hostUs"]> {
   return { eager: median(times.eager), replayed: median(times.replayed) };
 }
 
-function build(gpu: Gpu, fill: boolean): { model: Llama; adapter: ReturnType<typeof attachLora> } {
+function build(gpu: Gpu, fill: boolean): { model: Decoder; adapter: ReturnType<typeof attachLora> } {
   const weights = new Map(
-    [...llamaShapes(CONFIG)].map(([name, shape]) => {
+    [...decoderShapes(CONFIG)].map(([name, shape]) => {
       const t = empty(gpu, shape, name);
       if (fill)
         gpu.write(
@@ -85,7 +85,7 @@ function build(gpu: Gpu, fill: boolean): { model: Llama; adapter: ReturnType<typ
       return [name, t] as const;
     }),
   );
-  const model = new Llama(gpu, CONFIG, weights);
+  const model = new Decoder(gpu, CONFIG, weights);
   return { model, adapter: attachLora(model, { r: 8, alpha: 16, targetModules: "all-linear" }) };
 }
 

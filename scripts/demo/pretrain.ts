@@ -10,8 +10,7 @@ import {
   encodeSafetensors,
   evaluate,
   generate,
-  Llama,
-  llamaShapes,
+  makeModel,
   memoryDirectory,
   openGpu,
   Random,
@@ -20,6 +19,7 @@ import {
   type Tensor,
   tensor,
   train,
+  weightShapes,
 } from "../../src/index.ts";
 import { tensorToWrite } from "../../src/nn/checkpoint.ts";
 import { writeFileAtomic } from "../../src/node.ts";
@@ -74,7 +74,7 @@ const rows = rowsOf(baseStories(1, steps * BATCH_SIZE));
 const heldOut = rowsOf(baseStories(2, HELD_OUT, "valid"));
 
 const config = await readConfig(memoryDirectory(BASE, { "config.json": JSON.stringify(CONFIG) }));
-const model = new Llama(gpu, config, initialWeights());
+const model = makeModel(gpu, config, initialWeights());
 const started = performance.now();
 for await (const { step, loss, tokens_per_second } of train({
   model,
@@ -107,7 +107,7 @@ globalThis.finish?.(JSON.stringify({ ok: true }));
 function initialWeights(): Map<string, Tensor> {
   const random = new Random(7);
   const weights = new Map<string, Tensor>();
-  for (const [name, shape] of llamaShapes(config)) {
+  for (const [name, shape] of weightShapes(config)) {
     const size = shape.reduce((a, b) => a * b, 1);
     const std = /o_proj|down_proj/.test(name) ? 0.02 / Math.sqrt(2 * config.layers) : 0.02;
     const isNorm = name.includes("norm");

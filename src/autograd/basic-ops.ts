@@ -1,12 +1,14 @@
 /** The differentiable ops that every model is made of. Each notes its gradients as thunks; the engine runs what is needed. */
 import * as axpy from "../kernels/axpy.ts";
 import { binary, expand } from "../kernels/binary.ts";
+import { putColumns, takeColumns } from "../kernels/copy-rows.ts";
 import * as products from "../kernels/matmul.ts";
 import { reduce, sumTo } from "../kernels/reduce.ts";
 import * as rows from "../kernels/softmax.ts";
 import * as unary from "../kernels/unary.ts";
+import { ShapeError } from "../tensor/errors.ts";
 import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
-import { dims2, type Shape, type Tensor, type Thunk, view } from "../tensor/tensor.ts";
+import { dims2, empty, type Shape, type Tensor, type Thunk, tensor, view } from "../tensor/tensor.ts";
 import { adding, record } from "./engine.ts";
 
 /** a + b with broadcasting; da and db are dy summed over the axes each was repeated on. Throws ShapeError as `binary`. */
@@ -38,6 +40,35 @@ export function scale(x: Tensor, s: number): Tensor {
 /** x under another shape of the same size; shares its buffer. Throws ShapeError if the sizes differ. */
 export function reshape(x: Tensor, shape: Shape): Tensor {
   return record("reshape", view(x, shape, "reshape"), [x], (dy) => [() => view(dy, x.shape)]);
+}
+
+/**
+ * The columns of x [...,N] in parts of these widths, which add up to N. Their gradients are put into one tensor, which is dx.
+ *
+ * Throws ShapeError if the widths do not add up.
+ */
+export function split(x: Tensor, widths: readonly number[]): Tensor[] {
+  const N = widths.reduce((a, b) => a + b, 0);
+  if (N !== x.shape.at(-1)) throw new ShapeError(`split: widths must add up to ${x.shape.at(-1)}, got ${widths}`);
+  const whole = view(x, x.shape);
+  const missing = new Map(widths.map((width, i) => [widths.slice(0, i).reduce((a, b) => a + b, 0), width]));
+  record("split", whole, [x], (dx) => {
+    // A part that nothing came of has no gradient.
+    for (const [first, width] of missing) {
+      const shape = [...x.shape.slice(0, -1), width];
+      putColumns(tensor(x.gpu, new Float32Array((x.size / N) * width), shape), dx, first);
+    }
+    return [() => dx];
+  });
+  return [...missing].map(([first, width]) =>
+    record("split", takeColumns(x, first, width), [whole], (dy) => [
+      adding((dx = empty(x.gpu, x.shape, "split")) => {
+        putColumns(dy, dx, first);
+        missing.delete(first);
+        return dx;
+      }),
+    ]),
+  );
 }
 
 /** The sum over one axis (negative: from the last), or over all elements. Throws ShapeError as `reduce`. */

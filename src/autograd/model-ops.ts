@@ -16,21 +16,27 @@ import { piecesOf } from "../tensor/pieces.ts";
 import { dims2, type Tensor, view } from "../tensor/tensor.ts";
 import { adding, isSeed, once, record } from "./engine.ts";
 
-/** RMSNorm over the last axis: x·rsqrt(mean(x²) + eps)·w. x [...,H], weight [H]. Keeps x and one number per row. */
-export function rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
-  const { y, r } = rms.rmsNorm(x, weight, eps);
+/** RMSNorm over the last axis: x·rsqrt(mean(x²) + eps)·(offset + w). x [...,H], weight [H]. Keeps x and one number per row. */
+export function rmsNorm(x: Tensor, weight: Tensor, eps: number, offset = 0): Tensor {
+  const { y, r } = rms.rmsNorm(x, weight, eps, offset);
   return record("rmsNorm", y, [x, weight], (dy) => [
-    adding((sum) => rms.rmsNormBackward(dy, x, weight, r, sum)),
+    adding((sum) => rms.rmsNormBackward(dy, x, weight, r, offset, sum)),
     () => rms.rmsNormBackwardWeight(dy, x, r),
   ]);
 }
 
 /** x + delta and its `rmsNorm`, in one pass: a residual connection and the norm behind it. Keeps the sum and one number per row. */
-export function addRmsNorm(x: Tensor, delta: Tensor, weight: Tensor, eps: number): { sum: Tensor; y: Tensor } {
-  const { y, r, sum } = rms.rmsNorm(x, weight, eps, delta);
+export function addRmsNorm(
+  x: Tensor,
+  delta: Tensor,
+  weight: Tensor,
+  eps: number,
+  offset = 0,
+): { sum: Tensor; y: Tensor } {
+  const { y, r, sum } = rms.rmsNorm(x, weight, eps, offset, delta);
   record("add", sum, [x, delta], (dy) => [() => dy, () => dy]);
   record("rmsNorm", y, [sum, weight], (dy) => [
-    adding((more) => rms.rmsNormBackward(dy, sum, weight, r, more)),
+    adding((more) => rms.rmsNormBackward(dy, sum, weight, r, offset, more)),
     () => rms.rmsNormBackwardWeight(dy, sum, r),
   ]);
   return { sum, y };
@@ -55,7 +61,8 @@ export function layerNorm(x: Tensor, weight: Tensor, bias: Tensor, eps: number):
 }
 
 /**
- * Rotary position embedding of x [B,T,H,D]: pair (i, i + D/2) turns by the angle of its position, whose cos and sin [P,D/2] are given.
+ * Rotary position embedding of x [B,T,H,D]: pair (i, i + E/2) turns by the angle of its position, whose cos and sin [P,E/2] are given;
+ * what is behind the first E elements of a head stays.
  * Row t is at position `at` + t, or at[b,t] where that is i32 [B,T]: packed rows, in which each segment begins at 0.
  *
  * Keeps nothing of x. Throws ShapeError when a position is past the tables; those of a tensor are not looked at.
@@ -78,10 +85,10 @@ export function embedding(weight: Tensor | readonly Tensor[], ids: Tensor): Tens
 export type AttentionOptions = Partial<Omit<attn.AttentionInputs, "q" | "k" | "v">>;
 
 /**
- * Causal attention with grouped queries: softmax(scale·q·kᵀ)·v. q [B,T,H,D], k and v [B,S,G,D] → [B,T,H,D].
+ * Attention with grouped queries, causal unless there are lengths: softmax(scale·q·kᵀ)·v. q [B,T,H,D], k and v [B,S,G,D] → [B,T,H,D].
  *
  * Query t is at position p = keyLength − T + t and sees keys max(starts[b,t], p − window + 1) … p; query head h uses key head ⌊h·G/H⌋.
- * Packed rows: starts is where the segment of each position begins. No T×S tensor is made, forward or backward; q, k, v, the result and
+ * With lengths it sees keys 0 … lengths[b] − 1. Packed rows: starts is where the segment of each position begins. No T×S tensor is made, forward or backward; q, k, v, the result and
  * one number per row are kept. Throws ShapeError if the shapes do not fit or D is not a multiple of 4.
  */
 export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = {}): Tensor {
@@ -121,10 +128,16 @@ export function gatherRows(x: Tensor, ids: Tensor, inverse: Tensor): Tensor {
  *
  * The gradients are worked out in the forward pass, where the logits of a chunk are there, and kept: of h, and of W unless it is frozen.
  */
-export function linearCrossEntropy(h: Tensor, head: fused.Head, labels: Tensor, scale: Uniform = 1): Tensor {
+export function linearCrossEntropy(
+  h: Tensor,
+  head: fused.Head,
+  labels: Tensor,
+  scale: Uniform = 1,
+  logitCap?: number,
+): Tensor {
   const trained = piecesOf(head).flatMap(({ W }) => (isPacked(W) ? [] : [W]));
   const wants = { dh: h.requiresGrad, dW: trained.some((W) => W.requiresGrad) };
-  const { loss, dh, dW } = fused.linearCrossEntropy(h, head, labels, scale, wants);
+  const { loss, dh, dW } = fused.linearCrossEntropy(h, head, labels, scale, wants, logitCap);
   const inputs = [h, ...trained];
   const gradients = [dh, ...dW];
   const weighted = (i: number, dy: Tensor): Tensor => {

@@ -3,7 +3,7 @@ import { join, resolve } from "node:path";
 import { Command } from "commander";
 import type { FloatDtype } from "../io/dtype.ts";
 import { FormatError } from "../io/errors.ts";
-import type { Llama } from "../models/llama.ts";
+import type { CausalModel } from "../models/causal.ts";
 import { saveModel } from "../models/save.ts";
 import { diskDirectory, ensureWritableDirectory, loadModelFrom, loadPeftFrom, writeFileAtomic } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
@@ -75,7 +75,7 @@ async function run({ model: path, adapter: adapterPath, out, json }: MergeArgume
 }
 
 /** The logits of a fixed row of 16 random tokens. */
-async function probe(model: Llama): Promise<Float32Array> {
+async function probe(model: CausalModel): Promise<Float32Array> {
   const { gpu, config } = model;
   const random = new Random(0);
   const ids = Int32Array.from({ length: Math.min(16, config.contextLength) }, () => random.below(config.vocabSize));

@@ -3,8 +3,8 @@ import { Command, Option } from "commander";
 import { GpuError } from "../gpu/errors.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import { attachLora, type LoraConfig } from "../lora/adapter.ts";
-import type { LlamaConfig } from "../models/config.ts";
-import { Llama, llamaShapes } from "../models/llama.ts";
+import type { ModelConfig } from "../models/config.ts";
+import { makeModel, weightShapes } from "../models/load.ts";
 import { loadPeftFrom } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { empty } from "../tensor/tensor.ts";
@@ -63,14 +63,14 @@ const budgetOf = (gpu: Gpu, asked: number | undefined): number | undefined =>
   asked ?? (gpu.isSoftware ? totalmem() : undefined);
 
 /** Plans a run of this model; `adapter` is the settings of a new one, or the directory of one to go on from. */
-function planOf(gpu: Gpu, config: LlamaConfig, adapter: LoraConfig | string, size: RunSize): Promise<MemoryPlan> {
+function planOf(gpu: Gpu, config: ModelConfig, adapter: LoraConfig | string, size: RunSize): Promise<MemoryPlan> {
   return planTraining(
     gpu,
     async (dry) => {
       const weights = new Map(
-        [...llamaShapes(config, dry.limits)].map(([name, shape]) => [name, empty(dry, shape, name)]),
+        [...weightShapes(config, dry.limits)].map(([name, shape]) => [name, empty(dry, shape, name)]),
       );
-      const model = new Llama(dry, config, weights);
+      const model = makeModel(dry, config, weights);
       model.checkpointing = size.checkpointing;
       const attached = typeof adapter === "string" ? await loadPeftFrom(model, adapter) : attachLora(model, adapter);
       return { model, parameters: attached.parameters, adapter: attached };
@@ -82,7 +82,7 @@ function planOf(gpu: Gpu, config: LlamaConfig, adapter: LoraConfig | string, siz
 /** The plan of a run if it fits. Throws GpuError, with what would make it fit, if it does not. */
 export async function demandFit(
   gpu: Gpu,
-  config: LlamaConfig,
+  config: ModelConfig,
   adapter: LoraConfig | string,
   size: RunSize,
   asked: number | undefined,
@@ -100,7 +100,7 @@ export async function demandFit(
 
 async function attempt(
   gpu: Gpu,
-  config: LlamaConfig,
+  config: ModelConfig,
   adapter: LoraConfig | string,
   size: RunSize,
 ): Promise<MemoryPlan | string> {
@@ -115,7 +115,7 @@ async function attempt(
 /** The first of ever smaller runs that fits: checkpointing, then fewer rows, then shorter ones. */
 async function wayOut(
   gpu: Gpu,
-  config: LlamaConfig,
+  config: ModelConfig,
   adapter: LoraConfig | string,
   size: RunSize,
   budget: number,

@@ -4,8 +4,8 @@ import { type Gpu, type OpenGpuOptions, openGpu } from "../gpu/gpu.ts";
 import { diskDirectory, fileSource } from "../io/files.ts";
 import { utf8 } from "../io/json.ts";
 import type { Tokenizer } from "../io/tokenizer.ts";
-import { type LlamaConfig, readConfig } from "../models/config.ts";
-import type { Llama } from "../models/llama.ts";
+import type { CausalModel } from "../models/causal.ts";
+import { type ModelConfig, readConfig } from "../models/config.ts";
 import { loadModelFrom, loadPeftFrom } from "../node.ts";
 import { loadTokenizer } from "../tokenizer.ts";
 import { type DataStats, type Row, readRows } from "../train/data.ts";
@@ -41,7 +41,7 @@ export const deviceName = ({ description, device, vendor, architecture }: GPUAda
   description || device || `${vendor} ${architecture}`.trim() || "unnamed";
 
 /** The model, with the adapter enabled if one is given. */
-export async function openModel(gpu: Gpu, path: string, adapter?: string): Promise<Llama> {
+export async function openModel(gpu: Gpu, path: string, adapter?: string): Promise<CausalModel> {
   const model = await loadModelFrom(gpu, path);
   if (adapter !== undefined) await loadPeftFrom(model, adapter);
   return model;
@@ -55,7 +55,7 @@ export async function readTextFile(path: string): Promise<string> {
 
 /** What has to be known of a model to turn text into rows for it. */
 export interface Reader {
-  readonly config: LlamaConfig;
+  readonly config: ModelConfig;
   readonly tokenizer: Tokenizer | undefined;
 }
 

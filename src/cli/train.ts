@@ -3,7 +3,7 @@ import { Command, Option } from "commander";
 import type { Gpu } from "../gpu/gpu.ts";
 import { attachLora, type LoraAdapter } from "../lora/adapter.ts";
 import type { TargetModules } from "../lora/target-modules.ts";
-import type { Llama } from "../models/llama.ts";
+import type { CausalModel } from "../models/causal.ts";
 import {
   appendLine,
   ensureWritableDirectory,
@@ -252,7 +252,7 @@ const lost = (saved: number | undefined, out: string): string =>
     ? "the adapter could not be saved: what was trained is lost. Use --save-every to keep some of it"
     : `the adapter of step ${saved} is in ${out}, whole. Go on from it with --init-adapter ${out}`;
 
-function startAdapter(model: Llama, options: TrainArguments): LoraAdapter | Promise<LoraAdapter> {
+function startAdapter(model: CausalModel, options: TrainArguments): LoraAdapter | Promise<LoraAdapter> {
   const { rank: r, alpha, targetModules, dropout, initAdapter, seed } = options;
   return initAdapter === undefined
     ? attachLora(model, { r, alpha, targetModules, dropout }, seed)

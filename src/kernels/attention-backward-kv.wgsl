@@ -14,6 +14,7 @@ const HALF: u32 = WX * WY * R * Q;
 const TILE: u32 = 2u * HALF;
 override BOUNDED: u32 = 0;
 override SEGMENTED: u32 = 0;
+override BOTH_WAYS: u32 = 0;
 override CAP: u32 = 0;
 const HIDDEN: f32 = -3e38;
 
@@ -38,8 +39,14 @@ fn shared_at(at: u32, own: vec4f) -> vec4f { return own; }
 
 fn four_of(own: vec4u, base: u32, step: u32, index: u32, last: u32) -> vec4u { return own; }
 
+fn end_key(b: u32, t: u32) -> u32 {
+  if (BOTH_WAYS == 1u) { return u32(starts[b]); }
+  return d.L - d.T + t + 1u;
+}
+
 fn first_key(b: u32, t: u32) -> u32 {
-  let end = d.L - d.T + t + 1u;
+  if (BOTH_WAYS == 1u) { return 0u; }
+  let end = end_key(b, t);
   var start = end - min(end, d.window);
   if (SEGMENTED == 1u) { start = max(start, u32(starts[b * d.T + t])); }
   return start;
@@ -69,6 +76,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
   let heads = d.H / d.G;
   let step = d.H * D4;
   let before = d.L - d.T;
+  let first_query = select(j0 - min(j0, before), 0u, BOTH_WAYS == 1u);
   var row: array<u32, R>;
   for (var r = 0u; r < R; r++) {
     row[r] = ((b * d.S + min(j + r, d.L - 1u)) * d.G + g) * D4;
@@ -83,7 +91,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
   if (j0 >= d.L) { return; }
   for (var h = g * heads; h < (g + 1u) * heads; h += 1u) {
     let queries = b * d.T * step + h * D4;
-    for (var t0 = j0 - min(j0, before); t0 < d.T && (BOUNDED == 0u || first_key(b, t0) <= last); t0 += 4u * Q * WX) {
+    for (var t0 = first_query; t0 < d.T && (BOUNDED == 0u || first_key(b, t0) <= last); t0 += 4u * Q * WX) {
       var score: array<array<vec4f, Q>, R>;
       var dp: array<array<vec4f, Q>, R>;
       var at: array<vec4u, Q>;
@@ -124,7 +132,8 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
         }
         let place = vec4u(0u, 1u, 2u, 3u) + (t + 4u * n);
         for (var r = 0u; r < R; r++) {
-          var hidden = (place >= vec4u(d.T)) | (place + before < vec4u(j + r));
+          var hidden = place >= vec4u(d.T);
+          if (BOTH_WAYS == 1u) { hidden = hidden | vec4<bool>(j + r >= end_key(b, t)); } else { hidden = hidden | (place + before < vec4u(j + r)); }
           if (BOUNDED == 1u) { hidden = hidden | (first > vec4u(j + r)); }
           var ds = d.s * (dp[r][n] - delta);
           var seen = d.s * score[r][n];

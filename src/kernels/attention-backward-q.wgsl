@@ -11,6 +11,7 @@ const WG: u32 = 32u;
 const TILE: u32 = WX * WY * R * Q;
 override BOUNDED: u32 = 0;
 override SEGMENTED: u32 = 0;
+override BOTH_WAYS: u32 = 0;
 override CAP: u32 = 0;
 const HIDDEN: f32 = -3e38;
 
@@ -34,8 +35,14 @@ fn shared_at(at: u32, own: vec4f) -> vec4f { return own; }
 
 fn four_of(own: vec4u, base: u32, step: u32, index: u32, last: u32) -> vec4u { return own; }
 
+fn end_key(b: u32, t: u32) -> u32 {
+  if (BOTH_WAYS == 1u) { return u32(starts[b]); }
+  return d.L - d.T + t + 1u;
+}
+
 fn first_key(b: u32, t: u32) -> u32 {
-  let end = d.L - d.T + t + 1u;
+  if (BOTH_WAYS == 1u) { return 0u; }
+  let end = end_key(b, t);
   var start = end - min(end, d.window);
   if (SEGMENTED == 1u) { start = max(start, u32(starts[b * d.T + t])); }
   return start;
@@ -58,7 +65,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
   let t0 = (tiles - 1u - unit / d.H % tiles) * R * WY;
   let t = t0 + y * R;
   let D4 = d.D / 4u;
-  let end = d.L - d.T + min(t0 + R * WY, d.T);
+  let end = end_key(b, min(t0 + R * WY, d.T) - 1u);
   let step = d.G * D4;
   let keys = b * d.S * step + h / (d.H / d.G) * D4;
   var row: array<u32, R>;
@@ -105,7 +112,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
     for (var r = 0u; r < R; r++) {
       for (var n = 0u; n < Q; n++) {
         let key = vec4u(0u, 1u, 2u, 3u) + (j + 4u * n);
-        var hidden = key > vec4u(d.L - d.T + t + r);
+        var hidden = key >= vec4u(end_key(b, t + r));
         if (BOUNDED == 1u) { hidden = hidden | (key < vec4u(first[r])); }
         var ds = d.s * (dp[r][n] - stat[r].y);
         var seen = d.s * score[r][n];

@@ -26,17 +26,19 @@ export interface AttentionInputs {
   readonly window?: number | undefined;
   /** The first key that each query sees: i32 [B,T], not decreasing along T and at most p, neither of which is checked. 0 unless given. */
   readonly starts?: Tensor | undefined;
+  /** Every query sees every key of its row, of which there are lengths[b]: i32 [B], each from 1 to keyLength, which is not checked. */
+  readonly lengths?: Tensor | undefined;
   /** c > 0: a score x becomes c·tanh(x/c) (Gemma 2, arXiv:2408.00118 §2). */
   readonly softCap?: number | undefined;
 }
 
 /**
- * Causal attention with grouped queries: q [B,T,H,D], k and v [B,S,G,D] → o [B,T,H,D] and its log-sum-exp [B,T,H].
+ * Attention with grouped queries, causal unless there are lengths: q [B,T,H,D], k and v [B,S,G,D] → o [B,T,H,D] and its log-sum-exp [B,T,H].
  *
  * Throws ShapeError if the shapes do not fit, D is not a multiple of 4, or window or softCap is not above 0.
  */
 export function attention(inputs: AttentionInputs): { o: Tensor; lse: Tensor } {
-  const { q, k, v, starts, keyLength, window = 1, softCap = 1 } = inputs;
+  const { q, k, v, starts, lengths, keyLength, window = 1, softCap = 1 } = inputs;
   const [B = 0, T = 0, H = 0, D = 0] = q.shape;
   if (q.shape.length !== 4 || D % 4 !== 0)
     throw new ShapeError(`attention: q must be [B,T,H,D] with D a multiple of 4, got [${q.shape}]`);
@@ -52,6 +54,11 @@ export function attention(inputs: AttentionInputs): { o: Tensor; lse: Tensor } {
   if (starts) {
     expectShape("attention", "starts must be [B,T]", starts, [B, T]);
     expectDType("attention", "starts", starts, "i32");
+  }
+  if (lengths) {
+    if (starts || inputs.window) throw new ShapeError("attention: lengths take no window and no starts, got one");
+    expectShape("attention", "lengths must be [B]", lengths, [B]);
+    expectDType("attention", "lengths", lengths, "i32");
   }
   const o = empty(q.gpu, q.shape, "attention");
   const lse = empty(q.gpu, [B, T, H], "attention");
@@ -101,7 +108,7 @@ function run(
   rows: number,
   quads: number,
 ): void {
-  const { q, k, v, scale, keyLength, window, starts, softCap } = inputs;
+  const { q, k, v, scale, keyLength, window, starts, lengths, softCap } = inputs;
   const [, T = 0, H = 0, D = 0] = q.shape;
   const [, S = 0, G = 0] = k.shape;
   const { isSoftware } = q.gpu;
@@ -112,13 +119,13 @@ function run(
   const WG = isSoftware ? 8 : WX * WY;
   const tuned: Tuned = {
     ...{ R, Q: isSoftware ? quads : 1, WX, WY, WG, CAP: softCap ? 1 : 0 },
-    ...{ BOUNDED: window || starts ? 1 : 0, SEGMENTED: starts ? 1 : 0 },
+    ...{ BOUNDED: window || starts ? 1 : 0, SEGMENTED: starts ? 1 : 0, BOTH_WAYS: lengths ? 1 : 0 },
   };
   const uniforms = { n, T, S, L: keyLength, H, G, D, window: window ?? keyLength, s: scale, c: softCap ?? 1 };
   kernel(
     q.gpu,
     uniforms,
-    { q, k, v, starts: starts ?? q, ...buffers },
+    { q, k, v, starts: starts ?? lengths ?? q, ...buffers },
     [isSoftware ? n : n * WG],
     tuned,
     isSoftware ? [] : TEAM,

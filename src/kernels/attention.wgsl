@@ -1,6 +1,6 @@
 // o = softmax(s·q·kᵀ where seen)·v        arXiv:1706.03762, eq. 1, by the online softmax of arXiv:1805.02867 in tiles (2205.14135)
 //   q, o [B,T,H,D]   k, v [B,S,G,D], of which the first L keys count   lse [B,T,H] = log Σ exp, kept for backward
-//   starts [B,T], if SEGMENTED: the first key that a query may see, not decreasing along T
+//   starts [B,T], if SEGMENTED: the first key that a query may see, not decreasing along T; [B] if BOTH_WAYS: how many keys a row has
 //
 // Query head h uses key head h / (H/G). Query t is at position p = L − T + t and sees keys max(starts, p + 1 − window) … p. With CAP
 // a score x becomes c·tanh(x/c). A thread owns R queries of one head and takes 4·Q keys at a time; o is added up in place, so that
@@ -14,6 +14,7 @@ const WG: u32 = 32u;
 const TILE: u32 = WX * WY * R * Q;
 override BOUNDED: u32 = 0;    // a window or starts: not all keys from 0 on
 override SEGMENTED: u32 = 0;
+override BOTH_WAYS: u32 = 0;  // every query sees the first starts[b] keys
 override CAP: u32 = 0;
 const HIDDEN: f32 = -3e38;    // a score; e to the power of it less any largest is 0
 
@@ -40,8 +41,14 @@ fn share_row(at: u32, value: f32) {}
 
 fn row_at(at: u32, own: f32) -> f32 { return own; }
 
+fn end_key(b: u32, t: u32) -> u32 {
+  if (BOTH_WAYS == 1u) { return u32(starts[b]); }
+  return d.L - d.T + t + 1u;
+}
+
 fn first_key(b: u32, t: u32) -> u32 {
-  let end = d.L - d.T + t + 1u;
+  if (BOTH_WAYS == 1u) { return 0u; }
+  let end = end_key(b, t);
   var start = end - min(end, d.window);
   if (SEGMENTED == 1u) { start = max(start, u32(starts[b * d.T + t])); }
   return start;
@@ -65,7 +72,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
   let t0 = (tiles - 1u - unit / d.H % tiles) * R * WY;  // those with most keys go first
   let t = t0 + y * R;
   let D4 = d.D / 4u;
-  let end = d.L - d.T + min(t0 + R * WY, d.T);
+  let end = end_key(b, min(t0 + R * WY, d.T) - 1u);
   let step = d.G * D4;
   let keys = b * d.S * step + h / (d.H / d.G) * D4;
   var row: array<u32, R>;
@@ -103,7 +110,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
       top[r] = HIDDEN;
       for (var n = 0u; n < Q; n++) {
         let key = vec4u(0u, 1u, 2u, 3u) + (j + 4u * n);
-        var hidden = key > vec4u(d.L - d.T + t + r);
+        var hidden = key >= vec4u(end_key(b, t + r));
         if (BOUNDED == 1u) { hidden = hidden | (key < vec4u(first[r])); }
         score[r][n] = select(capped(d.s * score[r][n]), vec4f(HIDDEN), hidden);
         let two = max(score[r][n].xy, score[r][n].zw);

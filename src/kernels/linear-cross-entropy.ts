@@ -8,6 +8,7 @@ import pieceBackwardSource from "./cross-entropy-piece-backward.wgsl";
 import { matmul } from "./matmul.ts";
 import backwardFourSource from "./parts/piece-backward-four.wgsl";
 import { reduce } from "./reduce.ts";
+import { softCap } from "./soft-cap.ts";
 
 const pieceBackward = defineKernel("cross-entropy-piece-backward", pieceBackwardSource);
 const BACKWARD_FOUR = [definePart("piece-backward-four", backwardFourSource)];
@@ -31,7 +32,7 @@ export interface LinearCrossEntropy {
 /**
  * scale·Σ over rows with a label ≥ 0 of −log softmax(h·Wᵀ)[label], shape [], and its gradients, without the logits ever being stored whole.
  *
- * h [M,C], pieces of W [Vᵢ,C], labels i32 [M]. The rows are gone through in chunks whose logits take 32 MiB, 64 rows at least:
+ * With a logitCap c a logit x counts as c·tanh(x/c). h [M,C], pieces of W [Vᵢ,C], labels i32 [M]. The rows are gone through in chunks whose logits take 32 MiB, 64 rows at least:
  * logits, the statistics of their softmax, gradients in place, and dh from them. After Liger Kernel (arXiv:2410.10989 §3.2), with the
  * vocabulary in pieces too. Throws ShapeError if the shapes do not fit.
  */
@@ -41,6 +42,7 @@ export function linearCrossEntropy(
   labels: Tensor,
   scale: Uniform,
   wants: { readonly dh: boolean; readonly dW: boolean },
+  logitCap?: number,
   logitBytes: number = LOGIT_BYTES,
 ): LinearCrossEntropy {
   const { gpu } = h;
@@ -62,6 +64,7 @@ export function linearCrossEntropy(
     const sums = empty(gpu, [rows, 4], "linearCrossEntropy");
     const logits = pieces.map(({ W, first }, i) => {
       const x = matmul(part.h, W, "nt");
+      if (logitCap !== undefined) softCap(x, logitCap);
       addPiece({ x, labels: part.labels, sums, loss: part.loss }, { first, isLast: i === pieces.length - 1 }, scale);
       return x;
     });
@@ -72,13 +75,13 @@ export function linearCrossEntropy(
       if (wants.dh || wants.dW) {
         const inFours = v % 4 === 0;
         const lanes = inFours ? v / 4 : v;
-        const uniforms = { n: rows * lanes, V: lanes, first, c: scale };
+        const uniforms = { n: rows * lanes, V: lanes, first, c: scale, cap: logitCap ?? 1 };
         pieceBackward(
           gpu,
           uniforms,
           { labels: part.labels, sums, x },
           [rows * lanes],
-          {},
+          { CAP: logitCap === undefined ? 0 : 1 },
           inFours ? BACKWARD_FOUR : [],
         );
       }

@@ -26,11 +26,17 @@ function rowLanes(gpu: Gpu, H: number): { readonly n: number; readonly WG: numbe
 }
 
 /**
- * y = s·r·w with s = x, or x + delta where that is given, and r = 1/√(mean(s²) + eps) over the last axis, in one dispatch.
+ * y = s·r·(offset + w) with s = x, or x + delta where that is given, and r = 1/√(mean(s²) + eps) over the last axis, in one dispatch.
  *
  * x and delta [...,H], w [H]. `sum` is s; it and r [rows] are kept for backward. Throws ShapeError if the shapes do not fit.
  */
-export function rmsNorm(x: Tensor, w: Tensor, eps: number, delta?: Tensor): { y: Tensor; r: Tensor; sum: Tensor } {
+export function rmsNorm(
+  x: Tensor,
+  w: Tensor,
+  eps: number,
+  offset = 0,
+  delta?: Tensor,
+): { y: Tensor; r: Tensor; sum: Tensor } {
   const { gpu, shape } = x;
   const op = delta ? "addRmsNorm" : "rmsNorm";
   const [M, H] = dims2(op, "x", x);
@@ -41,17 +47,17 @@ export function rmsNorm(x: Tensor, w: Tensor, eps: number, delta?: Tensor): { y:
   const sum = delta ? empty(gpu, shape, op) : x;
   const { n, WG, parts } = rowLanes(gpu, H);
   const added = delta ? [...parts, ADD_NORM] : parts;
-  forward(gpu, { M, n, H, eps }, { x, w, y, r, sum, delta: delta ?? x }, [M * WG], { WG }, added);
+  forward(gpu, { M, n, H, eps, o: offset }, { x, w, y, r, sum, delta: delta ?? x }, [M * WG], { WG }, added);
   return { y, r, sum };
 }
 
 /** dx of `rmsNorm`, or more + dx. */
-export function rmsNormBackward(dy: Tensor, x: Tensor, w: Tensor, r: Tensor, more?: Tensor): Tensor {
+export function rmsNormBackward(dy: Tensor, x: Tensor, w: Tensor, r: Tensor, offset = 0, more?: Tensor): Tensor {
   const [M, H] = dims2("rmsNormBackward", "x", x);
   const dx = empty(x.gpu, x.shape, "rmsNormBackward");
   const { n, WG, parts } = rowLanes(x.gpu, H);
   const added = more ? [...parts, ADD_GRADIENT] : parts;
-  backward(x.gpu, { M, n, H }, { x, w, r, dy, dx, more: more ?? dy }, [M * WG], { WG }, added);
+  backward(x.gpu, { M, n, H, o: offset }, { x, w, r, dy, dx, more: more ?? dy }, [M * WG], { WG }, added);
   return dx;
 }
 

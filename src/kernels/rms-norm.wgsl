@@ -1,11 +1,11 @@
-// y = x·r·w,  r = 1 / √(mean(x²) + eps)        RMSNorm: arXiv:1910.07467, eq. 4
+// y = x·r·(o + w),  r = 1 / √(mean(x²) + eps)        RMSNorm: arXiv:1910.07467, eq. 4; o = 1 in Gemma, else 0
 //   x, y [M,H]   w [H]   r [M], kept for backward     f32; n lanes to a row
 //
 // A workgroup owns a row: its threads stride along it and are added up by halves, so the order is fixed.
 
 const WG: u32 = 64u;
 
-struct Dims { M: u32, n: u32, H: u32, eps: f32 }
+struct Dims { M: u32, n: u32, H: u32, eps: f32, o: f32 }
 @group(0) @binding(0) var<uniform> d: Dims;
 @group(0) @binding(1) var<storage, read> x: array<Lane>;
 @group(0) @binding(2) var<storage, read> w: array<Lane>;
@@ -40,5 +40,5 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
   workgroupBarrier();
   let scale = 1.0 / sqrt(sums[0] / f32(d.H) + d.eps);
   if (thread == 0u) { r[row] = scale; }
-  for (var h = thread; h < d.n; h += WG) { y[start + h] = again(start + h) * scale * w[h]; }
+  for (var h = thread; h < d.n; h += WG) { y[start + h] = again(start + h) * scale * (d.o + w[h]); }
 }

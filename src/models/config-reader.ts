@@ -95,7 +95,9 @@ export class ConfigReader {
         : fail(field, "a list of numbers above 0", value);
     };
     const theta = number("rope_theta", this.json.rope_theta ?? defaultTheta);
-    const type = String(settings.rope_type ?? settings.type ?? "default");
+    const named = String(settings.rope_type ?? settings.type ?? "default");
+    const isLongrope = named === "su" || (named === "yarn" && settings.short_factor !== undefined); // Phi-3's first names for it
+    const type = isLongrope ? "longrope" : named;
     // Some models say outside what the pre-training's context was.
     const originalLength = (): number =>
       this.has("original_max_position_embeddings")
@@ -127,12 +129,11 @@ export class ConfigReader {
           attentionFactor: number("attention_factor", usual),
         };
       }
-      case "longrope":
-      case "su": {
+      case "longrope": {
         const original = originalLength();
         const factor = number("factor", length / original);
         return {
-          ...{ type: "longrope", theta, originalLength: original },
+          ...{ type, theta, originalLength: original },
           shortFactors: numbers("short_factor"),
           longFactors: numbers("long_factor"),
           attentionFactor: number(

@@ -85,7 +85,6 @@ const GEMMA: Family = { isTied: true, activation: ["hidden_activation", "gelu_py
 const gemma = (read: ConfigReader, { hiddenSize, headDim }: Sizes): Partial<DecoderConfig> => ({
   ...{ norms: "both", normOffset: 1, embeddingScale: Math.fround(Math.sqrt(hiddenSize)) },
   attentionScale: read.positive("query_pre_attn_scalar", headDim) ** -0.5,
-  ...(read.has("attn_logit_softcapping") && { attentionCap: read.positive("attn_logit_softcapping", 1) }),
   ...(read.has("final_logit_softcapping") && { logitCap: read.positive("final_logit_softcapping", 1) }),
 });
 
@@ -114,6 +113,7 @@ const FAMILIES: Readonly<Record<string, Family>> = {
     ...GEMMA,
     differs: (read, sizes) => ({
       ...gemma(read, sizes),
+      ...(read.has("attn_logit_softcapping") && { attentionCap: read.positive("attn_logit_softcapping", 1) }),
       windows: windowsOf(read, sizes.layers, (i) => i % 2 === 0),
     }),
   },

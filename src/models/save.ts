@@ -1,9 +1,9 @@
 import type { Directory } from "../io/bytes.ts";
 import type { FloatDtype } from "../io/dtype.ts";
 import { encodeSafetensors } from "../io/safetensors.ts";
-import { openCheckpoint, sliceOf, storedDtype, tensorToWrite } from "../nn/checkpoint.ts";
+import { openCheckpoint, sliceOf, storedDtype, storedName, tensorToWrite } from "../nn/checkpoint.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import type { Llama } from "./llama.ts";
+import type { CausalModel } from "./causal.ts";
 
 /** What a model directory has beside its weights, where it has it. */
 const COPIED = [
@@ -34,14 +34,17 @@ export interface ModelFiles {
  * Tensors are read from the device, and files from `source`, only when their turn to be written comes. Throws FormatError
  * where `source` lacks a weight of the model.
  */
-export async function saveModel(model: Llama, source: Directory): Promise<ModelFiles> {
+export async function saveModel(model: CausalModel, source: Directory): Promise<ModelFiles> {
   const checkpoint = await openCheckpoint(source, "model");
   const pieces = new Map<string, Tensor[]>();
   for (const [key, t] of model.weights) {
     const { name } = sliceOf(key);
     pieces.set(name, [...(pieces.get(name) ?? []), t]);
   }
-  const tensors = [...pieces].map(([name, parts]) => tensorToWrite(name, parts, storedDtype(checkpoint, name)));
+  const tensors = [...pieces].map(([name, parts]) => {
+    const stored = storedName(checkpoint, name);
+    return tensorToWrite(stored, parts, storedDtype(checkpoint, stored), model.isTransposed(name));
+  });
   const files = new Map<string, AsyncIterable<Uint8Array>>();
   for (const name of COPIED) if (await source.open(name)) files.set(name, copied(source, name));
   files.set("model.safetensors", encodeSafetensors(tensors, { format: "pt" }));

@@ -6,6 +6,7 @@ import { FormatError } from "../io/errors.ts";
 import { isObject, readJson } from "../io/json.ts";
 import { openSafetensors, type SafetensorsFile, type TensorToWrite } from "../io/safetensors.ts";
 import { widen16 } from "../kernels/cast.ts";
+import { transpose } from "../kernels/transpose.ts";
 import { piecesOf } from "../tensor/pieces.ts";
 import { empty, read, type Tensor } from "../tensor/tensor.ts";
 
@@ -55,6 +56,12 @@ async function openShard(directory: Directory, file: string, indexName: string):
       `${directory.name}/${file}: the shard must be there by ${indexName}, got no such file. Download the model again`,
     );
   return openSafetensors(source, `${directory.name}/${file}`);
+}
+
+/** What a weight goes by in this checkpoint: some were saved without the name of the part that has the layers, "transformer." or "model.". */
+export function storedName({ tensors }: Checkpoint, name: string): string {
+  const bare = name.slice(name.indexOf(".") + 1);
+  return !tensors.has(name) && tensors.has(bare) ? bare : name;
 }
 
 /** The type a tensor is stored in. Throws FormatError unless it is there and floating point. */
@@ -109,17 +116,30 @@ export async function loadTensor(
   return wide;
 }
 
-/** What `encodeSafetensors` needs to write t, or its rows in pieces; values are read from the device only when their turn comes. */
-export function tensorToWrite(name: string, t: Tensor | readonly Tensor[], dtype: FloatDtype = "F32"): TensorToWrite {
+/**
+ * What `encodeSafetensors` needs to write t, or its rows in pieces, or tᵀ, which comes in one piece; values are read from the device only
+ * when their turn comes.
+ */
+export function tensorToWrite(
+  name: string,
+  t: Tensor | readonly Tensor[],
+  dtype: FloatDtype = "F32",
+  isTransposed = false,
+): TensorToWrite {
   const pieces = piecesOf(t);
   const [, ...row] = pieces[0]?.W.shape ?? [];
+  const shape = [pieces.reduce((sum, { rows }) => sum + rows, 0), ...row];
   return {
     name,
     dtype,
-    shape: [pieces.reduce((sum, { rows }) => sum + rows, 0), ...row],
+    shape: isTransposed ? shape.toReversed() : shape,
     sizeBytes: pieces.reduce((sum, { W }) => sum + W.size, 0) * (dtype === "F32" ? 4 : 2),
     data: async function* () {
-      for (const { W } of pieces) yield encodeFloats(dtype, await read(W));
+      for (const { W } of pieces) {
+        const turned = isTransposed ? transpose(W) : W;
+        yield encodeFloats(dtype, await read(turned));
+        if (isTransposed) W.gpu.release(turned);
+      }
     },
   };
 }

@@ -14,6 +14,8 @@ export interface LanguageModel {
   readonly gpu: Gpu;
   /** The output projection [V,C], or pieces of it. */
   readonly head: Head;
+  /** c: a logit x counts as c·tanh(x/c). */
+  readonly logitCap?: number | undefined;
   /** ids i32 [B,T] → [B,T,C], what `head` is applied to. */
   hidden(ids: Tensor): Tensor;
 }
@@ -65,7 +67,7 @@ export function batchLoss(model: LanguageModel, inputs: Inputs, scale: Uniform):
   const h = model.hidden(ids);
   const rows = reshape(h, [ids.size, h.shape.at(-1) ?? 0]);
   const counted = targets.size === ids.size ? rows : gatherRows(rows, targets, places);
-  return linearCrossEntropy(counted, model.head, labels, scale);
+  return linearCrossEntropy(counted, model.head, labels, scale, model.logitCap);
 }
 
 export interface Evaluation {

@@ -1,5 +1,18 @@
 import { expect, test } from "vitest";
-import { add, gelu, matmul, mean, mul, reshape, scale, silu, softmax, sub, sum } from "../../src/autograd/basic-ops.ts";
+import {
+  add,
+  gelu,
+  matmul,
+  mean,
+  mul,
+  reshape,
+  scale,
+  silu,
+  softmax,
+  split,
+  sub,
+  sum,
+} from "../../src/autograd/basic-ops.ts";
 import { backward } from "../../src/autograd/engine.ts";
 import type { Layout } from "../../src/kernels/matmul.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
@@ -252,4 +265,60 @@ test("matmul with a frozen w runs one product backward", async () => {
   backward(y, w);
   const products = [...gpu.counters().dispatches].filter(([name]) => name !== "matmul-splits");
   expect(products.map(([name, n]) => [name.split("-")[0], n])).toEqual([["matmul", 1]]);
+});
+
+// ---- split
+
+const columnsOf = ({ shape, data }: Nd, first: number, width: number): Nd => {
+  const N = shape.at(-1) ?? 1;
+  return nd(
+    [...shape.slice(0, -1), width],
+    data.filter((_, i) => i % N >= first && i % N < first + width),
+  );
+};
+const total = ({ data }: Nd): number => data.reduce((a, b) => a + b, 0);
+
+test.each([
+  [
+    [2, 3, 8],
+    [4, 2, 2],
+  ],
+  [[5, 1], [1]],
+  [
+    [3, 7],
+    [3, 4],
+  ],
+])("parts of %j by widths %j are its columns, gradients too", async (shape, widths) => {
+  const firsts = widths.map((_, i) => widths.slice(0, i).reduce((a, b) => a + b, 0));
+  for (const [i, width] of widths.entries())
+    await checkOp({
+      inputs: [shape],
+      op: (x) => split(x, widths)[i] as Tensor,
+      twin: (x) => columnsOf(x, firsts[i] ?? 0, width),
+    });
+  await checkOp({
+    inputs: [shape],
+    op: (x) => split(x, widths).reduce((before, part, i) => add(before, scale(sum(part), i + 1)), sum(x)),
+    twin: (x) =>
+      nd(
+        [],
+        [widths.reduce((before, width, i) => before + (i + 1) * total(columnsOf(x, firsts[i] ?? 0, width)), total(x))],
+      ),
+  });
+});
+
+test("a part of a split that nothing came of has a gradient of zero", async () => {
+  const gpu = await testGpu();
+  const x = upload(gpu, nd([2, 4], new Float64Array(8).fill(1)));
+  x.requiresGrad = true;
+  const [, middle] = split(x, [1, 2, 1]);
+  const dx = backward(sum(middle as Tensor)).get(x) ?? expect.fail("x has a gradient");
+  expect([...(await read(dx))]).toEqual([0, 1, 1, 0, 0, 1, 1, 0]);
+});
+
+test("split names the widths that do not add up", async () => {
+  const gpu = await testGpu();
+  expect(() => split(empty(gpu, [2, 4], "x"), [1, 2])).toThrow(
+    new ShapeError("split: widths must add up to 4, got 1,2"),
+  );
 });

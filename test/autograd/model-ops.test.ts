@@ -55,6 +55,25 @@ test.each(ROWS)("rmsNorm of %i rows of %i equals its f64 twin", async (rows, H) 
   });
 });
 
+test.each(ROWS)("rmsNorm of %i rows of %i by 1 + w equals its f64 twin, with a residual too", async (rows, H) => {
+  await checkOp({
+    inputs: [[rows, H], [H]],
+    op: (...t) => rmsNorm(at(t, 0), at(t, 1), 1e-5, 1),
+    twin: (...t) => rmsNormTwin(at(t, 0), at(t, 1), 1e-5, 1),
+  });
+  await checkOp({
+    inputs: [[rows, H], [H]],
+    op: (...t) => addRmsNorm(at(t, 0), at(t, 0), at(t, 1), 1e-5, 1).y,
+    twin: (...t) => {
+      const twice = nd(
+        at(t, 0).shape,
+        at(t, 0).data.map((v) => 2 * v),
+      );
+      return rmsNormTwin(twice, at(t, 1), 1e-5, 1);
+    },
+  });
+});
+
 test.each([...ROWS, [3, 64], [5, 516]])(
   "a residual and its rmsNorm of %i rows of %i equal their f64 twins",
   async (rows, H) => {
@@ -153,13 +172,27 @@ test.each([
   });
 });
 
+test.each([
+  [2, 5, 3, 6, 4],
+  [1, 3, 2, 16, 8],
+  [2, 3, 1, 12, 6],
+])("rope of [%i,%i,%i,%i] turns the first %i elements of a head alone", async (B, T, H, D, turned) => {
+  const { cos, sin } = rotaryTables(T + 1, turned, 100);
+  const gpu = await testGpu();
+  await checkOp({
+    inputs: [[B, T, H, D]],
+    op: (x) => rope(x, upload(gpu, cos), upload(gpu, sin), 1),
+    twin: (x) => ropeTwin(x, cos, sin, 1),
+  });
+});
+
 test("rope names the positions past its tables", async () => {
   const gpu = await testGpu();
   const x = empty(gpu, [1, 3, 2, 4], "x");
   const table = empty(gpu, [4, 2], "table");
   expect(() => rope(x, table, table, 2)).toThrow(new ShapeError("rope: positions must be below 4, got 2 to 4"));
   expect(() => rope(x, empty(gpu, [4, 3], "table"), table)).toThrow(
-    new ShapeError("rope: cos must be [P,D/2] = [4,2], got [4,3]"),
+    new ShapeError("rope: cos must be [P,E/2] with E at most D = 4, got [4,3]"),
   );
   expect(() => rope(empty(gpu, [1, 3, 2, 5], "x"), table, table)).toThrow(
     new ShapeError("rope: x must be [B,T,H,D] with an even D, got [1,3,2,5]"),
@@ -266,6 +299,28 @@ test.each(ATTENTION)(
   },
 );
 
+test.each([
+  [2, 5, 5, 4, 2, 8, [5, 3]],
+  [3, 7, 7, 2, 2, 4, [1, 7, 4]],
+  [2, 37, 37, 2, 1, 16, [37, 20]],
+])(
+  "attention both ways of B %i, T %i, S %i, H %i, G %i, D %i over %j keys equals its f64 twin",
+  async (B, T, S, H, G, D, keys) => {
+    const gpu = await testGpu();
+    const lengths = nd([B], keys);
+    await checkOp({
+      inputs: [
+        [B, T, H, D],
+        [B, S, G, D],
+        [B, S, G, D],
+      ],
+      op: (...t) => attention(at(t, 0), at(t, 1), at(t, 2), { lengths: upload(gpu, lengths, "i32") }),
+      twin: (...t) => attentionTwin(at(t, 0), at(t, 1), at(t, 2), 1 / Math.sqrt(D), S, { lengths }),
+      gradients: T < 20,
+    });
+  },
+);
+
 test("attention survives scores of ±10⁴", async () => {
   await checkOp({
     inputs: [
@@ -335,6 +390,13 @@ test("attention names the shapes that do not fit", async () => {
   );
   expect(() => attention(of(2, 3, 4, 8), kv, kv, { keyLength: 2 })).toThrow(
     new ShapeError("attention: keyLength must be from T = 3 to S = 5, got 2"),
+  );
+  const lengths = empty(gpu, [2], "lengths", "i32");
+  expect(() => attention(of(2, 3, 4, 8), kv, kv, { lengths, window: 2 })).toThrow(
+    new ShapeError("attention: lengths take no window and no starts, got one"),
+  );
+  expect(() => attention(of(2, 3, 4, 8), kv, kv, { lengths: empty(gpu, [3], "lengths", "i32") })).toThrow(
+    new ShapeError("attention: lengths must be [B] = [2], got [3]"),
   );
 });
 

@@ -1,5 +1,5 @@
 import { expect, test } from "vitest";
-import { copyRows } from "../../src/kernels/copy-rows.ts";
+import { copyRows, putColumns, takeColumns } from "../../src/kernels/copy-rows.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { empty, read, tensor } from "../../src/tensor/tensor.ts";
@@ -47,5 +47,19 @@ test("copyRows refuses rows past the end, other shapes and other types", async (
   );
   expect(() => copyRows(empty(gpu, [2, 2, 3], "source", "i32"), target, 0)).toThrow(
     new ShapeError("copyRows: source must be f32, got i32"),
+  );
+});
+
+test("columns outside the matrix, or of other rows, are refused", async () => {
+  const gpu = await testGpu();
+  const x = empty(gpu, [2, 3, 4], "x");
+  expect(() => takeColumns(x, 2, 3)).toThrow(
+    new ShapeError("takeColumns: columns must stay within the 4 of x, got 3 from 2 on"),
+  );
+  expect(() => putColumns(empty(gpu, [2, 3, 2], "part"), x, 3)).toThrow(
+    new ShapeError("putColumns: columns must stay within the 4 of target, got 2 from 3 on"),
+  );
+  expect(() => putColumns(empty(gpu, [3, 2], "part"), x, 0)).toThrow(
+    new ShapeError("putColumns: source must have the rows of target = [2,3,2], got [3,2]"),
   );
 });

@@ -64,7 +64,7 @@ test.each(SIZES)("rmsNorm of %i rows of %i, of a sum too, and its gradients equa
   ];
   const sum = sumOf(x, delta);
   const plain = rmsNorm(tx, tw, EPS);
-  const summed = rmsNorm(tx, tw, EPS, tdelta);
+  const summed = rmsNorm(tx, tw, EPS, 0, tdelta);
   expect(plain.sum, "of nothing added").toBe(tx);
   expectClose(await read(plain.y), rmsNormTwin(x, w, EPS).data, 1e-5, `y (seed ${seed})`);
   expect([...(await read(summed.sum))]).toEqual([...sum.data]);
@@ -74,7 +74,7 @@ test.each(SIZES)("rmsNorm of %i rows of %i, of a sum too, and its gradients equa
 
   const expected = backwardTwin(dy, sum, w);
   const dx = () => rmsNormBackward(tdy, summed.sum, tw, summed.r);
-  const into = rmsNormBackward(tdy, summed.sum, tw, summed.r, tmore);
+  const into = rmsNormBackward(tdy, summed.sum, tw, summed.r, 0, tmore);
   expectClose(await read(dx()), expected.dx, 2e-5, `dx (seed ${seed})`);
   const added = expected.dx.map((value, i) => value + (more.data[i] ?? 0));
   expectClose(await read(into), added, 2e-5, `dx added (seed ${seed})`);
@@ -86,7 +86,7 @@ test.each(SIZES)("rmsNorm of %i rows of %i, of a sum too, and its gradients equa
 
 test("addRmsNorm names the delta that does not fit", async () => {
   const gpu = await testGpu();
-  expect(() => rmsNorm(empty(gpu, [2, 3], "x"), empty(gpu, [3], "w"), EPS, empty(gpu, [3, 2], "delta"))).toThrow(
+  expect(() => rmsNorm(empty(gpu, [2, 3], "x"), empty(gpu, [3], "w"), EPS, 0, empty(gpu, [3, 2], "delta"))).toThrow(
     new ShapeError("addRmsNorm: delta must have the shape of x = [2,3], got [3,2]"),
   );
 });
@@ -133,8 +133,8 @@ function interpret(H: number, adds: boolean, edit = (source: string): string => 
   const [x, delta, dy, more] = Array.from({ length: 4 }, () => randomNd([2, H], random)) as [Nd, Nd, Nd, Nd];
   const w = randomNd([H], random);
   const on = ({ shape, data }: Nd): Tensor => tensor(gpu, Float32Array.from(data), shape);
-  const { y, r, sum } = rmsNorm(on(x), on(w), EPS, adds ? on(delta) : undefined);
-  const dx = rmsNormBackward(on(dy), sum, on(w), r, adds ? on(more) : undefined);
+  const { y, r, sum } = rmsNorm(on(x), on(w), EPS, 0, adds ? on(delta) : undefined);
+  const dx = rmsNormBackward(on(dy), sum, on(w), r, 0, adds ? on(more) : undefined);
   const s = adds ? sumOf(x, delta) : x;
   const expected = backwardTwin(dy, s, w).dx.map((value, i) => value + (adds ? (more.data[i] ?? 0) : 0));
   const values = (t: Tensor): Float32Array => gpu.values(t.buffer).slice(0, t.size);

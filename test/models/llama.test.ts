@@ -8,11 +8,10 @@ import { FormatError } from "../../src/io/errors.ts";
 import { diskDirectory, fileSource } from "../../src/io/files.ts";
 import { openSafetensors } from "../../src/io/safetensors.ts";
 import { loadPeft } from "../../src/lora/peft.ts";
+import type { CausalModel } from "../../src/models/causal.ts";
 import { readConfig } from "../../src/models/config.ts";
-import { type Llama, llamaShapes, loadLlama } from "../../src/models/llama.ts";
-import { loadModel } from "../../src/models/load.ts";
+import { loadModel, weightShapes } from "../../src/models/load.ts";
 import { saveModel } from "../../src/models/save.ts";
-import { openCheckpoint } from "../../src/nn/checkpoint.ts";
 import { inverseFrequencies } from "../../src/nn/rope.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
@@ -121,8 +120,8 @@ test("both spellings of RoPE settings are read alike", async () => {
   );
   const read5 = await readConfig(memoryDirectory("m", { "config.json": v5 ?? "" }));
   const read4 = await readConfig(memoryDirectory("m", { "config.json": v4 ?? "" }));
-  expect(read4.rope).toEqual(read5.rope);
-  expect(read5.rope).toMatchObject({ type: "llama3", factor: 8 });
+  expect(read4).toEqual(read5);
+  expect(read5).toMatchObject({ rope: { type: "llama3", factor: 8 } });
 });
 
 test("llama3 scaling keeps fast frequencies, divides slow ones and blends between", () => {
@@ -140,6 +139,18 @@ test("llama3 scaling keeps fast frequencies, divides slow ones and blends betwee
   expect(scaled[15]).toBeCloseTo((plain[15] ?? 0) / 8, 12);
   const ratios = Array.from(scaled, (f, i) => f / (plain[i] ?? 1));
   expect(ratios.some((r) => r > 0.126 && r < 0.999)).toBe(true);
+});
+
+test("yarn with its usual borders keeps fast frequencies, divides slow ones and blends between", () => {
+  const rope = { type: "yarn", theta: 10000, factor: 4, betaFast: 32, betaSlow: 1, truncate: true } as const;
+  const scaled = inverseFrequencies(64, { ...rope, attentionFactor: 1, originalLength: 4096 });
+  const plain = inverseFrequencies(64, { type: "default", theta: 10000 });
+  const kept = Array.from(scaled, (f, i) => (f / (plain[i] ?? 1) - 0.25) / 0.75);
+  // Pairs that turn 32 times and once in 4096 positions: 64·ln(4096 / 2π·32) / 2·ln 10⁴ = 10.47, and 22.51.
+  expect(kept.slice(0, 11).every((share) => Math.abs(share - 1) < 1e-12)).toBe(true);
+  expect(kept[11]).toBeCloseTo(1 - 1 / 13, 12);
+  expect(kept[22]).toBeCloseTo(1 - 12 / 13, 12);
+  expect(kept.slice(23).every((share) => Math.abs(share) < 1e-12)).toBe(true);
 });
 
 test("a cache gives the logits of the last position that a full pass gives", async () => {
@@ -237,9 +248,8 @@ describe("an embedding above what a device can bind comes in pieces", () => {
     const gpu = await testGpu();
     await writeTinyModel(path, { config: { vocab_size: 200, tie_word_embeddings: tied }, dtype });
     const directory = diskDirectory(path);
-    const [config, checkpoint] = [await readConfig(directory), await openCheckpoint(directory, "model")];
-    const whole = await loadLlama(gpu, config, checkpoint);
-    const pieced = await loadLlama(gpu, config, checkpoint, limits);
+    const whole = await loadModel(gpu, directory);
+    const pieced = await loadModel(gpu, directory, limits);
     expect([...pieced.weights].filter(([name]) => /embed|head/.test(name)).map(([name, t]) => [name, t.shape])).toEqual(
       ["model.embed_tokens.weight", ...(tied ? [] : ["lm_head.weight"])].flatMap((name) => [
         [`${name}[0:64]`, [64, 32]],
@@ -248,7 +258,7 @@ describe("an embedding above what a device can bind comes in pieces", () => {
         [`${name}[192:200]`, [8, 32]],
       ]),
     );
-    const outcome = async (model: Llama): Promise<Float32Array[]> => {
+    const outcome = async (model: CausalModel): Promise<Float32Array[]> => {
       const weights = [...model.weights];
       for (const [, t] of weights) t.requiresGrad = true;
       const { logits, loss, grads } = gpu.scope(() => {
@@ -264,7 +274,7 @@ describe("an embedding above what a device can bind comes in pieces", () => {
     const [one, several] = [await outcome(whole), await outcome(pieced)];
     for (const [i, what] of ["logits", "loss", "gradients"].entries())
       expectClose(several[i] ?? [], one[i] ?? [], 1e-5, what);
-    const bytes = async (model: Llama): Promise<Buffer> => {
+    const bytes = async (model: CausalModel): Promise<Buffer> => {
       const parts: Uint8Array[] = [];
       for await (const part of (await saveModel(model, directory)).files.get("model.safetensors") ?? [])
         parts.push(part);
@@ -278,18 +288,20 @@ describe("an embedding above what a device can bind comes in pieces", () => {
   test("logits in pieces have no gradient, and say so", async () => {
     const gpu = await testGpu();
     const directory = diskDirectory(path);
-    const model = await loadLlama(gpu, await readConfig(directory), await openCheckpoint(directory, "model"), limits);
+    const model = await loadModel(gpu, directory, limits);
     for (const t of model.weights.values()) t.requiresGrad = true;
     const logits = model.logits(tensor(gpu, Int32Array.of(1, 2), [1, 2]));
     expect(() => backward(logits, logits)).toThrow(
-      new ShapeError("logits: gradients need a head in one piece, got several. Use linearCrossEntropy"),
+      new ShapeError("logits: gradients need one head without a cap. Use linearCrossEntropy"),
     );
     model.destroy();
   });
 
   test("an embedding that fits stays in one", async () => {
     const config = await readConfig(diskDirectory(path));
-    expect(llamaShapes(config, { ...limits, maxStorageBufferBindingSize: 200 * 32 * 4 })).toEqual(llamaShapes(config));
+    expect(weightShapes(config, { ...limits, maxStorageBufferBindingSize: 200 * 32 * 4 })).toEqual(
+      weightShapes(config),
+    );
   });
 });
 
@@ -316,7 +328,7 @@ describe("a model directory that does not fit is refused by name", () => {
     [
       "another architecture",
       { "config.json": JSON.stringify({ ...config, model_type: "mamba" }) },
-      'm/config.json: "model_type" must be "llama", got "mamba". No other architecture is supported yet',
+      'm/config.json: "model_type" must be one of llama, mistral, qwen2, qwen3, smollm3, gemma2, gemma3_text, phi3, olmo2, granite, gpt2, got "mamba"',
     ],
     [
       "no weights",
@@ -335,8 +347,8 @@ describe("a model directory that does not fit is refused by name", () => {
     ],
     [
       "a rope scaling that is not supported",
-      { "config.json": JSON.stringify({ ...config, rope_scaling: { rope_type: "yarn", factor: 2 } }) },
-      'm/config.json: "rope_type" must be "default" or "llama3", got "yarn". Other scalings are not supported yet',
+      { "config.json": JSON.stringify({ ...config, rope_scaling: { rope_type: "spiral", factor: 2 } }) },
+      'm/config.json: "rope_type" of rope_scaling must be default, linear, dynamic, llama3, yarn or longrope, got "spiral"',
     ],
     [
       "heads that do not divide",

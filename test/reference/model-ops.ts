@@ -2,11 +2,11 @@ import { type Nd, nd, zeros } from "../harness.ts";
 
 const at = ({ data }: Nd, i: number): number => data[i] ?? Number.NaN;
 
-/** x·rsqrt(mean(x²) + eps)·w over the last axis. */
-export function rmsNormTwin(x: Nd, w: Nd, eps: number): Nd {
+/** x·rsqrt(mean(x²) + eps)·(offset + w) over the last axis. */
+export function rmsNormTwin(x: Nd, w: Nd, eps: number, offset = 0): Nd {
   return mapRows(x, (row) => {
     const r = 1 / Math.sqrt(mean(row.map((v) => v * v)) + eps);
-    return row.map((v, h) => v * r * at(w, h));
+    return row.map((v, h) => v * r * (offset + at(w, h)));
   });
 }
 
@@ -41,15 +41,16 @@ export function rotaryTables(P: number, D: number, theta: number): { cos: Nd; si
   return { cos: table(Math.cos), sin: table(Math.sin) };
 }
 
-/** Each pair (i, i + D/2) of x [B,T,H,D], as a complex number, times cos + i·sin of its position: where + t, or where[b,t]. */
+/** Each pair (i, i + E/2) of x [B,T,H,D], as a complex number, times cos + i·sin [P,E/2] of its position: where + t, or where[b,t]. */
 export function ropeTwin(x: Nd, cos: Nd, sin: Nd, where: number | Nd): Nd {
   const [, T = 0, H = 0] = x.shape;
   let row = 0;
   return mapRows(x, (values) => {
-    const half = values.length / 2;
+    const half = cos.shape[1] ?? 0;
     const token = Math.floor(row++ / H);
     const position = typeof where === "number" ? where + (token % T) : at(where, token);
     return values.map((v, i) => {
+      if (i >= 2 * half) return v;
       const angle = position * half + (i % half);
       const other = i < half ? -(values[i + half] ?? Number.NaN) : (values[i - half] ?? Number.NaN);
       return v * at(cos, angle) + other * at(sin, angle);
@@ -66,14 +67,15 @@ export function embeddingTwin(w: Nd, ids: Nd): Nd {
   );
 }
 
-/** What attention may be told besides; see `AttentionInputs`. starts [B,T]. */
+/** What attention may be told besides; see `AttentionInputs`. starts [B,T], lengths [B]. */
 export interface AttentionTwinOptions {
   readonly window?: number | undefined;
   readonly softCap?: number | undefined;
   readonly starts?: Nd | undefined;
+  readonly lengths?: Nd | undefined;
 }
 
-/** Causal attention, one row of scores at a time. q [B,T,H,D], k and v [B,S,G,D]. */
+/** Attention, causal unless there are lengths, one row of scores at a time. q [B,T,H,D], k and v [B,S,G,D]. */
 export function attentionTwin(
   q: Nd,
   k: Nd,
@@ -92,7 +94,7 @@ export function attentionGradientTwin(
   v: Nd,
   scale: number,
   keyLength: number,
-  { window = Number.POSITIVE_INFINITY, softCap, starts }: AttentionTwinOptions,
+  { window = Number.POSITIVE_INFINITY, softCap, starts, lengths }: AttentionTwinOptions,
   dy?: Nd,
 ): { o: Nd; dq: Nd; dk: Nd; dv: Nd } {
   const [B = 0, T = 0, H = 0, D = 0] = q.shape;
@@ -111,9 +113,10 @@ export function attentionGradientTwin(
       for (let h = 0; h < H; h++) {
         const row = ((b * T + t) * H + h) * D;
         const position = keyLength - T + t;
+        const end = lengths ? at(lengths, b) : position + 1;
         const first = Math.max(0, position - window + 1, starts ? at(starts, b * T + t) : 0);
         const keys = Array.from(
-          { length: position - first + 1 },
+          { length: end - first },
           (_, j) => ((b * S + first + j) * G + Math.floor(h / (H / G))) * D,
         );
         const bends = keys.map((key) => Math.tanh((scale * dot(q, row, k, key)) / (softCap ?? 1)));

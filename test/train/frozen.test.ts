@@ -5,7 +5,7 @@ import type { Gpu } from "../../src/gpu/gpu.ts";
 import { openGpu } from "../../src/gpu/gpu.ts";
 import { diskDirectory } from "../../src/io/files.ts";
 import { attachLora } from "../../src/lora/adapter.ts";
-import type { Llama } from "../../src/models/llama.ts";
+import type { CausalModel } from "../../src/models/causal.ts";
 import { loadModel } from "../../src/models/load.ts";
 import type { Tensor } from "../../src/tensor/tensor.ts";
 import { AdamW } from "../../src/train/adamw.ts";
@@ -26,7 +26,7 @@ const batch: Batch = collate([{ inputIds: ids, labels: ids }], 0);
 
 describe("one training step", () => {
   let gpu: Gpu;
-  let model: Llama;
+  let model: CausalModel;
 
   beforeAll(async () => {
     gpu = await openGpu();

@@ -3,8 +3,8 @@ import { describe, expect, test } from "vitest";
 import { openGpu } from "../../src/gpu/gpu.ts";
 import { diskDirectory } from "../../src/io/files.ts";
 import { attachLora } from "../../src/lora/adapter.ts";
-import { Llama, llamaShapes } from "../../src/models/llama.ts";
-import { loadModel } from "../../src/models/load.ts";
+import { readConfig } from "../../src/models/config.ts";
+import { loadModel, makeModel, weightShapes } from "../../src/models/load.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { empty, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { AdamW } from "../../src/train/adamw.ts";
@@ -175,14 +175,12 @@ test("checkpointing keeps fewer activations", async () => {
   const config = { vocab_size: 64, num_hidden_layers: 6 };
   await writeTinyModel("out/test/checkpointing", { config });
   const plan = async (checkpointing: boolean): Promise<MemoryPlan> => {
-    const model = await loadModel(gpu, diskDirectory("out/test/checkpointing"));
-    const { config: read } = model;
-    model.destroy();
+    const settings = await readConfig(diskDirectory("out/test/checkpointing"));
     return await planTraining(
       gpu,
       (dry) => {
-        const weights = new Map([...llamaShapes(read)].map(([name, shape]) => [name, empty(dry, shape, name)]));
-        const planned = new Llama(dry, read, weights);
+        const weights = new Map([...weightShapes(settings)].map(([name, shape]) => [name, empty(dry, shape, name)]));
+        const planned = makeModel(dry, settings, weights);
         planned.checkpointing = checkpointing;
         const { parameters } = attachLora(planned, { r: 4, alpha: 8, targetModules: "all-linear" });
         return { model: planned, parameters };
