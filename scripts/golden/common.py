@@ -118,7 +118,9 @@ def write_adapter(adapted: peft.PeftModel, directory: Path, base: str) -> None:
 def trainable(adapted: peft.PeftModel) -> dict[str, torch.nn.Parameter]:
     """The adapter's weights by their keys on disk, where PEFT leaves out the adapter's name and its own wrappers."""
     return {
-        name.replace("modules_to_save.default.", "").replace(".default.", "."): weight
+        name.replace("modules_to_save.default.", "")
+        .replace("magnitude_vector.default.weight", "magnitude_vector")
+        .replace(".default.", "."): weight
         for name, weight in adapted.named_parameters()
         if weight.requires_grad
     }

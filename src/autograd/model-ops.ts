@@ -3,6 +3,7 @@ import type { Uniform } from "../gpu/kernel.ts";
 import * as attn from "../kernels/attention.ts";
 import { binary } from "../kernels/binary.ts";
 import * as entropy from "../kernels/cross-entropy.ts";
+import * as drops from "../kernels/dropout.ts";
 import * as table from "../kernels/embedding.ts";
 import * as glu from "../kernels/gated.ts";
 import { gatherRows as rowsByIndex } from "../kernels/gather-rows.ts";
@@ -48,6 +49,11 @@ export function gated(gate: Tensor, up: Tensor, activation: glu.GateActivation):
     const both = once(() => glu.gatedBackward(dy, gate, up, activation));
     return [() => both().dgate, () => both().dup];
   });
+}
+
+/** mask∘x/(1 − p), as `kernels/dropout.ts` says. Keeps nothing: the mask is made again in the backward pass. */
+export function dropout(x: Tensor, p: number, key: drops.DropoutKey): Tensor {
+  return record("dropout", drops.dropout(x, p, key), [x], (dy) => [adding((sum) => drops.dropout(dy, p, key, sum))]);
 }
 
 /** LayerNorm over the last axis: (x − mean)·rsqrt(var + eps)·w + b. x [...,H], weight and bias [H]. Keeps x and two numbers per row. */

@@ -1,5 +1,6 @@
 // y[j,i] = x[i,j]        a matrix the other way around
 //   x [M,N] → y [N,M]     f32; a thread writes one element
+
 override WG: u32 = 64;
 
 struct Dims { n: u32, M: u32, N: u32 }  // n = M·N

@@ -1,44 +1,51 @@
 /** LoRA adapters on a model: attach, train, switch, merge, detach. */
+import { add, scale } from "../autograd/basic-ops.ts";
 import type { Uniform } from "../gpu/kernel.ts";
-import { axpy } from "../kernels/axpy.ts";
+import { axpy, scale as scaled } from "../kernels/axpy.ts";
 import { copyTo } from "../kernels/copy-rows.ts";
+import { doraNorms } from "../kernels/dora.ts";
 import { matmul } from "../kernels/matmul.ts";
-import { type Linear, type LinearGroup, linear } from "../nn/linear.ts";
+import { type Linear, type LinearAdapter, type LinearGroup, linear } from "../nn/linear.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { Random } from "../tensor/random.ts";
-import { slice, type Tensor, tensor, VIEW_ALIGNMENT } from "../tensor/tensor.ts";
+import { empty, slice, type Tensor, tensor, VIEW_ALIGNMENT } from "../tensor/tensor.ts";
+import { checkConfig, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
+import { doraLinear, type Magnitude, mergedMagnitude, rowSquares, withMagnitude } from "./dora-linear.ts";
 import { type LoraDropout, loraLinear, loraLinears } from "./lora-linear.ts";
-import { matchModules, type TargetModules } from "./target-modules.ts";
 
 /** Anything with named linear layers, such as a model. */
 export interface HasLinears {
   readonly linears: ReadonlyMap<string, Linear>;
   /** Modules that read the same input, each list in the order of `linears`: their adapters then read it together. */
   readonly groups?: readonly (readonly string[])[];
+  /** Whether files have this weight as [K,N]. */
+  isTransposed?(name: string): boolean;
 }
 
-/** The settings of an adapter, in PEFT's meaning. */
-export interface LoraConfig {
-  /** Rank of the update. */
-  readonly r: number;
-  /** The update is scaled by s = alpha / r. */
-  readonly alpha: number;
-  readonly targetModules: TargetModules;
-  /** s = alpha / √r instead (rsLoRA, arXiv:2312.03732). */
-  readonly useRslora?: boolean;
-  /** Probability that an element of a branch's input is dropped in training; each module has its own mask. */
-  readonly dropout?: number;
-}
-
-export interface LoraPair {
-  readonly layer: Linear;
+/** What an adapter has for one module. All of it is trained. */
+export interface LoraParts {
   /** [r, K] */
   readonly A: Tensor;
   /** [N, r] */
   readonly B: Tensor;
+  /** DoRA's m [N]. */
+  readonly magnitude?: Tensor | undefined;
+  /** [N], added to B·(A·x) and scaled with it. */
+  readonly loraBias?: Tensor | undefined;
+  /** [N], in place of the layer's own. */
+  readonly bias?: Tensor | undefined;
 }
 
-/** Layers on one input, and their A's [ΣR,K] as one. */
+export interface LoraPair extends LoraParts {
+  readonly layer: Linear;
+  /** s, before `setScale`. */
+  readonly scale: number;
+}
+
+/** The parts by the names that their kinds have, in one order everywhere. */
+const PARTS = ["A", "B", "magnitude", "loraBias", "bias"] as const;
+
+/** Layers on one input, of one rank and scale, and their A's [ΣR,K] as one. */
 interface Group {
   readonly names: readonly string[];
   readonly A: Tensor;
@@ -56,33 +63,37 @@ export class LoraAdapter {
   training: { readonly seed: number; readonly step: Uniform } | undefined;
   #factor = 1;
   #state: "enabled" | "disabled" | "merged" | "detached" = "disabled";
-  readonly #originals = new Map<Linear, Tensor>();
+  readonly #originals = new Map<Linear, { readonly weight: Tensor; readonly bias: Tensor | undefined }>();
 
-  /** All A and B, one behind the other: what `parameters` are views of. */
+  /** All parts, one behind the other: what `parameters` are views of. */
   readonly #flat: Tensor;
   readonly #groups: ReadonlyMap<string, LinearGroup>;
+  /** ‖W‖² of the rows of each layer, where there are magnitudes. */
+  readonly #squares: ReadonlyMap<LoraPair, Tensor>;
 
+  /** Use `attachLora` or `attachPairs`. */
   constructor(config: LoraConfig, pairs: ReadonlyMap<string, LoraPair>, flat: Tensor, groups: readonly Group[] = []) {
     this.config = config;
     this.pairs = pairs;
     this.#flat = flat;
     this.#groups = new Map(groups.flatMap((group) => this.#linearGroup(group)));
+    const withNorms = [...pairs.values()].filter(({ magnitude }) => magnitude);
+    this.#squares = new Map(withNorms.map((pair) => [pair, rowSquares(pair.layer.weight)]));
     this.enable();
   }
 
-  /** The trainable tensors: every A and B. */
+  /** The trainable tensors: every A and B, and what else there is. */
   get parameters(): Tensor[] {
-    return [...this.pairs.values()].flatMap(({ A, B }) => [A, B]);
+    return [...this.pairs.values()].flatMap((pair) => PARTS.flatMap((part) => pair[part] ?? []));
   }
 
   get state(): "enabled" | "disabled" | "merged" | "detached" {
     return this.#state;
   }
 
-  /** s: what B·A is multiplied by, `alpha / r` times what `setScale` was given. */
+  /** s of a module whose rank and alpha no pattern changes, times what `setScale` was given. */
   get scale(): number {
-    const { r, alpha, useRslora = false } = this.config;
-    return (this.#factor * alpha) / (useRslora ? Math.sqrt(r) : r);
+    return this.#factor * settingsOf({ ...this.config, rankPattern: {}, alphaPattern: {} }, "").scale;
   }
 
   /** Multiplies the adapter's effect: 0 is the base model, 1 the adapter as trained. Not while merged. */
@@ -99,13 +110,34 @@ export class LoraAdapter {
     for (const [name, { layer }] of this.pairs)
       if (layer.adapter)
         throw new ShapeError(`enable: a layer takes one enabled adapter, got a second on ${name}. Disable the first`);
-    [...this.pairs].forEach(([name, { layer, A, B }], i) => {
-      layer.adapter = {
-        apply: (x, W, bias) => loraLinear(x, W, A, B, this.scale, bias, this.#dropout(i)),
-        group: this.#groups.get(name),
-      };
+    [...this.pairs].forEach(([name, pair], i) => {
+      pair.layer.adapter = { apply: this.#applyOf(pair, i), group: this.#groups.get(name) };
     });
     this.#state = "enabled";
+  }
+
+  /** What stands in for the i-th module's product. */
+  #applyOf(pair: LoraPair, i: number): LinearAdapter["apply"] {
+    return (x, W, bias) => {
+      const layer = { W, A: pair.A, B: pair.B, bias: this.#biasOf(pair, bias) };
+      const [s, drop, magnitude] = [this.#factor * pair.scale, this.#dropout(i), this.#magnitudeOf(pair)];
+      return magnitude
+        ? doraLinear(x, layer, magnitude, s, drop)
+        : loraLinear(x, W, layer.A, layer.B, s, layer.bias, drop);
+    };
+  }
+
+  #magnitudeOf(pair: LoraPair): Magnitude | undefined {
+    const squares = this.#squares.get(pair);
+    return pair.magnitude && squares && { m: pair.magnitude, squares };
+  }
+
+  /** The bias of the layer with the adapter's own. */
+  #biasOf({ bias, loraBias, scale: s }: LoraPair, original: Tensor | undefined): Tensor | undefined {
+    const base = bias ?? original;
+    if (!loraBias) return base;
+    const own = scale(loraBias, this.#factor * s);
+    return base ? add(base, own) : own;
   }
 
   /** That of the i-th module. */
@@ -119,8 +151,17 @@ export class LoraAdapter {
     const layers = pairs.map(({ layer }) => layer);
     const apply = (x: Tensor): Tensor[] => {
       if (this.#dropout(0)) return layers.map((layer) => linear(layer, x)); // masks differ, so what they read does
-      const members = pairs.map(({ layer, ...pair }) => ({ W: layer.weight, bias: layer.bias, ...pair }));
-      return loraLinears(x, members, A, this.scale);
+      const s = this.#factor * (pairs[0]?.scale ?? 1);
+      const members = pairs.map((pair) => ({
+        ...{ W: pair.layer.weight, A: pair.A, B: pair.B },
+        bias: this.#biasOf(pair, pair.layer.bias),
+      }));
+      const plain = members.map(({ bias, ...member }, i) => (pairs[i]?.magnitude ? member : { ...member, bias }));
+      return loraLinears(x, plain, A, s).map((z, i) => {
+        const [pair, member] = [pairs[i] as LoraPair, members[i]];
+        const magnitude = this.#magnitudeOf(pair);
+        return magnitude && member ? withMagnitude(z, member, magnitude, s) : z;
+      });
     };
     return names.map((name) => [name, { layers, apply }]);
   }
@@ -133,23 +174,41 @@ export class LoraAdapter {
     this.#state = "disabled";
   }
 
-  /** W ← W + s·B·A in every adapted layer, at no cost per token from then on. The original weights are kept for `unmerge`. */
+  /**
+   * W ← W + s·B·A in every adapted layer (DoRA: its rows scaled to their magnitudes), and biases likewise, at no cost per token from then
+   * on. What was there is kept for `unmerge`. Throws ShapeError where the adapter has a bias for a layer that has none.
+   */
   merge(): void {
+    for (const [name, { layer, loraBias }] of this.pairs)
+      if (loraBias && !layer.bias)
+        throw new ShapeError(`merge: a bias needs a layer with one, got ${name} without. Keep the adapter apart`);
     this.disable();
-    for (const { layer, A, B } of this.pairs.values()) {
-      this.#originals.set(layer, layer.weight);
-      const merged = layer.weight.gpu.scope(() => axpy(1, layer.weight, 1, matmul(B, A, "nn", { scale: this.scale })));
-      layer.weight = merged;
+    for (const pair of this.pairs.values()) {
+      const { layer, A, B } = pair;
+      const s = this.#factor * pair.scale;
+      this.#originals.set(layer, { weight: layer.weight, bias: layer.bias });
+      layer.weight = layer.weight.gpu.scope(() => {
+        const sum = axpy(1, layer.weight, 1, matmul(B, A, "nn", { scale: s }));
+        const magnitude = this.#magnitudeOf(pair);
+        return magnitude ? mergedMagnitude(sum, { W: layer.weight, A, B }, magnitude, s) : sum;
+      });
+      layer.bias = this.#mergedBias(pair);
     }
     this.#state = "merged";
+  }
+
+  #mergedBias({ layer, bias = layer.bias, loraBias, scale: s }: LoraPair): Tensor | undefined {
+    if (!bias || (bias === layer.bias && !loraBias)) return layer.bias;
+    return loraBias ? axpy(1, bias, this.#factor * s, loraBias) : scaled(bias, 1);
   }
 
   /** Puts the original weights back, bit for bit, and enables the adapter. */
   unmerge(): void {
     this.#demand("unmerge", "merged");
-    for (const [layer, original] of this.#originals) {
-      layer.weight.gpu.release(layer.weight);
-      layer.weight = original;
+    for (const [layer, { weight, bias }] of this.#originals) {
+      layer.weight.gpu.release(layer.weight, ...(layer.bias && layer.bias !== bias ? [layer.bias] : []));
+      layer.weight = weight;
+      layer.bias = bias;
     }
     this.#originals.clear();
     this.#state = "disabled";
@@ -159,9 +218,11 @@ export class LoraAdapter {
   /** Takes the adapter off and frees its tensors. A merged adapter stays merged into the weights, for good. */
   detach(): void {
     if (this.#state === "detached") return;
-    if (this.#state === "merged") for (const original of this.#originals.values()) original.gpu.release(original);
+    if (this.#state === "merged")
+      for (const [layer, { weight, bias }] of this.#originals)
+        weight.gpu.release(weight, ...(bias && bias !== layer.bias ? [bias] : []));
     else this.disable();
-    this.#flat.gpu.release(this.#flat);
+    this.#flat.gpu.release(this.#flat, ...this.#squares.values());
     this.#originals.clear();
     this.#state = "detached";
   }
@@ -173,59 +234,68 @@ export class LoraAdapter {
 }
 
 /**
- * Adds a fresh adapter to the modules that `targetModules` names: A uniform in ±1/√K (Kaiming, as PEFT), B zero, so that the
- * model's output is unchanged at first. The base weights are frozen by not requiring gradients; A and B require them.
+ * Adds a fresh adapter to the modules that `config` names: A uniform in ±1/√K (Kaiming, as PEFT), B zero, and DoRA's magnitudes the norms of
+ * the rows, so that the model's output is unchanged at first. The base weights are frozen by not requiring gradients; the adapter's parts
+ * require them.
  *
- * Throws ShapeError for a rank below 1 and for a target that matches nothing.
+ * Throws ShapeError for settings out of range and for a target that matches nothing.
  */
 export function attachLora(model: HasLinears, config: LoraConfig, seed = 0): LoraAdapter {
   checkConfig(config);
   const random = new Random(seed);
-  return attachPairs(model, config, ({ layer }) => {
+  return attachPairs(model, config, ({ name, layer }) => {
+    const { r, scale: s } = settingsOf(config, name);
     const [N = 0, K = 0] = layer.weight.shape;
     const { gpu } = layer.weight;
     const bound = 1 / Math.sqrt(K);
-    const A = Float32Array.from({ length: config.r * K }, () => random.uniform(-bound, bound));
-    return { A: tensor(gpu, A, [config.r, K]), B: tensor(gpu, new Float32Array(N * config.r), [N, config.r]) };
+    const A = tensor(
+      gpu,
+      Float32Array.from({ length: r * K }, () => random.uniform(-bound, bound)),
+      [r, K],
+    );
+    const B = tensor(gpu, new Float32Array(N * r), [N, r]);
+    const bias = config.bias === "lora_only" && layer.bias ? empty(gpu, [N], "bias") : undefined;
+    if (bias && layer.bias) copyTo(layer.bias, bias);
+    return {
+      ...{ A, B, bias },
+      loraBias: config.loraBias ? tensor(gpu, new Float32Array(N), [N]) : undefined,
+      magnitude: config.useDora
+        ? gpu.scope(() => doraNorms(layer.weight, A, B, rowSquares(layer.weight), s).gain)
+        : undefined,
+    };
   });
 }
 
 /**
- * Attaches the pairs that `make` gives for the matched modules. They move into one buffer, one behind the other, so that an optimizer can
- * go over all of them at once; what is between them, for alignment, is zero. The A's of a group of the model come in a row, which makes them
- * one matrix, unless there is something between them.
+ * Attaches the parts that `make` gives for the matched modules. They move into one buffer, one behind the other, so that an optimizer can
+ * go over all of them at once: first every A, then the others; what is between them, for alignment, is zero. The A's of a group of the
+ * model come in a row, which makes them one matrix, unless there is something between them or their ranks or scales differ.
  */
 export function attachPairs(
   model: HasLinears,
   config: LoraConfig,
-  make: (module: { readonly name: string; readonly layer: Linear }) => { readonly A: Tensor; readonly B: Tensor },
+  make: (module: { readonly name: string; readonly layer: Linear }) => LoraParts,
 ): LoraAdapter {
-  const modules = matchModules(config.targetModules, [...model.linears.keys()]).flatMap((name) => {
+  const modules = modulesOf(config, [...model.linears.keys()]).flatMap((name) => {
     const layer = model.linears.get(name);
-    return layer ? [{ name, layer, ...make({ name, layer }) }] : [];
+    return layer ? [{ name, layer, parts: make({ name, layer }), scale: settingsOf(config, name).scale }] : [];
   });
-  const [
-    {
-      layer: {
-        weight: { gpu },
-      },
-    } = { layer: { weight: {} } },
-  ] = modules;
+  const gpu = modules[0]?.layer.weight.gpu;
   if (!gpu) throw new ShapeError("lora: an adapter needs a layer, got none");
   const step = VIEW_ALIGNMENT / 4;
   const starts = new Map<Tensor, number>();
   let size = 0;
-  const place = (t: Tensor): void => {
-    if (starts.has(t)) return;
+  const place = (t: Tensor | undefined): void => {
+    if (!t || starts.has(t)) return;
     starts.set(t, size);
     size += Math.ceil(t.size / step) * step;
   };
   const groups = (model.groups ?? []).map((names) => modules.filter(({ name }) => names.includes(name)));
   for (const module of modules) {
-    for (const { A } of groups.find((group) => group.includes(module)) ?? []) place(A);
-    place(module.A);
-    place(module.B);
+    for (const { parts } of groups.find((group) => group.includes(module)) ?? []) place(parts.A);
+    place(module.parts.A);
   }
+  for (const { parts } of modules) for (const part of PARTS) place(parts[part]);
   const flat = tensor(gpu, new Float32Array(size), [size]);
   const move = (t: Tensor): Tensor => {
     const moved = slice(flat, starts.get(t) ?? 0, t.shape);
@@ -234,22 +304,18 @@ export function attachPairs(
     moved.requiresGrad = true;
     return moved;
   };
-  const pairs = modules.map(({ name, layer, A, B }) => [name, { layer, A: move(A), B: move(B) }] as const);
+  const pairs = modules.map(({ name, layer, parts, scale: s }) => {
+    const moved = Object.fromEntries(PARTS.flatMap((part) => (parts[part] ? [[part, move(parts[part])]] : [])));
+    return [name, { layer, scale: s, ...(moved as unknown as LoraParts) }] as const;
+  });
   const stacked = groups.flatMap((members): Group[] => {
     const [first] = members;
-    if (!first || members.length < 2 || members.some(({ A }) => A.size % step !== 0)) return [];
-    const [r = 0, K = 0] = first.A.shape;
+    if (!first || members.length < 2 || members.some(({ parts }) => parts.A.size % step !== 0)) return [];
+    const [r = 0, K = 0] = first.parts.A.shape;
+    if (members.some(({ parts, scale: s }) => parts.A.shape[0] !== r || s !== first.scale)) return [];
     const names = members.map(({ name }) => name);
-    return [{ names, A: slice(flat, starts.get(first.A) ?? 0, [members.length * r, K]) }];
+    return [{ names, A: slice(flat, starts.get(first.parts.A) ?? 0, [members.length * r, K]) }];
   });
-  return new LoraAdapter(config, new Map(pairs), flat, stacked);
-}
-
-/** Throws ShapeError unless r is a whole number above 0, alpha a positive number and dropout a probability below 1. */
-export function checkConfig({ r, alpha, dropout = 0 }: LoraConfig): void {
-  if (!Number.isInteger(r) || r < 1) throw new ShapeError(`lora: r must be a whole number of at least 1, got ${r}`);
-  if (!(alpha > 0) || !Number.isFinite(alpha))
-    throw new ShapeError(`lora: alpha must be a positive number, got ${alpha}`);
-  if (!(dropout >= 0 && dropout < 1))
-    throw new ShapeError(`lora: dropout must be at least 0 and below 1, got ${dropout}`);
+  const fanInFanOut = modules.some(({ name }) => model.isTransposed?.(`${name}.weight`));
+  return new LoraAdapter({ ...config, fanInFanOut }, new Map(pairs), flat, stacked);
 }

@@ -1,13 +1,14 @@
 /** Adapters in PEFT's own format, both ways: `adapter_config.json` and `adapter_model.safetensors`. */
 import type { Directory } from "../io/bytes.ts";
 import { FormatError } from "../io/errors.ts";
-import { type JsonObject, readJson } from "../io/json.ts";
+import { isObject, readJson } from "../io/json.ts";
 import { encodeSafetensors } from "../io/safetensors.ts";
 import { type Checkpoint, listSome, loadTensor, openCheckpoint, tensorToWrite } from "../nn/checkpoint.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { attachPairs, checkConfig, type HasLinears, type LoraAdapter, type LoraConfig } from "./adapter.ts";
-import { matchModules } from "./target-modules.ts";
+import { attachPairs, type HasLinears, type LoraAdapter, type LoraParts } from "./adapter.ts";
+import { checkConfig, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
+import type { TargetModules } from "./target-modules.ts";
 
 const PREFIX = "base_model.model.";
 const CONFIG = "adapter_config.json";
@@ -18,43 +19,55 @@ export interface AdapterFiles {
   readonly "adapter_model.safetensors": AsyncIterable<Uint8Array>;
 }
 
+/** What the tensors of a module go by, behind its name. */
+const KEYS = {
+  A: "lora_A.weight",
+  B: "lora_B.weight",
+  magnitude: "lora_magnitude_vector",
+  loraBias: "lora_B.bias",
+  bias: "base_layer.bias",
+} as const satisfies Record<keyof LoraParts, string>;
+
 /**
  * The two files of the adapter as PEFT writes them: f32, the adapter's name left out of the tensor names.
  *
  * `baseModel` is the model's path or Hub id, for `base_model_name_or_path`.
  */
 export function savePeft(adapter: LoraAdapter, baseModel: string): AdapterFiles {
-  const { r, alpha, targetModules, useRslora = false, dropout = 0 } = adapter.config;
+  const { config: settings } = adapter;
+  const { targetModules } = settings;
   const leaves = [...new Set([...adapter.pairs.keys()].map((name) => name.split(".").at(-1)))].sort();
+  const isAll = typeof targetModules === "string" && targetModules.toLowerCase() === "all-linear";
   const config = {
-    alpha_pattern: {},
+    alpha_pattern: settings.alphaPattern ?? {},
     auto_mapping: null,
     base_model_name_or_path: baseModel,
-    bias: "none",
-    exclude_modules: null,
-    fan_in_fan_out: false,
+    bias: settings.bias ?? "none",
+    exclude_modules: settings.excludeModules ?? null,
+    fan_in_fan_out: settings.fanInFanOut ?? false,
     inference_mode: true,
     init_lora_weights: true,
-    layers_pattern: null,
-    layers_to_transform: null,
-    lora_alpha: alpha,
-    lora_bias: false,
-    lora_dropout: dropout,
+    layers_pattern: settings.layersPattern ?? null,
+    layers_to_transform: settings.layersToTransform ?? null,
+    lora_alpha: settings.alpha,
+    lora_bias: settings.loraBias ?? false,
+    lora_dropout: settings.dropout ?? 0,
     modules_to_save: null,
     peft_type: "LORA",
-    r,
-    rank_pattern: {},
+    r: settings.r,
+    rank_pattern: settings.rankPattern ?? {},
     revision: null,
-    target_modules:
-      typeof targetModules === "string" && targetModules.toLowerCase() === "all-linear" ? leaves : targetModules,
+    target_modules: isAll ? leaves : targetModules,
     task_type: "CAUSAL_LM",
-    use_dora: false,
-    use_rslora: useRslora,
+    use_dora: settings.useDora ?? false,
+    use_rslora: settings.useRslora ?? false,
   };
-  const tensors = [...adapter.pairs].flatMap(([name, { A, B }]) => [
-    tensorToWrite(`${PREFIX}${name}.lora_A.weight`, A),
-    tensorToWrite(`${PREFIX}${name}.lora_B.weight`, B),
-  ]);
+  const tensors = [...adapter.pairs].flatMap(([name, pair]) =>
+    Object.entries(KEYS).flatMap(([part, key]) => {
+      const t = pair[part as keyof LoraParts];
+      return t ? [tensorToWrite(`${PREFIX}${name}.${key}`, t)] : [];
+    }),
+  );
   return {
     "adapter_config.json": `${JSON.stringify(config, null, 2)}\n`,
     "adapter_model.safetensors": encodeSafetensors(tensors, { format: "pt" }),
@@ -66,27 +79,24 @@ export function savePeft(adapter: LoraAdapter, baseModel: string): AdapterFiles 
  * it, and so is a setting of `adapter_config.json` that changes the result and is not supported.
  */
 export async function loadPeft(model: HasLinears, directory: Directory): Promise<LoraAdapter> {
+  const name = `${directory.name}/${CONFIG}`;
   const config = await readAdapterConfig(directory);
-  const rank = config.r;
   const checkpoint = await openCheckpoint(directory, "adapter_model");
-  const modules = modulesOf(config, model, `${directory.name}/${CONFIG}`);
-  const expected = new Map<string, readonly number[]>();
-  for (const name of modules) {
-    const [N = 0, K = 0] = model.linears.get(name)?.weight.shape ?? [];
-    expected.set(`${PREFIX}${name}.lora_A.weight`, [rank, K]);
-    expected.set(`${PREFIX}${name}.lora_B.weight`, [N, rank]);
-  }
-  checkNames(checkpoint, [...expected.keys()]);
+  const shapes = new Map(modulesFor(config, model, name).map((module) => [module, partShapes(config, model, module)]));
+  const expected = [...shapes].flatMap(([module, parts]) => Object.keys(parts).map((part) => keyOf(module, part)));
+  checkNames(checkpoint, expected);
   const loaded = new Map<string, Tensor>();
   const gpu = [...model.linears.values()][0]?.weight.gpu;
   if (!gpu) throw new ShapeError("loadPeft: the model must have linear layers, got none");
   try {
-    for (const [name, shape] of expected) loaded.set(name, await loadTensor(gpu, checkpoint, name, shape));
-    return attachPairs(model, config, ({ name }) => {
-      const A = loaded.get(`${PREFIX}${name}.lora_A.weight`);
-      const B = loaded.get(`${PREFIX}${name}.lora_B.weight`);
-      if (!A || !B) throw new ShapeError(`loadPeft: ${name} must have A and B, got one of them`);
-      return { A, B };
+    for (const [module, parts] of shapes)
+      for (const [part, shape] of Object.entries(parts)) {
+        const key = keyOf(module, part);
+        loaded.set(key, await loadTensor(gpu, checkpoint, key, shape));
+      }
+    return attachPairs(model, config, ({ name: module }) => {
+      const parts = Object.keys(shapes.get(module) ?? {}).map((part) => [part, loaded.get(keyOf(module, part))]);
+      return Object.fromEntries(parts) as LoraParts;
     });
   } catch (error) {
     gpu.release(...loaded.values());
@@ -94,26 +104,32 @@ export async function loadPeft(model: HasLinears, directory: Directory): Promise
   }
 }
 
+const keyOf = (module: string, part: string): string => `${PREFIX}${module}.${KEYS[part as keyof LoraParts]}`;
+
+/** What the settings ask for of a module. */
+function partShapes(config: LoraConfig, model: HasLinears, module: string): Partial<Record<keyof LoraParts, number[]>> {
+  const layer = model.linears.get(module);
+  const [N = 0, K = 0] = layer?.weight.shape ?? [];
+  const { r } = settingsOf(config, module);
+  return {
+    ...{ A: [r, K], B: [N, r] },
+    ...(config.useDora && { magnitude: [N] }),
+    ...(config.loraBias && { loraBias: [N] }),
+    ...(config.bias === "lora_only" && layer?.bias && { bias: [N] }),
+  };
+}
+
 /** Keys whose value changes what the adapter computes, with the values that mean "not used". */
 const UNSUPPORTED: Readonly<Record<string, readonly unknown[]>> = {
   alora_invocation_tokens: [null],
-  alpha_pattern: [null],
   arrow_config: [null],
-  bias: ["none"],
-  exclude_modules: [null],
-  fan_in_fan_out: [false],
   kasa_config: [null],
   layer_replication: [null],
-  layers_pattern: [null],
-  layers_to_transform: [null],
-  lora_bias: [false],
   modules_to_save: [null],
   monteclora_config: [null],
-  rank_pattern: [null],
   target_parameters: [null],
   trainable_token_indices: [null],
   use_bdlora: [null, false],
-  use_dora: [false],
   use_qalora: [false],
   velora_config: [null],
 };
@@ -144,29 +160,65 @@ async function readAdapterConfig(directory: Directory): Promise<LoraConfig> {
     const value = json[key] ?? fallback;
     return typeof value === "number" && value > 0 ? value : fail(key, "a number above 0");
   };
+  const flag = (key: string): boolean => {
+    const value = json[key] ?? false;
+    return typeof value === "boolean" ? value : fail(key, "true or false");
+  };
+  const listOf = <T>(key: string, isOne: (value: unknown) => value is T, rule: string): readonly T[] | undefined => {
+    const value = json[key] ?? [];
+    const list = isOne(value) ? [value] : value;
+    if (!Array.isArray(list) || !list.every(isOne)) return fail(key, rule);
+    return list.length > 0 ? list : undefined;
+  };
+  const patterns = (key: string): Readonly<Record<string, number>> => {
+    const value = json[key] ?? {};
+    if (!isObject(value) || !Object.values(value).every((n) => typeof n === "number"))
+      return fail(key, "an object of numbers");
+    return value as Record<string, number>;
+  };
+  const targets = (key: string): TargetModules | undefined => {
+    const value = json[key] ?? undefined;
+    return typeof value === "string"
+      ? value
+      : listOf(key, isString, "a list of names, a regular expression or all-linear");
+  };
   const dropout = json.lora_dropout ?? 0;
   if (typeof dropout !== "number" || !(dropout >= 0 && dropout < 1)) return fail("lora_dropout", "a number in [0, 1)");
+  const bias = json.bias ?? "none";
+  if (bias !== "none" && bias !== "lora_only") return fail("bias", '"none" or "lora_only": "all" is not supported yet');
+  const excludeModules = targets("exclude_modules");
+  const layersToTransform = listOf("layers_to_transform", isNumber, "a number or a list of numbers");
+  const layersPattern = layersToTransform && listOf("layers_pattern", isString, "a name or a list of names");
   const config: LoraConfig = {
     r: number("r", 8),
     alpha: number("lora_alpha", 8),
-    targetModules: targetsOf(json, fail),
-    useRslora: json.use_rslora === true,
-    dropout,
+    targetModules: targets("target_modules") ?? ["q_proj", "v_proj"], // PEFT's default for Llama
+    ...(excludeModules && { excludeModules }),
+    ...(layersToTransform && { layersToTransform }),
+    ...(layersPattern && { layersPattern }),
+    ...{ rankPattern: patterns("rank_pattern"), alphaPattern: patterns("alpha_pattern") },
+    ...{ useRslora: flag("use_rslora"), useDora: flag("use_dora"), loraBias: flag("lora_bias"), bias, dropout },
   };
-  checkConfig(config);
-  return config;
+  return checked(name, config);
 }
 
-function targetsOf(json: JsonObject, fail: (key: string, rule: string) => never): readonly string[] | string {
-  const targets = json.target_modules ?? ["q_proj", "v_proj"]; // PEFT's default for Llama
-  if (typeof targets === "string") return targets;
-  if (Array.isArray(targets) && targets.every((t) => typeof t === "string")) return targets;
-  return fail("target_modules", "a list of names, a regular expression or all-linear");
-}
+const isString = (value: unknown): value is string => typeof value === "string";
+const isNumber = (value: unknown): value is number => typeof value === "number";
 
-function modulesOf(config: LoraConfig, model: HasLinears, name: string): string[] {
+/** Settings out of range are the file's fault. */
+function checked(name: string, config: LoraConfig): LoraConfig {
   try {
-    return matchModules(config.targetModules, [...model.linears.keys()]);
+    checkConfig(config);
+    return config;
+  } catch (error) {
+    if (error instanceof ShapeError) throw new FormatError(`${name}: ${error.message}`);
+    throw error;
+  }
+}
+
+function modulesFor(config: LoraConfig, model: HasLinears, name: string): string[] {
+  try {
+    return modulesOf(config, [...model.linears.keys()]);
   } catch (error) {
     if (error instanceof ShapeError)
       throw new FormatError(`${name}: the adapter does not fit this model: ${error.message}`);

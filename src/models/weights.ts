@@ -75,7 +75,10 @@ export class Weights {
 
   /** Every weight as it is now: a merged layer shows its merged weight. */
   current(): Map<string, Tensor> {
-    const merged = [...this.linears].map(([module, { weight }]) => [`${module}.weight`, weight] as const);
+    const merged = [...this.linears].flatMap(([module, { weight, bias }]) => [
+      [`${module}.weight`, weight] as const,
+      ...(bias ? [[`${module}.bias`, bias] as const] : []),
+    ]);
     return new Map([...this.map, ...merged]);
   }
 }

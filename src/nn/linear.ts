@@ -4,7 +4,7 @@ import type { Tensor } from "../tensor/tensor.ts";
 /** A linear layer's parameters: y = x·Wᵀ + b, W [N,K], b [N]. */
 export interface Linear {
   weight: Tensor;
-  readonly bias?: Tensor;
+  bias?: Tensor | undefined;
   /** What stands in for x·Wᵀ while it is set: how LoRA hooks in. */
   adapter?: LinearAdapter | undefined;
 }

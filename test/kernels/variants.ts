@@ -25,10 +25,14 @@ import copyRows from "../../src/kernels/copy-rows.wgsl";
 import crossEntropyBackward from "../../src/kernels/cross-entropy-backward.wgsl";
 import crossEntropyPiece from "../../src/kernels/cross-entropy-piece.wgsl";
 import crossEntropyPieceBackward from "../../src/kernels/cross-entropy-piece-backward.wgsl";
+import { gainBackward as gainBackwardOf, gain as gainOf } from "../../src/kernels/dora.ts";
+import doraNorms from "../../src/kernels/dora-norms.wgsl";
 import { dropout as dropoutOf } from "../../src/kernels/dropout.ts";
 import dropout from "../../src/kernels/dropout.wgsl";
 import embedding from "../../src/kernels/embedding.wgsl";
 import embeddingBackward from "../../src/kernels/embedding-backward.wgsl";
+import gain from "../../src/kernels/gain.wgsl";
+import gainBackward from "../../src/kernels/gain-backward.wgsl";
 import { gatedBackward as gatedBackwardOf, gated as gatedOf } from "../../src/kernels/gated.ts";
 import gated from "../../src/kernels/gated.wgsl";
 import gatedBackward from "../../src/kernels/gated-backward.wgsl";
@@ -91,9 +95,12 @@ export const KERNELS: Readonly<Record<string, string>> = {
   "cross-entropy-backward": crossEntropyBackward,
   "cross-entropy-piece": crossEntropyPiece,
   "cross-entropy-piece-backward": crossEntropyPieceBackward,
+  "dora-norms": doraNorms,
   dropout,
   embedding,
   "embedding-backward": embeddingBackward,
+  gain,
+  "gain-backward": gainBackward,
   "gather-rows": gatherRows,
   gated,
   "gated-backward": gatedBackward,
@@ -269,6 +276,8 @@ export function otherVariants(): Variant[] {
       gatedBackwardOf(x, x, x, "silu");
       for (const acc of [undefined, x]) dropoutOf(x, 0.5, { seed: 1, step: 1, stream: 1 }, acc);
       const w = empty(recorder, [columns], "variants");
+      gainOf(x, w, w);
+      gainBackwardOf(x, x, w);
       rmsNormBackwardWeightOf(x, x, x);
       for (const more of [undefined, x]) {
         rmsNormOf(x, w, 1e-5, 0, more);

@@ -175,6 +175,19 @@ test("settings out of range name the rule and the value", async () => {
   expect(attach(0, 1)).toThrow(new ShapeError("lora: r must be a whole number of at least 1, got 0"));
   expect(attach(1.5, 1)).toThrow(new ShapeError("lora: r must be a whole number of at least 1, got 1.5"));
   expect(attach(2, 0)).toThrow(new ShapeError("lora: alpha must be a positive number, got 0"));
+  const all = { r: 2, alpha: 4, targetModules: ["q_proj"] };
+  expect(() => attachLora(model, { ...all, rankPattern: { q_proj: 0.5 } })).toThrow(
+    new ShapeError('lora: rank_pattern of "q_proj" must be a whole number of at least 1, got 0.5'),
+  );
+  expect(() => attachLora(model, { ...all, alphaPattern: { "(": 2 } })).toThrow(
+    new ShapeError('lora: alpha_pattern must have regular expressions, got "("'),
+  );
+  expect(() => attachLora(model, { ...all, layersPattern: ["h"] })).toThrow(
+    new ShapeError("lora: layers_pattern needs layers_to_transform, got h alone. Give both or neither"),
+  );
+  expect(() => attachLora(model, { ...all, layersToTransform: [-1] })).toThrow(
+    new ShapeError("lora: layers_to_transform must have whole numbers from 0 on, got -1"),
+  );
 });
 
 test("target modules match by suffix, whole name, regular expression or all", () => {
@@ -191,7 +204,7 @@ test("target modules match by suffix, whole name, regular expression or all", ()
     new ShapeError(`target modules: "q_proj" must match a module, got none. ${choices}`),
   );
   expect(() => matchModules("(", modules)).toThrow(
-    new ShapeError(`target modules: "(" is not a regular expression. ${choices}`),
+    new ShapeError('target modules: "(" is not a regular expression. Give names, or all-linear'),
   );
   expect(() => matchModules([], modules)).toThrow(
     new ShapeError(`target modules: at least one is needed, got an empty list. ${choices}`),

@@ -1,0 +1,132 @@
+"""Makes test/golden/adapters/<name>/: PEFT's variants of LoRA on models of test/golden/models, with logits, gradients, steps.
+
+    python scripts/golden/adapters.py [name ...]
+
+Each directory holds
+- adapter/: the adapter as PEFT writes it, all of it random;
+- expected.json: `base`, the model it belongs to, whose batch is used; `lora_loss`, and `steps.losses`: the loss before each of
+  5 steps of AdamW (as in models.py);
+- expected.safetensors: `lora.logits`, and for each key of adapter_model.safetensors `lora.grad.<key>` at the start and
+  `lora.final.<key>` after the steps. `merged.logits` are those of the model with the adapter merged into it by PEFT, where that
+  can be done.
+"""
+
+import json
+import shutil
+import sys
+
+from common import GOLDEN, MADE_WITH, backward, deterministic, randomize, trainable, write_adapter, write_json, write_tensors
+from models import LR, STEPS, rounding_error, train
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+SEED = 501  # of every adapter: one for which rounding hardly moves the 5 steps of any of them
+
+VARIANTS = {
+    "rslora": {"base": "qwen2", "config": {"target_modules": ALL, "use_rslora": True}},
+    "patterns": {
+        "base": "qwen2",
+        "config": {
+            "target_modules": ALL,
+            "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 6, "mlp.down_proj": 3},
+            "alpha_pattern": {"up_proj": 3.5, r".*\.0\.self_attn\.k_proj": 16},
+        },
+    },
+    "layers": {
+        "base": "smollm3",
+        "config": {
+            "target_modules": ALL,
+            "exclude_modules": ["o_proj", "vision_tower"],
+            "layers_to_transform": [1, 3],
+            "layers_pattern": "layers",
+        },
+    },
+    "regex": {
+        "base": "qwen3",
+        "config": {"target_modules": r".*\.1\.(self_attn\.[qv]_proj|mlp\..*_proj)", "exclude_modules": r".*up_proj"},
+    },
+    "dora": {"base": "qwen2", "config": {"target_modules": ALL, "use_dora": True}},
+    "dora-gpt2": {
+        "base": "gpt2",
+        "config": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "use_dora": True},
+    },
+    "dora-patterns": {
+        "base": "gemma2",
+        "config": {
+            "target_modules": ALL,
+            "use_dora": True,
+            "use_rslora": True,
+            "rank_pattern": {"k_proj": 2},
+            "alpha_pattern": {"down_proj": 5},
+        },
+    },
+    "lora-bias": {"base": "qwen2", "config": {"target_modules": ["q_proj", "k_proj", "v_proj"], "lora_bias": True}},
+    "bias": {"base": "qwen2", "config": {"target_modules": ["q_proj", "v_proj", "o_proj"], "bias": "lora_only"}},
+}
+
+
+def make(name: str, spec: dict) -> None:
+    directory = GOLDEN / "adapters" / name
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    base = GOLDEN / "models" / spec["base"]
+    given = json.loads((base / "expected.json").read_text())
+    batch = {key: torch.tensor(given[key]) for key in ("input_ids", "labels")}
+
+    def load() -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").train()
+
+    adapted = get_peft_model(load(), LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **spec["config"]))
+    magnitudes = {key: weight.detach().clone() for key, weight in trainable(adapted).items() if "magnitude" in key}
+    randomize(adapted)
+    with torch.no_grad():
+        for key, weight in trainable(adapted).items():
+            if key in magnitudes:  # near what it begins with: a gain near 1
+                weight.copy_(magnitudes[key] * (1 + 0.2 * torch.randn_like(weight)))
+    adapted.save_pretrained(directory / "adapter", save_embedding_layers=False)
+    write_adapter_config(adapted, directory, spec["base"])
+
+    adapted = PeftModel.from_pretrained(load(), directory / "adapter", is_trainable=True).train()
+    logits, loss = backward(adapted, batch)
+    keys = set(load_file(directory / "adapter" / "adapter_model.safetensors"))
+    weights = trainable(adapted)
+    assert set(weights) == keys, set(weights) ^ keys
+    tensors = {"lora.logits": logits} | {f"lora.grad.{key}": weight.grad.clone() for key, weight in weights.items()}
+    assert all(tensor.abs().max() > 1e-4 for tensor in tensors.values())
+    losses = train(adapted, batch)
+    again = PeftModel.from_pretrained(load(), directory / "adapter", is_trainable=True).train()
+    rounding = rounding_error(again, batch, weights)
+    assert rounding < 2e-4, rounding
+    tensors |= {f"lora.final.{key}": weight for key, weight in trainable(adapted).items()}
+    if not spec["config"].get("bias"):
+        merged = PeftModel.from_pretrained(load(), directory / "adapter").merge_and_unload()
+        tensors["merged.logits"] = merged(batch["input_ids"]).logits
+        assert (tensors["merged.logits"] - logits).abs().max() < 1e-3
+    write_tensors(directory / "expected.safetensors", tensors)
+    expected = {"made_with": MADE_WITH, "base": spec["base"], "lora_loss": loss, "steps": {"lr": LR, "losses": losses}}
+    write_json(directory / "expected.json", expected)
+    for file in directory.rglob("*.safetensors"):
+        file.chmod(0o644)
+    print(f"{name}: loss {loss:.6f}, after {STEPS - 1} steps {losses[-1]:.6f}; {len(keys)} tensors")
+
+
+def write_adapter_config(adapted: PeftModel, directory, base: str) -> None:
+    if isinstance(adapted.peft_config["default"].target_modules, str):
+        (directory / "adapter" / "README.md").unlink()
+        path = directory / "adapter" / "adapter_config.json"
+        config = json.loads(path.read_text()) | {"base_model_name_or_path": base}
+        path.write_text(json.dumps(config, indent=2) + "\n")
+    else:
+        write_adapter(adapted, directory / "adapter", base)
+
+
+if __name__ == "__main__":
+    for name, spec in VARIANTS.items():
+        if len(sys.argv) == 1 or name in sys.argv[1:]:
+            deterministic(SEED)
+            make(name, spec)

@@ -1,0 +1,175 @@
+/** Variants of LoRA against PEFT: scripts/golden/adapters.py made what is expected. */
+import { readFileSync } from "node:fs";
+import { describe, expect, test } from "vitest";
+import { backward } from "../../src/autograd/engine.ts";
+import { memoryDirectory } from "../../src/io/bytes.ts";
+import { decodeFloats } from "../../src/io/dtype.ts";
+import { diskDirectory, fileSource } from "../../src/io/files.ts";
+import { openSafetensors } from "../../src/io/safetensors.ts";
+import type { LoraAdapter } from "../../src/lora/adapter.ts";
+import { loadPeft, savePeft } from "../../src/lora/peft.ts";
+import type { CausalModel } from "../../src/models/causal.ts";
+import { loadModel } from "../../src/models/load.ts";
+import { read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
+import { collate } from "../../src/train/batches.ts";
+import { batchInputs, batchLoss } from "../../src/train/loss.ts";
+import { TrainingStep } from "../../src/train/step.ts";
+import { expectClose, testGpu } from "../harness.ts";
+
+const NAMES = [
+  "rslora",
+  "patterns",
+  "layers",
+  "regex",
+  "dora",
+  "dora-gpt2",
+  "dora-patterns",
+  "lora-bias",
+  "bias",
+] as const;
+
+interface Expected {
+  readonly base: string;
+  readonly lora_loss: number;
+  readonly steps: { readonly lr: number; readonly losses: number[] };
+}
+
+const json = <T>(path: string): T => JSON.parse(readFileSync(`test/golden/${path}`, "utf8")) as T;
+
+async function valuesOf(path: string): Promise<Map<string, Float32Array>> {
+  const opened = await openSafetensors(await fileSource(path), path);
+  const entries = [...opened.tensors.keys()].map(
+    async (key) => [key, decodeFloats("F32", await opened.read(key))] as const,
+  );
+  return new Map(await Promise.all(entries));
+}
+
+/** Differences relative to the largest of what is expected. */
+function expectRelative(got: ArrayLike<number>, want: Float32Array, tolerance: number, what: string): void {
+  const largest = want.reduce((most, v) => Math.max(most, Math.abs(v)), 0);
+  expect(largest, what).toBeGreaterThan(0);
+  const relative = (values: ArrayLike<number>): number[] => Array.from(values, (v) => v / largest);
+  expectClose(relative(got), relative(want), tolerance, what);
+}
+
+const KEYS = {
+  A: "lora_A.weight",
+  B: "lora_B.weight",
+  magnitude: "lora_magnitude_vector",
+  loraBias: "lora_B.bias",
+  bias: "base_layer.bias",
+} as const;
+
+/** The adapter's tensors by the names that PEFT gives them. */
+const keyed = (adapter: LoraAdapter): [key: string, t: Tensor][] =>
+  [...adapter.pairs].flatMap(([module, pair]) =>
+    Object.entries(KEYS).flatMap(([part, key]): [string, Tensor][] => {
+      const t = pair[part as keyof typeof KEYS];
+      return t ? [[`base_model.model.${module}.${key}`, t]] : [];
+    }),
+  );
+
+interface Opened {
+  readonly model: CausalModel;
+  readonly adapter: LoraAdapter;
+  readonly expected: Expected;
+  readonly golden: Map<string, Float32Array>;
+  readonly ids: number[][];
+  readonly labels: number[][];
+}
+
+async function open(name: string): Promise<Opened> {
+  const gpu = await testGpu();
+  const expected = json<Expected>(`adapters/${name}/expected.json`);
+  const { input_ids: ids, labels } = json<{ input_ids: number[][]; labels: number[][] }>(
+    `models/${expected.base}/expected.json`,
+  );
+  const model = await loadModel(gpu, diskDirectory(`test/golden/models/${expected.base}`));
+  const adapter = await loadPeft(model, diskDirectory(`test/golden/adapters/${name}/adapter`));
+  const golden = await valuesOf(`test/golden/adapters/${name}/expected.safetensors`);
+  return { model, adapter, expected, golden, ids, labels };
+}
+
+const logitsOf = ({ model, ids }: Opened): Promise<ArrayLike<number>> => {
+  const { gpu } = model;
+  return read(
+    gpu.scope(() => model.logits(tensor(gpu, Int32Array.from(ids.flat()), [ids.length, ids[0]?.length ?? 0]))),
+  );
+};
+
+describe.each(NAMES)("%s", (name) => {
+  test("logits, gradients and five steps equal PEFT's", async () => {
+    const gpu = await testGpu();
+    const opened = await open(name);
+    const { model, adapter, expected, golden, ids, labels } = opened;
+    const batch = collate(
+      ids.map((inputIds, i) => ({ inputIds, labels: labels[i] ?? [] })),
+      0,
+    );
+    expectClose(await logitsOf(opened), golden.get("lora.logits") ?? [], 2e-4, "logits");
+    const { loss, grads } = gpu.scope(() => {
+      const l = batchLoss(model, batchInputs(gpu, batch), 1 / batch.tokens);
+      return { loss: l, grads: backward(l) };
+    });
+    expectClose(await read(loss), [expected.lora_loss], 1e-5, "loss");
+    const tensors = keyed(adapter);
+    expect(tensors.map(([, t]) => t).sort()).toEqual(adapter.parameters.sort());
+    expect(grads.size).toBe(tensors.length);
+    for (const [key, t] of tensors)
+      expectRelative(
+        await read(grads.get(t) ?? expect.fail(key)),
+        golden.get(`lora.grad.${key}`) ?? new Float32Array(),
+        1e-3, // PyTorch's own f32 is not nearer to its f64 where s is 4
+        key,
+      );
+    gpu.release(loss, ...grads.values());
+    const step = new TrainingStep({ model, parameters: adapter.parameters });
+    for (const _ of expected.steps.losses) step.run([batch], expected.steps.lr);
+    const losses = (await step.read()).map((result) => result.loss);
+    expectClose(losses, expected.steps.losses, 2e-4, "losses");
+    const finals = await readAll(tensors.map(([, t]) => t));
+    for (const [i, [key]] of tensors.entries())
+      expectRelative(finals[i] ?? [], golden.get(`lora.final.${key}`) ?? new Float32Array(), 2e-3, key);
+    step.destroy();
+    adapter.detach();
+    model.destroy();
+  });
+
+  test("merged it gives PEFT's merged logits, unmerged the base's bits again", async () => {
+    const opened = await open(name);
+    const { model, adapter, golden } = opened;
+    adapter.disable();
+    const base = await logitsOf(opened);
+    adapter.enable();
+    adapter.merge();
+    expectClose(await logitsOf(opened), golden.get("merged.logits") ?? golden.get("lora.logits") ?? [], 5e-4, "merged");
+    adapter.unmerge();
+    adapter.disable();
+    expect(await logitsOf(opened)).toEqual(base);
+    adapter.detach();
+    model.destroy();
+  });
+
+  test("what is saved is what was loaded", async () => {
+    const { model, adapter } = await open(name);
+    const folder = `test/golden/adapters/${name}/adapter`;
+    const files = savePeft(adapter, model.config.modelType);
+    const parts: Uint8Array[] = [];
+    for await (const part of files["adapter_model.safetensors"]) parts.push(part);
+    const source = await memoryDirectory("saved", { file: Buffer.concat(parts) }).open("file");
+    const saved = await openSafetensors(source ?? expect.fail("a file"), "saved");
+    const original = await openSafetensors(await fileSource(`${folder}/adapter_model.safetensors`), folder);
+    expect([...saved.tensors.keys()].sort()).toEqual([...original.tensors.keys()].sort());
+    for (const key of original.tensors.keys())
+      expect(Buffer.compare(await saved.read(key), await original.read(key)), key).toBe(0);
+    const written = JSON.parse(files["adapter_config.json"]) as Record<string, unknown>;
+    const given = json<Record<string, unknown>>(`adapters/${name}/adapter/adapter_config.json`);
+    const { base_model_name_or_path: _, layers_to_transform, layers_pattern, ...settings } = written;
+    const list = (value: unknown): unknown => (value === null ? null : [value].flat());
+    expect(settings).toEqual(Object.fromEntries(Object.keys(settings).map((key) => [key, given[key]])));
+    expect(list(layers_to_transform)).toEqual(list(given.layers_to_transform));
+    expect(list(layers_pattern)).toEqual(list(given.layers_pattern));
+    adapter.detach();
+    model.destroy();
+  });
+});
