@@ -17,6 +17,7 @@ const FLOORS = [
 /** Which files may name which outside modules; every other import from outside is an error. */
 const OUTSIDE: readonly [file: RegExp, modules: RegExp][] = [
   [/^src\/(io\/files|node)\.ts$/, /^node:/],
+  [/^src\/io\/(hub|hub-client|lock)\.ts$/, /^(node:|@huggingface\/hub$)/],
   [/^src\/io\/tokenizer\.ts$/, /^@huggingface\/tokenizers$/],
   [/^src\/cli\//, /^(node:|commander$)/],
 ];

@@ -102,7 +102,7 @@ async function syncDirectory(path: string): Promise<void> {
 }
 
 /** Says what the operating system said, about `path`. Errors that are not the system's pass through. */
-async function onDisk<T>(path: string, rule: string, action: () => Promise<T>): Promise<T> {
+export async function onDisk<T>(path: string, rule: string, action: () => Promise<T>): Promise<T> {
   try {
     return await action();
   } catch (error) {

@@ -1,0 +1,2 @@
+/** `lowrank/hub`: models and adapters of the Hugging Face Hub by id, in Node and Deno. */
+export { downloadModel, type HubOptions, type HubProgress, isModelId } from "./io/hub.ts";
