@@ -1,10 +1,20 @@
 import { Command } from "commander";
 import { evaluate } from "../train/loss.ts";
-import { adapterOption, dataOption, jsonOption, maxLengthOption, modelOption, whole } from "./options.ts";
+import {
+  adapterOption,
+  dataOption,
+  jsonOption,
+  maxLengthOption,
+  modelOption,
+  revisionOption,
+  whole,
+} from "./options.ts";
+import { located } from "./places.ts";
 import { dataLine, number, openModel, readData, result, say, withGpu } from "./session.ts";
 
 interface EvalArguments {
   readonly model: string;
+  readonly revision?: string;
   readonly adapter?: string;
   readonly data: string;
   readonly batchSize: number;
@@ -21,6 +31,7 @@ export function evalCommand(): Command {
   return new Command("eval")
     .description("mean loss and perplexity over the tokens to learn of a data file")
     .addOption(modelOption())
+    .addOption(revisionOption())
     .addOption(adapterOption())
     .addOption(dataOption())
     .addOption(whole("eval", "--batch-size <n>", "rows of one forward pass", 1, 4))
@@ -30,7 +41,8 @@ export function evalCommand(): Command {
     .action(run);
 }
 
-async function run({ model: path, adapter, data, batchSize, maxLength: limit, json }: EvalArguments): Promise<void> {
+async function run(options: EvalArguments): Promise<void> {
+  const { model: path, adapter, data, batchSize, maxLength: limit, json } = await located(options);
   const { rows, stats, maxLength } = await readData(path, data, limit);
   say(dataLine(stats, maxLength));
   await withGpu(async (gpu) => {

@@ -3,11 +3,13 @@ import type { Tokenizer } from "../io/tokenizer.ts";
 import { diskDirectory } from "../node.ts";
 import { generate } from "../serve/generate.ts";
 import { loadTokenizer } from "../tokenizer.ts";
-import { adapterOption, amount, jsonOption, modelOption, whole } from "./options.ts";
+import { adapterOption, amount, jsonOption, modelOption, revisionOption, whole } from "./options.ts";
+import { located } from "./places.ts";
 import { openModel, result, withGpu } from "./session.ts";
 
 interface GenerateArguments {
   readonly model: string;
+  readonly revision?: string;
   readonly adapter?: string;
   readonly prompt: string;
   readonly maxTokens: number;
@@ -25,6 +27,7 @@ export function generateCommand(): Command {
   return new Command("generate")
     .description("continue a prompt; the text appears as it comes, without the prompt")
     .addOption(modelOption())
+    .addOption(revisionOption())
     .addOption(adapterOption())
     .requiredOption("--prompt <text>", "text to continue")
     .addOption(whole("generate", "--max-tokens <n>", "stop after so many tokens", 0, 128))
@@ -36,11 +39,11 @@ export function generateCommand(): Command {
 }
 
 async function run(options: GenerateArguments): Promise<void> {
-  const { prompt, json, maxTokens, temperature, seed } = options;
-  const tokenizer = await loadTokenizer(diskDirectory(options.model));
+  const { model: path, adapter, prompt, json, maxTokens, temperature, seed } = await located(options);
+  const tokenizer = await loadTokenizer(diskDirectory(path));
   const promptIds = tokenizer.encode(prompt);
   await withGpu(async (gpu) => {
-    const model = await openModel(gpu, options.model, options.adapter);
+    const model = await openModel(gpu, path, adapter);
     const ids: number[] = [];
     let shown = 0;
     const show = (soFar: string): void => {

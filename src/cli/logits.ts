@@ -6,11 +6,13 @@ import { writeFileAtomic } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { tensor, view } from "../tensor/tensor.ts";
 import { type Row, readRows } from "../train/data.ts";
-import { adapterOption, dataOption, modelOption, whole } from "./options.ts";
+import { adapterOption, dataOption, modelOption, revisionOption, whole } from "./options.ts";
+import { located } from "./places.ts";
 import { openModel, openReader, readTextFile, result, say, withGpu } from "./session.ts";
 
 interface LogitsArguments {
   readonly model: string;
+  readonly revision?: string;
   readonly adapter?: string;
   readonly data: string;
   readonly row: number;
@@ -26,6 +28,7 @@ export function logitsCommand(): Command {
   return new Command("logits")
     .description("write the next-token logits of one row, as the tensor `logits` [tokens, vocabulary] in f32")
     .addOption(modelOption())
+    .addOption(revisionOption())
     .addOption(adapterOption())
     .addOption(dataOption())
     .addOption(whole("logits", "--row <i>", "which row; the first is 0", 0).makeOptionMandatory())
@@ -34,7 +37,8 @@ export function logitsCommand(): Command {
     .action(run);
 }
 
-async function run({ model: path, adapter, data, row, out }: LogitsArguments): Promise<void> {
+async function run(options: LogitsArguments): Promise<void> {
+  const { model: path, adapter, data, row, out } = await located(options);
   const { inputIds } = await readRow(path, data, row);
   await withGpu(async (gpu) => {
     const model = await openModel(gpu, path, adapter);

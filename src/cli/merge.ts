@@ -9,11 +9,13 @@ import { diskDirectory, ensureWritableDirectory, loadModelFrom, loadPeftFrom, wr
 import { ShapeError } from "../tensor/errors.ts";
 import { Random } from "../tensor/random.ts";
 import { read, tensor } from "../tensor/tensor.ts";
-import { jsonOption, modelOption } from "./options.ts";
+import { adapterOption, jsonOption, modelOption, revisionOption } from "./options.ts";
+import { located } from "./places.ts";
 import { result, say, withGpu } from "./session.ts";
 
 interface MergeArguments {
   readonly model: string;
+  readonly revision?: string;
   readonly adapter: string;
   readonly out: string;
   readonly json?: boolean;
@@ -27,7 +29,8 @@ export function mergeCommand(): Command {
   return new Command("merge")
     .description("write the model with an adapter merged into its weights, as a Hugging Face directory")
     .addOption(modelOption())
-    .requiredOption("--adapter <dir>", "PEFT directory of the LoRA adapter")
+    .addOption(revisionOption())
+    .addOption(adapterOption().makeOptionMandatory())
     .requiredOption("--out <dir>", "directory of the merged model")
     .addOption(jsonOption())
     .addHelpText("after", EXAMPLES)
@@ -40,10 +43,11 @@ export function mergeCommand(): Command {
  */
 const TOLERANCES: Readonly<Record<FloatDtype, number>> = { F32: 1e-4, F16: 1e-2, BF16: 5e-2 };
 
-async function run({ model: path, adapter: adapterPath, out, json }: MergeArguments): Promise<void> {
+async function run(options: MergeArguments): Promise<void> {
+  if (realPath(options.out) === realPath(options.model))
+    throw new ShapeError(`merge: --out must be another directory than --model, got ${options.out} for both`);
+  const { model: path, adapter: adapterPath, out, json } = await located(options);
   const source = diskDirectory(path);
-  if (realPath(out) === realPath(path))
-    throw new ShapeError(`merge: --out must be another directory than --model, got ${out} for both`);
   await ensureWritableDirectory(out);
   await withGpu(async (gpu) => {
     const model = await loadModelFrom(gpu, path);

@@ -40,9 +40,16 @@ export function amount(command: string, flags: string, description: string, pres
 }
 
 export const modelOption = (): Option =>
-  new Option("--model <dir>", "Hugging Face directory of the model").makeOptionMandatory();
+  new Option(
+    "--model <place>",
+    "directory of the model, or org/name[@revision] on the Hugging Face Hub",
+  ).makeOptionMandatory();
 
-export const adapterOption = (): Option => new Option("--adapter <dir>", "PEFT directory of a LoRA adapter");
+export const revisionOption = (): Option =>
+  new Option("--revision <name>", "branch, tag or full commit of a --model on the Hub (default: main)");
+
+export const adapterOption = (): Option =>
+  new Option("--adapter <place>", "PEFT directory of a LoRA adapter, or org/name[@revision] on the Hub");
 
 export const dataOption = (): Option =>
   new Option(

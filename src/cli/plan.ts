@@ -10,7 +10,8 @@ import { loadPeftFrom } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { empty } from "../tensor/tensor.ts";
 import { type MemoryPlan, planTraining } from "../train/plan.ts";
-import { jsonOption, loraOptions, maxLengthOption, modelOption, stepOptions } from "./options.ts";
+import { jsonOption, loraOptions, maxLengthOption, modelOption, revisionOption, stepOptions } from "./options.ts";
+import { located } from "./places.ts";
 import { bytes, deviceName, number, openReader, result, withGpu } from "./session.ts";
 
 /** What the memory of a run depends on. */
@@ -23,6 +24,7 @@ export interface RunSize {
 
 interface PlanArguments extends Omit<RunSize, "maxLength"> {
   readonly model: string;
+  readonly revision?: string;
   readonly rank: number;
   readonly alpha: number;
   readonly targetModules: LoraConfig["targetModules"];
@@ -43,6 +45,7 @@ export function planCommand(): Command {
   const command = new Command("plan")
     .description("say what a training run would take of the GPU's memory, and whether it fits")
     .addOption(modelOption())
+    .addOption(revisionOption())
     .addOption(maxLengthOption("plan"));
   for (const option of [...loraOptions("plan"), ...stepOptions("plan"), budgetOption("plan"), jsonOption()])
     command.addOption(option);
@@ -141,7 +144,8 @@ async function wayOut(
 const parts = ({ weights, trained, gradients, optimizer, activations }: MemoryPlan): string =>
   `weights ${bytes(weights)}, adapter ${bytes(trained)}, gradients ${bytes(gradients)}, optimizer ${bytes(optimizer)}, activations ${bytes(activations)}`;
 
-async function run(options: PlanArguments): Promise<void> {
+async function run(given: PlanArguments): Promise<void> {
+  const options = await located(given, false);
   const { rank: r, alpha, targetModules, dropout, batchSize, gradAccumulation, checkpointing = false } = options;
   const { config } = await openReader(options.model);
   const maxLength = options.maxLength ?? Math.min(512, config.contextLength);

@@ -1,5 +1,6 @@
+import type { HubProgress } from "../hub.ts";
 import type { StepMetrics } from "../train/trainer.ts";
-import { duration, number, say } from "./session.ts";
+import { bytes, duration, number, say } from "./session.ts";
 
 /** Shows a training run: one line that renews itself on a terminal, about twenty lines on a pipe. */
 export class Progress {
@@ -22,5 +23,38 @@ export class Progress {
   /** Leaves the line as it stands; what is said next starts below it. */
   end(): void {
     if (process.stderr.isTTY) process.stderr.write("\n");
+  }
+}
+
+/** Shows a download: a bar on a terminal, on a pipe one line that says it has begun. */
+export class DownloadProgress {
+  readonly #name: string;
+  readonly #started: number = performance.now();
+  #shown: number | undefined;
+  #before = 0;
+
+  constructor(name: string) {
+    this.#name = name;
+  }
+
+  show({ done, size }: HubProgress): void {
+    const now = performance.now();
+    if (this.#shown === undefined) {
+      this.#before = done;
+      say(`downloading ${this.#name} from the Hugging Face Hub`);
+    } else if (now - this.#shown < 100 && done < size) return;
+    this.#shown = now;
+    if (!process.stderr.isTTY) return;
+    const filled = Math.round((20 * done) / Math.max(1, size));
+    const rate = (done - this.#before) / ((now - this.#started) / 1000);
+    const left = rate > 0 ? `, ${duration((size - done) / rate)} left` : "";
+    process.stderr.write(
+      `\r\x1b[K[${"=".repeat(filled).padEnd(20)}] ${bytes(done)} of ${bytes(size)}, ${bytes(Math.max(0, rate))}/s${left}`,
+    );
+  }
+
+  /** Leaves the bar as it stands; what is said next starts below it. */
+  end(): void {
+    if (this.#shown !== undefined && process.stderr.isTTY) process.stderr.write("\n");
   }
 }

@@ -25,15 +25,18 @@ import {
   maxLengthOption,
   modelOption,
   numeric,
+  revisionOption,
   stepOptions,
   whole,
 } from "./options.ts";
+import { located } from "./places.ts";
 import { budgetOption, demandFit } from "./plan.ts";
 import { Progress } from "./progress.ts";
 import { bytes, dataLine, deviceName, number, openReader, readData, result, say, withGpu } from "./session.ts";
 
 interface TrainArguments {
   readonly model: string;
+  readonly revision?: string;
   readonly data: string;
   readonly out: string;
   readonly rank: number;
@@ -64,6 +67,7 @@ interface TrainArguments {
 const EXAMPLES = `
 Examples:
   $ lowrank train --model models/base --data train.jsonl --out adapters/pirate
+  $ lowrank train --model HuggingFaceTB/SmolLM2-135M --data train.jsonl --out adapters/smol
   $ lowrank train --model models/base --data train.jsonl --out adapters/more --init-adapter adapters/pirate --steps 200
   $ lowrank train --model models/base --data train.jsonl --out adapters/qv --target-modules q_proj,v_proj --rank 8 --alpha 16
   $ lowrank train --model models/base --data train.jsonl --out adapters/top --target-modules '/model\\.layers\\.[23]\\..*/'
@@ -75,6 +79,7 @@ export function trainCommand(): Command {
   const command = new Command(name)
     .description("fine-tune a LoRA adapter")
     .addOption(modelOption())
+    .addOption(revisionOption())
     .addOption(dataOption())
     .requiredOption("--out <dir>", "where adapter_model.safetensors, adapter_config.json and metrics.jsonl go")
     .addOption(whole(name, "--steps <n>", "optimizer steps", 1).conflicts("epochs"))
@@ -99,12 +104,10 @@ export function trainCommand(): Command {
     .option("--no-shuffle", "keep the order of the file")
     .option("--tune", "first time the kernels on this device and keep the fastest for all later runs")
     .addOption(
-      new Option("--init-adapter <dir>", "go on from this adapter").conflicts([
-        "rank",
-        "alpha",
-        "targetModules",
-        "dropout",
-      ]),
+      new Option(
+        "--init-adapter <place>",
+        "go on from this adapter: a directory, or org/name[@revision] on the Hub",
+      ).conflicts(["rank", "alpha", "targetModules", "dropout"]),
     )
     .addOption(whole(name, "--save-every <n>", "save the adapter after every so many steps, too", 1))
     .option(
@@ -116,8 +119,9 @@ export function trainCommand(): Command {
   return command.addHelpText("after", EXAMPLES).action(run);
 }
 
-async function run(options: TrainArguments): Promise<void> {
-  await ensureWritableDirectory(options.out);
+async function run(given: TrainArguments): Promise<void> {
+  await ensureWritableDirectory(given.out);
+  const options = await located(given);
   const { rows, stats, maxLength } = await readData(options.model, options.data, options.maxLength);
   say(dataLine(stats, maxLength));
   const { batchSize, gradAccumulation, seed } = options;
@@ -164,7 +168,7 @@ async function run(options: TrainArguments): Promise<void> {
     let skipped = 0;
     const save = async (): Promise<string> => {
       if (!good) return "no step is known to be done: no adapter was saved";
-      await savePeftTo(adapter, options.out, options.model);
+      await savePeftTo(adapter, options.out, options.baseModel);
       return `the adapter of step ${good} is saved in ${options.out}`;
     };
     try {
@@ -200,7 +204,7 @@ async function run(options: TrainArguments): Promise<void> {
         if (metrics.skipped) skipped++;
         else good = metrics.step;
         if (saveEvery && metrics.step % saveEvery === 0 && metrics.step < steps) {
-          await savePeftTo(adapter, options.out, options.model);
+          await savePeftTo(adapter, options.out, options.baseModel);
           saved = metrics.step;
         }
       }

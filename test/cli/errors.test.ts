@@ -99,19 +99,19 @@ test.each([
   [["--steps", "3", "--epochs", "1"], "error: option '--steps <n>' cannot be used with option '--epochs <n>'"],
   [
     ["--init-adapter", "x", "--rank", "8"],
-    "error: option '--init-adapter <dir>' cannot be used with option '--rank <n>'",
+    "error: option '--init-adapter <place>' cannot be used with option '--rank <n>'",
   ],
   [
     ["--init-adapter", "x", "--alpha", "8"],
-    "error: option '--init-adapter <dir>' cannot be used with option '--alpha <x>'",
+    "error: option '--init-adapter <place>' cannot be used with option '--alpha <x>'",
   ],
   [
     ["--init-adapter", "x", "--target-modules", "q_proj"],
-    "error: option '--init-adapter <dir>' cannot be used with option '--target-modules <which>'",
+    "error: option '--init-adapter <place>' cannot be used with option '--target-modules <which>'",
   ],
   [
     ["--init-adapter", "x", "--dropout", "0.1"],
-    "error: option '--init-adapter <dir>' cannot be used with option '--dropout <p>'",
+    "error: option '--init-adapter <place>' cannot be used with option '--dropout <p>'",
   ],
   [
     ["--schedule", "step"],
