@@ -1,5 +1,6 @@
 /** Options that several commands share, and numbers that are checked in the project's own words. */
 import { Option } from "commander";
+import type { LoraConfig } from "../lora/config.ts";
 import type { TargetModules } from "../lora/target-modules.ts";
 import { ShapeError } from "../tensor/errors.ts";
 
@@ -79,7 +80,58 @@ export function loraOptions(command: string): Option[] {
     new Option("--target-modules <which>", "all-linear, names separated by commas, or /regular expression/")
       .argParser(parseTargets)
       .default("all-linear"),
+    new Option("--exclude-modules <which>", "targets that are left out, written likewise").argParser(parseTargets),
+    new Option("--layers-to-transform <list>", "numbers of the layers that are adapted, such as 0,4-7").argParser(
+      (text) => parseLayers(command, text),
+    ),
+    new Option("--use-dora", "learn magnitude and direction apart (DoRA)"),
+    new Option("--use-rslora", "scale by alpha / √rank (rsLoRA)"),
   ];
+}
+
+/** What `loraOptions` give. */
+export interface LoraArguments {
+  readonly rank: number;
+  readonly alpha: number;
+  readonly dropout: number;
+  readonly targetModules: TargetModules;
+  readonly excludeModules?: TargetModules;
+  readonly layersToTransform?: readonly number[];
+  readonly useDora?: boolean;
+  readonly useRslora?: boolean;
+}
+
+export function loraConfig(options: LoraArguments): LoraConfig {
+  const { rank: r, alpha, dropout, targetModules, excludeModules, layersToTransform } = options;
+  return {
+    ...{ r, alpha, dropout, targetModules },
+    ...(excludeModules && { excludeModules }),
+    ...(layersToTransform && { layersToTransform }),
+    ...(options.useDora && { useDora: true }),
+    ...(options.useRslora && { useRslora: true }),
+  };
+}
+
+/** The names of `loraOptions`, which an adapter that is gone on from has already. */
+export const LORA_OPTIONS: string[] = [
+  "rank",
+  "alpha",
+  "dropout",
+  "targetModules",
+  "excludeModules",
+  "layersToTransform",
+  "useDora",
+  "useRslora",
+];
+
+/** "0,4-7" */
+function parseLayers(command: string, text: string): number[] {
+  return text.split(",").flatMap((part) => {
+    const [, first, last = first] = /^(\d+)(?:-(\d+))?$/.exec(part.trim()) ?? [];
+    if (first === undefined || Number(last) < Number(first))
+      throw new ShapeError(`${command}: --layers-to-transform must be numbers and ranges such as 0,4-7, got ${text}`);
+    return Array.from({ length: Number(last) - Number(first) + 1 }, (_, i) => Number(first) + i);
+  });
 }
 
 /** What a step works on at a time. */

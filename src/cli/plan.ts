@@ -10,7 +10,16 @@ import { loadPeftFrom } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { empty } from "../tensor/tensor.ts";
 import { type MemoryPlan, planTraining } from "../train/plan.ts";
-import { jsonOption, loraOptions, maxLengthOption, modelOption, revisionOption, stepOptions } from "./options.ts";
+import {
+  jsonOption,
+  type LoraArguments,
+  loraConfig,
+  loraOptions,
+  maxLengthOption,
+  modelOption,
+  revisionOption,
+  stepOptions,
+} from "./options.ts";
 import { located } from "./places.ts";
 import { bytes, deviceName, number, openReader, result, withGpu } from "./session.ts";
 
@@ -22,13 +31,9 @@ export interface RunSize {
   readonly checkpointing: boolean;
 }
 
-interface PlanArguments extends Omit<RunSize, "maxLength"> {
+interface PlanArguments extends Omit<RunSize, "maxLength">, LoraArguments {
   readonly model: string;
   readonly revision?: string;
-  readonly rank: number;
-  readonly alpha: number;
-  readonly targetModules: LoraConfig["targetModules"];
-  readonly dropout: number;
   readonly maxLength?: number;
   readonly budget?: number;
   readonly json?: boolean;
@@ -146,11 +151,11 @@ const parts = ({ weights, trained, gradients, optimizer, activations }: MemoryPl
 
 async function run(given: PlanArguments): Promise<void> {
   const options = await located(given, false);
-  const { rank: r, alpha, targetModules, dropout, batchSize, gradAccumulation, checkpointing = false } = options;
+  const { batchSize, gradAccumulation, checkpointing = false } = options;
   const { config } = await openReader(options.model);
   const maxLength = options.maxLength ?? Math.min(512, config.contextLength);
   const size = { batchSize, maxLength, gradAccumulation, checkpointing };
-  const adapter = { r, alpha, targetModules, dropout };
+  const adapter = loraConfig(options);
   await withGpu(async (gpu) => {
     const budget = budgetOf(gpu, options.budget);
     const plan = await planOf(gpu, config, adapter, size);

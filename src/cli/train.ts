@@ -2,7 +2,6 @@ import { join } from "node:path";
 import { Command, Option } from "commander";
 import type { Gpu } from "../gpu/gpu.ts";
 import { attachLora, type LoraAdapter } from "../lora/adapter.ts";
-import type { TargetModules } from "../lora/target-modules.ts";
 import type { CausalModel } from "../models/causal.ts";
 import {
   appendLine,
@@ -21,6 +20,9 @@ import {
   amount,
   dataOption,
   jsonOption,
+  LORA_OPTIONS,
+  type LoraArguments,
+  loraConfig,
   loraOptions,
   maxLengthOption,
   modelOption,
@@ -34,15 +36,11 @@ import { budgetOption, demandFit } from "./plan.ts";
 import { Progress } from "./progress.ts";
 import { bytes, dataLine, deviceName, number, openReader, readData, result, say, withGpu } from "./session.ts";
 
-interface TrainArguments {
+interface TrainArguments extends LoraArguments {
   readonly model: string;
   readonly revision?: string;
   readonly data: string;
   readonly out: string;
-  readonly rank: number;
-  readonly alpha: number;
-  readonly targetModules: TargetModules;
-  readonly dropout: number;
   readonly steps?: number;
   readonly epochs?: number;
   readonly batchSize: number;
@@ -51,6 +49,7 @@ interface TrainArguments {
   readonly schedule: Schedule;
   readonly warmup: number;
   readonly weightDecay: number;
+  readonly loraplusLrRatio?: number;
   readonly maxGradNorm: number;
   readonly maxLength?: number;
   readonly seed: number;
@@ -98,6 +97,12 @@ export function trainCommand(): Command {
       }),
     )
     .addOption(amount(name, "--weight-decay <x>", "decoupled weight decay", 0))
+    .addOption(
+      numeric(name, "--loraplus-lr-ratio <x>", "B learns so many times as fast as A (LoRA+)", {
+        rule: "a number above 0",
+        holds: (x) => x > 0 && Number.isFinite(x),
+      }),
+    )
     .addOption(amount(name, "--max-grad-norm <x>", "scale gradients down to this norm; 0: never", 1))
     .addOption(maxLengthOption(name))
     .addOption(whole(name, "--seed <n>", "seed of the adapter's start, of the order of the rows and of dropout", 0, 0))
@@ -107,7 +112,7 @@ export function trainCommand(): Command {
       new Option(
         "--init-adapter <place>",
         "go on from this adapter: a directory, or org/name[@revision] on the Hub",
-      ).conflicts(["rank", "alpha", "targetModules", "dropout"]),
+      ).conflicts(LORA_OPTIONS),
     )
     .addOption(whole(name, "--save-every <n>", "save the adapter after every so many steps, too", 1))
     .option(
@@ -128,8 +133,8 @@ async function run(given: TrainArguments): Promise<void> {
   const perEpoch = batchesPerEpoch({ rows: rows.length, batchSize });
   const steps = options.steps ?? Math.ceil(((options.epochs ?? 1) * perEpoch) / gradAccumulation);
 
-  const { rank: r, alpha, targetModules, dropout, checkpointing = false, saveEvery } = options;
-  const adapterPlan = options.initAdapter ?? { r, alpha, targetModules, dropout };
+  const { checkpointing = false, saveEvery } = options;
+  const adapterPlan = options.initAdapter ?? loraConfig(options);
   const size = {
     batchSize: Math.min(batchSize, rows.length),
     gradAccumulation,
@@ -185,6 +190,7 @@ async function run(given: TrainArguments): Promise<void> {
         schedule: options.schedule,
         warmupSteps: Math.ceil(options.warmup * steps),
         weightDecay: options.weightDecay,
+        rates: options.loraplusLrRatio === undefined ? undefined : adapter.rates(options.loraplusLrRatio),
         maxGradNorm: options.maxGradNorm,
         shuffleSeed: options.shuffle ? seed : undefined,
         signal: stop.signal,
@@ -257,10 +263,8 @@ const lost = (saved: number | undefined, out: string): string =>
     : `the adapter of step ${saved} is in ${out}, whole. Go on from it with --init-adapter ${out}`;
 
 function startAdapter(model: CausalModel, options: TrainArguments): LoraAdapter | Promise<LoraAdapter> {
-  const { rank: r, alpha, targetModules, dropout, initAdapter, seed } = options;
-  return initAdapter === undefined
-    ? attachLora(model, { r, alpha, targetModules, dropout }, seed)
-    : loadPeftFrom(model, initAdapter);
+  const { initAdapter, seed } = options;
+  return initAdapter === undefined ? attachLora(model, loraConfig(options), seed) : loadPeftFrom(model, initAdapter);
 }
 
 interface Outcome {

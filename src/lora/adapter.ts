@@ -87,6 +87,18 @@ export class LoraAdapter {
     return [...this.pairs.values()].flatMap((pair) => PARTS.flatMap((part) => pair[part] ?? []));
   }
 
+  /**
+   * LoRA+ (arXiv:2402.12354): B and what has one axis learn `ratio` times as fast as A, which is what the optimizer's `rates` take.
+   *
+   * Throws ShapeError unless the ratio is above 0.
+   */
+  rates(ratio: number): Map<Tensor, number> {
+    if (!(ratio > 0) || !Number.isFinite(ratio))
+      throw new ShapeError(`rates: the ratio must be a number above 0, got ${ratio}`);
+    const slow = new Set([...this.pairs.values()].map(({ A }) => A));
+    return new Map(this.parameters.filter((p) => !slow.has(p)).map((p) => [p, ratio]));
+  }
+
   get state(): "enabled" | "disabled" | "merged" | "detached" {
     return this.#state;
   }

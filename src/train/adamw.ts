@@ -1,5 +1,5 @@
 import type { Gradients } from "../autograd/engine.ts";
-import type { Uniform } from "../gpu/kernel.ts";
+import { type Uniform, uniformValue } from "../gpu/kernel.ts";
 import { adamwStep } from "../kernels/adamw.ts";
 import { addInto } from "../kernels/axpy.ts";
 import { copyTo } from "../kernels/copy-rows.ts";
@@ -14,6 +14,8 @@ export interface AdamWSettings {
   readonly weightDecay?: number;
   /** Gradients are scaled down to this global norm; 0 leaves them as they are. */
   readonly maxGradNorm?: number;
+  /** What the learning rate is multiplied by for some of the parameters: see `LoraAdapter.rates`. */
+  readonly rates?: ReadonlyMap<Tensor, number> | undefined;
 }
 
 /** Parameters that lie side by side in one buffer, and as one tensor each: they, their gradient and its two moments. */
@@ -22,6 +24,8 @@ interface Run {
   readonly g: Tensor;
   readonly m: Tensor;
   readonly v: Tensor;
+  /** Factor on the learning rate. */
+  readonly rate: number;
   /** Where gradients of a further batch go before they are added to g. */
   readonly more: Tensor | undefined;
   readonly members: readonly { readonly parameter: Tensor; readonly first: number }[];
@@ -36,7 +40,7 @@ export class AdamW {
   readonly parameters: readonly Tensor[];
   /** Steps counted so far: what the bias corrections go by. */
   stepCount = 0;
-  readonly #settings: Required<AdamWSettings>;
+  readonly #settings: Required<Omit<AdamWSettings, "rates">>;
   readonly #runs: readonly Run[];
 
   /** `accumulates`: gradients of several batches will be added up by `take(…, true)`, which takes a second buffer. */
@@ -45,13 +49,15 @@ export class AdamW {
     this.parameters = parameters;
     const { beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weightDecay = 0, maxGradNorm = 0 } = settings;
     this.#settings = { beta1, beta2, eps, weightDecay, maxGradNorm };
-    this.#runs = sideBySide(parameters).map((members) => {
+    const rateOf = (p: Tensor): number => settings.rates?.get(p) ?? 1;
+    this.#runs = sideBySide(parameters, rateOf).map((members) => {
       const [one] = members as [Tensor];
       const first = one.offsetBytes;
       const size = members.reduce((end, p) => Math.max(end, (p.offsetBytes - first) / 4 + p.size), 0);
       const zeros = (): Tensor => tensor(one.gpu, new Float32Array(size), [size]);
       return {
         p: new Tensor(one.gpu, one.buffer, [size], "f32", first),
+        rate: rateOf(one),
         ...{ g: zeros(), m: zeros(), v: zeros(), more: accumulates ? zeros() : undefined },
         members: members.map((parameter) => ({ parameter, first: (parameter.offsetBytes - first) / 4 })),
       };
@@ -107,8 +113,9 @@ export class AdamW {
 
   /** Changes the parameters by the gradients it took, as of step `stepCount`. In a traced step both scalars are asked anew in each run. */
   update(clip: Tensor, learningRate: Uniform): void {
-    const options = { ...this.#settings, learningRate, step: () => this.stepCount, clip };
-    for (const { p, g, m, v } of this.#runs) adamwStep(p, g, m, v, options);
+    const options = { ...this.#settings, step: () => this.stepCount, clip };
+    for (const { p, g, m, v, rate } of this.#runs)
+      adamwStep(p, g, m, v, { ...options, learningRate: () => rate * uniformValue(learningRate) });
   }
 
   /** Frees moments and gradients. */
@@ -117,15 +124,16 @@ export class AdamW {
   }
 }
 
-/** Parameters in runs that follow one another in a buffer, with no more between them than alignment asks for. */
-function sideBySide(parameters: readonly Tensor[]): Tensor[][] {
+/** Parameters of one rate in runs that follow one another in a buffer, with no more between them than alignment asks for. */
+function sideBySide(parameters: readonly Tensor[], rateOf: (p: Tensor) => number): Tensor[][] {
   const buffers = new Map<GPUBuffer, Tensor[]>();
   for (const p of new Set(parameters)) buffers.set(p.buffer, [...(buffers.get(p.buffer) ?? []), p]);
   return [...buffers.values()].flatMap((views) => {
     const runs: Tensor[][] = [];
     let end = Number.NaN;
     for (const p of views.toSorted((a, b) => a.offsetBytes - b.offsetBytes)) {
-      if (p.offsetBytes === end) runs.at(-1)?.push(p);
+      const before = runs.at(-1)?.[0];
+      if (before && p.offsetBytes === end && rateOf(p) === rateOf(before)) runs.at(-1)?.push(p);
       else runs.push([p]);
       end = Math.ceil((p.offsetBytes + p.sizeBytes) / VIEW_ALIGNMENT) * VIEW_ALIGNMENT;
     }

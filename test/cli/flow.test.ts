@@ -141,6 +141,30 @@ test("a model is fine-tuned, evaluated, asked for text and merged", async () => 
   expect(difference(inBase)).toBeGreaterThan(0.1);
 });
 
+test("the settings of an adapter arrive in it, and it can be gone on from and merged", async () => {
+  const settings = ["--use-dora", "--use-rslora", "--exclude-modules", "o_proj", "--loraplus-lr-ratio", "4"];
+  const which = ["--target-modules", "q_proj,o_proj,down_proj", "--layers-to-transform", "0-1"];
+  const trained = await lowrank(trainArgs("dora", "--steps", "2", "--rank", "4", ...settings, ...which));
+  expect(trained.code, trained.stderr).toBe(0);
+  expect(JSON.parse(await readFile(at("dora/adapter_config.json"), "utf8"))).toMatchObject({
+    ...{ use_dora: true, use_rslora: true, exclude_modules: ["o_proj"], layers_to_transform: [0, 1] },
+    target_modules: ["q_proj", "o_proj", "down_proj"],
+  });
+  const more = await lowrank(trainArgs("more", "--steps", "1", "--init-adapter", at("dora")));
+  expect(more.code, more.stderr).toBe(0);
+  const merged = await lowrank(["merge", "--model", at("model"), "--adapter", at("more"), "--out", at("merged-dora")]);
+  expect(merged.code, merged.stderr).toBe(0);
+  const planned = await lowrank(["plan", "--model", at("model"), ...settings.slice(0, 4), ...which, "--json"]);
+  expect(planned.code, planned.stderr).toBe(0);
+  const wrong = await lowrank(trainArgs("wrong", "--layers-to-transform", "3-1"));
+  expect(wrong).toMatchObject({
+    code: 1,
+    stderr: "error: train: --layers-to-transform must be numbers and ranges such as 0,4-7, got 3-1",
+  });
+  const both = await lowrank(trainArgs("both", "--init-adapter", at("dora"), "--use-dora"));
+  expect(both.stderr).toContain("option '--init-adapter <place>' cannot be used with option '--use-dora'");
+});
+
 test("Ctrl-C ends training after the step in progress and saves the adapter", async () => {
   const run = start(trainArgs("stopped", "--steps", "100000", "--json"));
   await run.saw("step 1/100000");

@@ -190,6 +190,16 @@ test("settings out of range name the rule and the value", async () => {
   );
 });
 
+test("LoRA+ lets B learn faster than A", async () => {
+  const { model } = await twoLayers();
+  const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: "all-linear", useDora: true });
+  const rates = adapter.rates(16);
+  for (const { A, B, magnitude } of adapter.pairs.values())
+    expect([A, B, magnitude].map((p) => rates.get(p as Tensor))).toEqual([undefined, 16, 16]);
+  expect(() => adapter.rates(0)).toThrow(new ShapeError("rates: the ratio must be a number above 0, got 0"));
+  adapter.detach();
+});
+
 test("target modules match by suffix, whole name, regular expression or all", () => {
   const modules = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"];
   expect(matchModules(["q_proj"], modules)).toEqual([modules[0], modules[2]]);

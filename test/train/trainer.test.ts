@@ -6,7 +6,7 @@ import { attachLora } from "../../src/lora/adapter.ts";
 import { readConfig } from "../../src/models/config.ts";
 import { loadModel, makeModel, weightShapes } from "../../src/models/load.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
-import { empty, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
+import { empty, readAll, slice, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { AdamW } from "../../src/train/adamw.ts";
 import type { Row } from "../../src/train/data.ts";
 import { evaluate } from "../../src/train/loss.ts";
@@ -257,6 +257,36 @@ test("schedules equal transformers'", () => {
 });
 
 describe("AdamW", () => {
+  test("gives each parameter its own rate, as optimizers apart would, with one dispatch for each rate", async () => {
+    const gpu = await testGpu();
+    const flat = (): Tensor => tensor(gpu, Float32Array.from({ length: 64 * 4 }, Math.sin), [64 * 4]);
+    const partsOf = (of: Tensor): Tensor[] => [0, 1, 2, 3].map((i) => slice(of, 64 * i, [60]));
+    const gradients = (parts: readonly Tensor[]): Map<Tensor, Tensor> =>
+      new Map(
+        parts.map((p, i) => [
+          p,
+          tensor(
+            gpu,
+            Float32Array.from({ length: 60 }, (_, k) => Math.cos(i + k)),
+            [60],
+          ),
+        ]),
+      );
+    const [together, apart] = [partsOf(flat()), partsOf(flat())];
+    const settings = { weightDecay: 0.1, rates: new Map(together.slice(2).map((p) => [p, 16])) };
+    const optimizer = new AdamW(together, settings);
+    const alone = [new AdamW(apart.slice(0, 2), { weightDecay: 0.1 }), new AdamW(apart.slice(2), { weightDecay: 0.1 })];
+    for (let step = 0; step < 3; step++) {
+      gpu.resetCounters();
+      optimizer.step(gradients(together), 0.01);
+      expect(gpu.counters().dispatches.get("adamw")).toBe(2);
+      alone[0]?.step(gradients(apart), 0.01);
+      alone[1]?.step(gradients(apart), 0.16);
+    }
+    expect(await readAll(together)).toEqual(await readAll(apart));
+    for (const one of [optimizer, ...alone]) one.destroy();
+  });
+
   test("refuses a parameter without a gradient", async () => {
     const gpu = await testGpu();
     const p = tensor(gpu, [1, 2], [2]);
