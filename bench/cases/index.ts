@@ -5,7 +5,7 @@ import { halfArithmetic, matrixUnits } from "./half.ts";
 import type { SizedContest } from "./inputs.ts";
 import { type LoraSizes, loraBackward, loraForward, loraStep } from "./lora.ts";
 import { LAYOUTS, linear, square } from "./matmul.ts";
-import { llamaStep, loraOverFull } from "./step.ts";
+import { doraOverLora, llamaStep, loraOverFull } from "./step.ts";
 import { weightFormats } from "./weights.ts";
 
 export interface Scope {
@@ -57,6 +57,7 @@ export function contests({ quick, full, isSoftware }: Scope): SizedContest[] {
     ...[1024, ...(patient ? [4096] : [])].flatMap((n) => [addition(n, n), rowSum(n, n)]),
     llamaStep({ layers: 4, hidden: 256, inside: 688, heads: 8, kvHeads: 4, vocab: 1024, T: 256 }),
     loraOverFull({ layers: 2, hidden: 512, inside: 1376, heads: 8, kvHeads: 4, vocab: 1024, T: 256 }),
+    doraOverLora({ layers: 1, hidden: 1024, inside: 2816, heads: 8, kvHeads: 4, vocab: 512, T: 256 }),
     ...ladders(patient ? 2048 : 256),
   ];
   return all.filter(({ flops, group }) => flops <= limit * stepsOf(group));
@@ -82,6 +83,7 @@ function quickContests(): SizedContest[] {
     rowSum(256, 256),
     llamaStep(tiny),
     loraOverFull(tiny),
+    doraOverLora(tiny),
     ...ladders(128),
   ];
 }

@@ -3,12 +3,14 @@ import { backward } from "../../src/autograd/engine.ts";
 import { Gpu } from "../../src/gpu/gpu.ts";
 import { scale } from "../../src/kernels/axpy.ts";
 import { copyTo } from "../../src/kernels/copy-rows.ts";
+import { doraNorms } from "../../src/kernels/dora.ts";
 import { attachPairs } from "../../src/lora/adapter.ts";
+import { rowSquares } from "../../src/lora/dora-linear.ts";
 import { Decoder, decoderShapes } from "../../src/models/decoder.ts";
 import type { DecoderConfig } from "../../src/models/decoder-config.ts";
 import { inverseFrequencies } from "../../src/nn/rope.ts";
 import { Random } from "../../src/tensor/random.ts";
-import { empty, slice, Tensor, tensor } from "../../src/tensor/tensor.ts";
+import { empty, slice, Tensor, tensor, VIEW_ALIGNMENT } from "../../src/tensor/tensor.ts";
 import { AdamW } from "../../src/train/adamw.ts";
 import { collate } from "../../src/train/batches.ts";
 import { batchInputs, batchLoss, type Inputs } from "../../src/train/loss.ts";
@@ -98,6 +100,33 @@ export function loraOverFull(sizes: StepSizes): SizedContest {
   };
 }
 
+/** A and B trained, and A, B and m, with m what leaves the model as it is: gradients of A and B are then the same, but for the gain of 1. */
+export function doraOverLora(sizes: StepSizes): SizedContest {
+  const { layers, hidden, T } = sizes;
+  const costs = costsOf(sizes, "adapter");
+  return {
+    name: `Llama step, LoRA and DoRA ${layers}×${hidden} T=${T} r=${RANK}`,
+    group: "llama-dora-step",
+    sizes: { ...sizes, r: RANK },
+    flops: costs.flops,
+    largestBytes: largestBytes(sizes),
+    setup: (gpu) => {
+      const { work, expected } = known(sizes, "adapter");
+      const one = (name: string, trained: "adapter" | "dora"): [Case, Training] => {
+        const training = new Training(gpu, sizes, work, trained, false);
+        const run = (): Record<string, Tensor> => {
+          training.replay();
+          return training.results();
+        };
+        return [{ name, ...costs, check: checkOf(work, expected, training), run }, training];
+      };
+      const [loraCase, loraTraining] = one("LoRA", "adapter");
+      const [doraCase, doraTraining] = one("DoRA", "dora");
+      return { inputs: [...loraTraining.tensors, ...doraTraining.tensors], cases: [loraCase, doraCase] };
+    },
+  };
+}
+
 interface Trained {
   readonly model: Decoder;
   readonly optimizer: AdamW;
@@ -127,6 +156,7 @@ function lowrankStep({ model, optimizer, inputs, tokens }: Trained, learningRate
 class Training {
   readonly tensors: readonly Tensor[];
   readonly #gpu: Gpu;
+  readonly #trains: "adapter" | "dora" | "weights";
   readonly #trained: Trained;
   readonly #parameters: readonly Tensor[];
   readonly #named: ReadonlyMap<string, Tensor>;
@@ -141,21 +171,27 @@ class Training {
   readonly #plan: { run(): void };
   #foreignBytes = 0;
 
-  constructor(gpu: Gpu, sizes: StepSizes, work: LlamaStep, trained: "adapter" | "weights", restores: boolean) {
+  constructor(gpu: Gpu, sizes: StepSizes, work: LlamaStep, trained: "adapter" | "dora" | "weights", restores: boolean) {
     this.#gpu = gpu;
+    this.#trains = trained;
     const weights = new Map(
       [...work.weights].map(([name, host]) => [name, tensor(gpu, host.values, shapeOf(sizes, name))] as const),
     );
     const model = new Decoder(gpu, configOf(sizes), weights);
-    if (trained === "adapter") {
-      const pairs = attachPairs(model, { r: RANK, alpha: ALPHA, targetModules: "all-linear" }, ({ name }) => {
+    if (trained !== "weights") {
+      const useDora = trained === "dora";
+      const settings = { r: RANK, alpha: ALPHA, targetModules: "all-linear", useDora };
+      const { pairs } = attachPairs(model, settings, ({ name, layer }) => {
         const pair = work.adapter.get(name);
         if (!pair) throw new Error(`bench: the step must have an A and a B for ${name}`);
-        return { A: onDevice(gpu, pair.A), B: onDevice(gpu, pair.B) };
-      }).pairs;
-      const entries = [...pairs].flatMap(([name, { A, B }]) => [
+        const [A, B] = [onDevice(gpu, pair.A), onDevice(gpu, pair.B)];
+        const norms = (): Tensor => doraNorms(layer.weight, A, B, rowSquares(layer.weight), ALPHA / RANK).gain;
+        return { A, B, magnitude: useDora ? gpu.scope(norms) : undefined };
+      });
+      const entries = [...pairs].flatMap(([name, { A, B, magnitude }]) => [
         [`A of ${name}`, A] as const,
         [`B of ${name}`, B] as const,
+        ...(magnitude ? [[`m of ${name}`, magnitude] as const] : []),
       ]);
       this.#named = new Map(entries);
     } else {
@@ -188,7 +224,7 @@ class Training {
       ...this.#last.gradients.values(),
       ...(this.#first ? [this.#first] : []),
     ];
-    const adapterBuffer = trained === "adapter" ? this.#parameters.slice(0, 1) : [];
+    const adapterBuffer = trained === "weights" ? [] : this.#parameters.slice(0, 1);
     this.tensors = [...weights.values(), ...adapterBuffer, ...inputs.tensors, ...own];
   }
 
@@ -213,7 +249,7 @@ class Training {
     const scaled = [...gradients].map(([name, g]) => [name, scale(g, 1 / (this.#units.get(name) ?? 1))] as const);
     return {
       loss: copied(loss),
-      "grad norm": copied(slice(clip, 0, [1])),
+      ...(this.#trains !== "dora" && { "grad norm": copied(slice(clip, 0, [1])) }), // DoRA's has those of m, too
       ...(this.#flat && { adapter: joined(this.#gpu, this.#parameters) }),
       ...Object.fromEntries(scaled),
     };
@@ -222,8 +258,10 @@ class Training {
   /** Bytes of gradients and of the optimizer that are not of what is trained: 0. */
   get frozenBytes(): number {
     const { gradientBytes, sizeBytes } = this.#trained.optimizer;
-    const trainedBytes = this.#parameters.reduce((sum, p) => sum + p.sizeBytes, 0);
-    return gradientBytes + sizeBytes - 3 * trainedBytes + this.#foreignBytes;
+    // With what lies between parameters, for alignment.
+    const aligned = ({ sizeBytes: own }: Tensor): number => Math.ceil(own / VIEW_ALIGNMENT) * VIEW_ALIGNMENT;
+    const trainedBytes = this.#parameters.reduce((sum, p) => sum + aligned(p), 0);
+    return Math.max(0, gradientBytes + sizeBytes - 3 * trainedBytes) + this.#foreignBytes;
   }
 
   #encode(): void {

@@ -80,6 +80,7 @@ const GROUPS: Readonly<Record<string, string>> = {
   "lora-step": "LoRA, forward and backward",
   "llama-step": "A training step of LoRA",
   "llama-full-step": "A training step of all weights, and of LoRA",
+  "llama-dora-step": "A training step of LoRA, and of DoRA",
   bandwidth: "Elementwise and reductions",
 };
 
