@@ -39,6 +39,8 @@ export { type PackOptions, packMatrix } from "./kernels/pack.ts";
 export { unpackMatrix } from "./kernels/unpack.ts";
 export { attachLora, type HasLinears, LoraAdapter, type LoraPair, type LoraParts } from "./lora/adapter.ts";
 export type { LoraConfig } from "./lora/config.ts";
+export { doraLinear, type Magnitude, rowSquares } from "./lora/dora-linear.ts";
+export { initLora, type LoraInit } from "./lora/init.ts";
 export { loraLinear } from "./lora/lora-linear.ts";
 export { type AdapterFiles, loadPeft, savePeft } from "./lora/peft.ts";
 export { matchModules, type TargetModules } from "./lora/target-modules.ts";

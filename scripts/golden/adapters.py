@@ -9,11 +9,15 @@ Each directory holds
 - expected.safetensors: `lora.logits`, and for each key of adapter_model.safetensors `lora.grad.<key>` at the start and
   `lora.final.<key>` after the steps. `merged.logits` are those of the model with the adapter merged into it by PEFT, where that
   can be done.
+
+Of pissa, olora and pissa-rslora, which begin with a part of the base: adapter/ is what PEFT makes of the adapter after the steps for
+the base as it was (twice the rank), `final.logits` are those after the steps, and there are no gradients.
 """
 
 import json
 import shutil
 import sys
+import tempfile
 
 from common import GOLDEN, MADE_WITH, backward, deterministic, randomize, trainable, write_adapter, write_json, write_tensors
 from models import LR, STEPS, rounding_error, train
@@ -68,6 +72,46 @@ VARIANTS = {
     "lora-bias": {"base": "qwen2", "config": {"target_modules": ["q_proj", "k_proj", "v_proj"], "lora_bias": True}},
     "bias": {"base": "qwen2", "config": {"target_modules": ["q_proj", "v_proj", "o_proj"], "bias": "lora_only"}},
 }
+
+
+BEGINNINGS = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora", "rank_pattern": {"q_proj": 2}},
+    "pissa-rslora": {"init_lora_weights": "pissa", "use_rslora": True},
+}
+
+
+def make_beginning(name: str, config: dict) -> None:
+    directory = GOLDEN / "adapters" / name
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    base = GOLDEN / "models" / "qwen2"
+    given = json.loads((base / "expected.json").read_text())
+    batch = {key: torch.tensor(given[key]) for key in ("input_ids", "labels")}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").train()
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", target_modules=ALL, **config))
+    with tempfile.TemporaryDirectory() as initial:
+        adapted.peft_config["default"].init_lora_weights = True  # or the saved one would be initialised again
+        adapted.save_pretrained(initial, save_embedding_layers=False)
+        logits, loss = backward(adapted, batch)
+        assert abs(loss - given["base_loss"]) < 1e-4
+        losses = train(adapted, batch)
+        final = adapted(batch["input_ids"]).logits
+        adapted.peft_config["default"].init_lora_weights = config["init_lora_weights"]
+        adapted.save_pretrained(
+            directory / "adapter", path_initial_model_for_weight_conversion=initial, save_embedding_layers=False
+        )
+    (directory / "adapter" / "README.md").unlink()
+    path = directory / "adapter" / "adapter_config.json"
+    saved = json.loads(path.read_text()) | {"base_model_name_or_path": "qwen2"}
+    saved["target_modules"] = sorted(saved["target_modules"])
+    path.write_text(json.dumps(saved, indent=2) + "\n")
+    write_tensors(directory / "expected.safetensors", {"final.logits": final})
+    expected = {"made_with": MADE_WITH, "base": "qwen2", "steps": {"lr": LR, "losses": losses}}
+    write_json(directory / "expected.json", expected)
+    for file in directory.rglob("*.safetensors"):
+        file.chmod(0o644)
+    print(f"{name}: loss {loss:.6f}, after {STEPS - 1} steps {losses[-1]:.6f}")
 
 
 def make(name: str, spec: dict) -> None:
@@ -130,3 +174,7 @@ if __name__ == "__main__":
         if len(sys.argv) == 1 or name in sys.argv[1:]:
             deterministic(SEED)
             make(name, spec)
+    for name, config in BEGINNINGS.items():
+        if len(sys.argv) == 1 or name in sys.argv[1:]:
+            deterministic(SEED)
+            make_beginning(name, config)

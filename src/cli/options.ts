@@ -1,6 +1,7 @@
 /** Options that several commands share, and numbers that are checked in the project's own words. */
 import { Option } from "commander";
 import type { LoraConfig } from "../lora/config.ts";
+import type { LoraInit } from "../lora/init.ts";
 import type { TargetModules } from "../lora/target-modules.ts";
 import { ShapeError } from "../tensor/errors.ts";
 
@@ -84,6 +85,10 @@ export function loraOptions(command: string): Option[] {
     new Option("--layers-to-transform <list>", "numbers of the layers that are adapted, such as 0,4-7").argParser(
       (text) => parseLayers(command, text),
     ),
+    new Option(
+      "--init <start>",
+      "gaussian, orthogonal, or a part of the base: pissa, pissa_niter_N (faster), olora (default: PEFT's usual start)",
+    ),
     new Option("--use-dora", "learn magnitude and direction apart (DoRA)"),
     new Option("--use-rslora", "scale by alpha / √rank (rsLoRA)"),
   ];
@@ -97,6 +102,7 @@ export interface LoraArguments {
   readonly targetModules: TargetModules;
   readonly excludeModules?: TargetModules;
   readonly layersToTransform?: readonly number[];
+  readonly init?: LoraInit;
   readonly useDora?: boolean;
   readonly useRslora?: boolean;
 }
@@ -120,6 +126,7 @@ export const LORA_OPTIONS: string[] = [
   "targetModules",
   "excludeModules",
   "layersToTransform",
+  "init",
   "useDora",
   "useRslora",
 ];

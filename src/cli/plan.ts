@@ -2,8 +2,9 @@ import { totalmem } from "node:os";
 import { Command, Option } from "commander";
 import { GpuError } from "../gpu/errors.ts";
 import type { Gpu } from "../gpu/gpu.ts";
-import { attachLora } from "../lora/adapter.ts";
+import { attachLora, type LoraAdapter } from "../lora/adapter.ts";
 import type { LoraConfig } from "../lora/config.ts";
+import { takesFromBase } from "../lora/init.ts";
 import type { ModelConfig } from "../models/config.ts";
 import { makeModel, weightShapes } from "../models/load.ts";
 import { loadPeftFrom } from "../node.ts";
@@ -25,6 +26,8 @@ import { bytes, deviceName, number, openReader, result, withGpu } from "./sessio
 
 /** What the memory of a run depends on. */
 export interface RunSize {
+  /** Whether the adapter begins with a part of the base. */
+  readonly takesFromBase?: boolean;
   readonly batchSize: number;
   readonly maxLength: number;
   readonly gradAccumulation: number;
@@ -82,11 +85,15 @@ function planOf(gpu: Gpu, config: ModelConfig, adapter: LoraConfig | string, siz
       const model = makeModel(dry, config, weights);
       model.checkpointing = size.checkpointing;
       const attached = typeof adapter === "string" ? await loadPeftFrom(model, adapter) : attachLora(model, adapter);
+      if (size.takesFromBase) attached.start(zeros(attached), true);
       return { model, parameters: attached.parameters, adapter: attached };
     },
     size,
   );
 }
+
+const zeros = ({ pairs }: LoraAdapter): Map<string, Record<"A" | "B", Float32Array>> =>
+  new Map([...pairs].map(([name, { A, B }]) => [name, { A: new Float32Array(A.size), B: new Float32Array(B.size) }]));
 
 /** The plan of a run if it fits. Throws GpuError, with what would make it fit, if it does not. */
 export async function demandFit(
@@ -154,7 +161,10 @@ async function run(given: PlanArguments): Promise<void> {
   const { batchSize, gradAccumulation, checkpointing = false } = options;
   const { config } = await openReader(options.model);
   const maxLength = options.maxLength ?? Math.min(512, config.contextLength);
-  const size = { batchSize, maxLength, gradAccumulation, checkpointing };
+  const size = {
+    ...{ batchSize, maxLength, gradAccumulation, checkpointing },
+    takesFromBase: takesFromBase(options.init),
+  };
   const adapter = loraConfig(options);
   await withGpu(async (gpu) => {
     const budget = budgetOf(gpu, options.budget);

@@ -2,6 +2,7 @@ import { join } from "node:path";
 import { Command, Option } from "commander";
 import type { Gpu } from "../gpu/gpu.ts";
 import { attachLora, type LoraAdapter } from "../lora/adapter.ts";
+import { initLora, takesFromBase } from "../lora/init.ts";
 import type { CausalModel } from "../models/causal.ts";
 import {
   appendLine,
@@ -139,6 +140,7 @@ async function run(given: TrainArguments): Promise<void> {
     batchSize: Math.min(batchSize, rows.length),
     gradAccumulation,
     checkpointing,
+    takesFromBase: takesFromBase(options.init),
     maxLength: longest(rows),
   };
   const { config } = await openReader(options.model);
@@ -262,9 +264,12 @@ const lost = (saved: number | undefined, out: string): string =>
     ? "the adapter could not be saved: what was trained is lost. Use --save-every to keep some of it"
     : `the adapter of step ${saved} is in ${out}, whole. Go on from it with --init-adapter ${out}`;
 
-function startAdapter(model: CausalModel, options: TrainArguments): LoraAdapter | Promise<LoraAdapter> {
-  const { initAdapter, seed } = options;
-  return initAdapter === undefined ? attachLora(model, loraConfig(options), seed) : loadPeftFrom(model, initAdapter);
+async function startAdapter(model: CausalModel, options: TrainArguments): Promise<LoraAdapter> {
+  const { initAdapter, init, seed } = options;
+  if (initAdapter !== undefined) return loadPeftFrom(model, initAdapter);
+  const adapter = attachLora(model, loraConfig(options), seed);
+  if (init !== undefined) await initLora(adapter, init, seed);
+  return adapter;
 }
 
 interface Outcome {

@@ -45,6 +45,16 @@ export interface LoraPair extends LoraParts {
 /** The parts by the names that their kinds have, in one order everywhere. */
 const PARTS = ["A", "B", "magnitude", "loraBias", "bias"] as const;
 
+/** What an adapter began with where that was taken from the base: W stands for W₀ − s·B·A of the beginning while it is enabled. */
+export interface Beginning {
+  readonly A: Tensor;
+  readonly B: Tensor;
+  /** W₀ − s·B·A */
+  readonly residual: Tensor;
+  /** W₀ */
+  readonly original: Tensor;
+}
+
 /** Layers on one input, of one rank and scale, and their A's [ΣR,K] as one. */
 interface Group {
   readonly names: readonly string[];
@@ -69,7 +79,8 @@ export class LoraAdapter {
   readonly #flat: Tensor;
   readonly #groups: ReadonlyMap<string, LinearGroup>;
   /** ‖W‖² of the rows of each layer, where there are magnitudes. */
-  readonly #squares: ReadonlyMap<LoraPair, Tensor>;
+  #squares: ReadonlyMap<LoraPair, Tensor> = new Map();
+  readonly #beginnings = new Map<LoraPair, Beginning>();
 
   /** Use `attachLora` or `attachPairs`. */
   constructor(config: LoraConfig, pairs: ReadonlyMap<string, LoraPair>, flat: Tensor, groups: readonly Group[] = []) {
@@ -77,8 +88,7 @@ export class LoraAdapter {
     this.pairs = pairs;
     this.#flat = flat;
     this.#groups = new Map(groups.flatMap((group) => this.#linearGroup(group)));
-    const withNorms = [...pairs.values()].filter(({ magnitude }) => magnitude);
-    this.#squares = new Map(withNorms.map((pair) => [pair, rowSquares(pair.layer.weight)]));
+    this.#takeSquares();
     this.enable();
   }
 
@@ -103,6 +113,49 @@ export class LoraAdapter {
     return this.#state;
   }
 
+  /** What was taken from the base, by module name: see `start`. */
+  get beginnings(): ReadonlyMap<string, Beginning> {
+    return new Map(
+      [...this.pairs].flatMap(([name, pair]) => {
+        const beginning = this.#beginnings.get(pair);
+        return beginning ? [[name, beginning] as const] : [];
+      }),
+    );
+  }
+
+  /**
+   * Puts these values into A and B of the modules. With `takesFromBase` what they stand for is taken from the weights, W − s·B·A, as long as
+   * the adapter is enabled: the model's output stays what it is, and the original weights are kept beside.
+   *
+   * Throws ShapeError where the adapter is merged, was started so before, or its scale was changed.
+   */
+  start(values: ReadonlyMap<string, Readonly<Record<"A" | "B", Float32Array>>>, takesFromBase: boolean): void {
+    this.#demand("start", "enabled");
+    if (this.#beginnings.size > 0 || this.#factor !== 1)
+      throw new ShapeError("start: an adapter starts once, at its own scale, got one that did. Attach a fresh one");
+    for (const [name, { A, B }] of values) {
+      const pair = this.pairs.get(name);
+      if (!pair) throw new ShapeError(`start: modules must be the adapter's, got ${name}`);
+      const { gpu } = pair.A;
+      gpu.write(pair.A, A);
+      gpu.write(pair.B, B);
+      if (!takesFromBase) continue;
+      const { layer } = pair;
+      const residual = gpu.scope(() => axpy(1, layer.weight, -1, matmul(pair.B, pair.A, "nn", { scale: pair.scale })));
+      const [A0, B0] = [scaled(pair.A, 1), scaled(pair.B, 1)];
+      this.#beginnings.set(pair, { A: A0, B: B0, residual, original: layer.weight });
+      layer.weight = residual;
+    }
+    this.#takeSquares();
+  }
+
+  /** Of the weights as they are now. */
+  #takeSquares(): void {
+    for (const t of this.#squares.values()) t.gpu.release(t);
+    const withNorms = [...this.pairs.values()].filter(({ magnitude }) => magnitude);
+    this.#squares = new Map(withNorms.map((pair) => [pair, rowSquares(pair.layer.weight)]));
+  }
+
   /** s of a module whose rank and alpha no pattern changes, times what `setScale` was given. */
   get scale(): number {
     return this.#factor * settingsOf({ ...this.config, rankPattern: {}, alphaPattern: {} }, "").scale;
@@ -123,6 +176,7 @@ export class LoraAdapter {
       if (layer.adapter)
         throw new ShapeError(`enable: a layer takes one enabled adapter, got a second on ${name}. Disable the first`);
     [...this.pairs].forEach(([name, pair], i) => {
+      pair.layer.weight = this.#beginnings.get(pair)?.residual ?? pair.layer.weight;
       pair.layer.adapter = { apply: this.#applyOf(pair, i), group: this.#groups.get(name) };
     });
     this.#state = "enabled";
@@ -182,7 +236,10 @@ export class LoraAdapter {
   disable(): void {
     if (this.#state === "disabled") return;
     this.#demand("disable", "enabled");
-    for (const { layer } of this.pairs.values()) layer.adapter = undefined;
+    for (const pair of this.pairs.values()) {
+      pair.layer.adapter = undefined;
+      pair.layer.weight = this.#beginnings.get(pair)?.original ?? pair.layer.weight;
+    }
     this.#state = "disabled";
   }
 
@@ -199,10 +256,11 @@ export class LoraAdapter {
       const { layer, A, B } = pair;
       const s = this.#factor * pair.scale;
       this.#originals.set(layer, { weight: layer.weight, bias: layer.bias });
-      layer.weight = layer.weight.gpu.scope(() => {
-        const sum = axpy(1, layer.weight, 1, matmul(B, A, "nn", { scale: s }));
+      const W = this.#beginnings.get(pair)?.residual ?? layer.weight;
+      layer.weight = W.gpu.scope(() => {
+        const sum = axpy(1, W, 1, matmul(B, A, "nn", { scale: s }));
         const magnitude = this.#magnitudeOf(pair);
-        return magnitude ? mergedMagnitude(sum, { W: layer.weight, A, B }, magnitude, s) : sum;
+        return magnitude ? mergedMagnitude(sum, { W, A, B }, magnitude, s) : sum;
       });
       layer.bias = this.#mergedBias(pair);
     }
@@ -234,7 +292,8 @@ export class LoraAdapter {
       for (const [layer, { weight, bias }] of this.#originals)
         weight.gpu.release(weight, ...(bias && bias !== layer.bias ? [bias] : []));
     else this.disable();
-    this.#flat.gpu.release(this.#flat, ...this.#squares.values());
+    const begun = [...this.#beginnings.values()].flatMap(({ A, B, residual }) => [A, B, residual]);
+    this.#flat.gpu.release(this.#flat, ...this.#squares.values(), ...begun);
     this.#originals.clear();
     this.#state = "detached";
   }

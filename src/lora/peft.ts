@@ -2,10 +2,12 @@
 import type { Directory } from "../io/bytes.ts";
 import { FormatError } from "../io/errors.ts";
 import { isObject, readJson } from "../io/json.ts";
-import { encodeSafetensors } from "../io/safetensors.ts";
-import { type Checkpoint, listSome, loadTensor, openCheckpoint, tensorToWrite } from "../nn/checkpoint.ts";
+import { encodeSafetensors, type TensorToWrite } from "../io/safetensors.ts";
+import { scale } from "../kernels/axpy.ts";
+import { putColumns } from "../kernels/copy-rows.ts";
+import { type Checkpoint, listSome, loadTensor, madeToWrite, openCheckpoint, tensorToWrite } from "../nn/checkpoint.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import { empty, type Tensor } from "../tensor/tensor.ts";
 import { attachPairs, type HasLinears, type LoraAdapter, type LoraParts } from "./adapter.ts";
 import { checkConfig, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
 import type { TargetModules } from "./target-modules.ts";
@@ -34,7 +36,8 @@ const KEYS = {
  * `baseModel` is the model's path or Hub id, for `base_model_name_or_path`.
  */
 export function savePeft(adapter: LoraAdapter, baseModel: string): AdapterFiles {
-  const { config: settings } = adapter;
+  const { beginnings } = adapter;
+  const settings = beginnings.size > 0 ? doubled(adapter.config) : adapter.config;
   const { targetModules } = settings;
   const leaves = [...new Set([...adapter.pairs.keys()].map((name) => name.split(".").at(-1)))].sort();
   const isAll = typeof targetModules === "string" && targetModules.toLowerCase() === "all-linear";
@@ -63,15 +66,47 @@ export function savePeft(adapter: LoraAdapter, baseModel: string): AdapterFiles 
     use_rslora: settings.useRslora ?? false,
   };
   const tensors = [...adapter.pairs].flatMap(([name, pair]) =>
-    Object.entries(KEYS).flatMap(([part, key]) => {
+    Object.keys(KEYS).flatMap((part) => {
       const t = pair[part as keyof LoraParts];
-      return t ? [tensorToWrite(`${PREFIX}${name}.${key}`, t)] : [];
+      if (!t) return [];
+      const [key, beginning] = [keyOf(name, part), beginnings.get(name)];
+      if (beginning && part === "A") return [tensorToWrite(key, [t, beginning.A])];
+      if (beginning && part === "B") return [differenceToWrite(key, t, beginning.B)];
+      return [tensorToWrite(key, t)];
     }),
   );
   return {
     "adapter_config.json": `${JSON.stringify(config, null, 2)}\n`,
     "adapter_model.safetensors": encodeSafetensors(tensors, { format: "pt" }),
   };
+}
+
+/**
+ * What an adapter has learned since it took its beginning from the base, as one of twice the rank on the base as it was:
+ * B·A − B₀·A₀ = [B, −B₀]·[A; A₀]. Every s stays: alpha / r, or alpha / √r.
+ */
+function doubled(config: LoraConfig): LoraConfig {
+  const times = (values: Readonly<Record<string, number>> = {}, by: number): Record<string, number> =>
+    Object.fromEntries(Object.entries(values).map(([pattern, value]) => [pattern, by * value]));
+  const factor = config.useRslora ? Math.SQRT2 : 2;
+  return {
+    ...config,
+    ...{ r: 2 * config.r, alpha: factor * config.alpha },
+    ...{ rankPattern: times(config.rankPattern, 2), alphaPattern: times(config.alphaPattern, factor) },
+  };
+}
+
+/** [B, −B₀], [N,2r]. */
+function differenceToWrite(name: string, B: Tensor, B0: Tensor): TensorToWrite {
+  const [N = 0, r = 0] = B.shape;
+  return madeToWrite(name, [N, 2 * r], () => {
+    const joined = empty(B.gpu, [N, 2 * r], "savePeft");
+    B.gpu.scope(() => {
+      putColumns(B, joined, 0);
+      putColumns(scale(B0, -1), joined, r);
+    });
+    return joined;
+  });
 }
 
 /**

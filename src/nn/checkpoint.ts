@@ -144,6 +144,18 @@ export function tensorToWrite(
   };
 }
 
+/** As `tensorToWrite`, of a matrix that is made when its turn comes, and released after. */
+export function madeToWrite(name: string, shape: readonly [number, number], make: () => Tensor): TensorToWrite {
+  return {
+    ...{ name, dtype: "F32", shape, sizeBytes: 4 * shape[0] * shape[1] },
+    data: async function* () {
+      const made = make();
+      yield encodeFloats("F32", await read(made));
+      made.gpu.release(made);
+    },
+  };
+}
+
 /** "a, b, c and 40 more": names for an error message. */
 export function listSome(names: readonly string[], most = 8): string {
   if (names.length === 0) return "nothing";

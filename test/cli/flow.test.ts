@@ -156,6 +156,12 @@ test("the settings of an adapter arrive in it, and it can be gone on from and me
   expect(merged.code, merged.stderr).toBe(0);
   const planned = await lowrank(["plan", "--model", at("model"), ...settings.slice(0, 4), ...which, "--json"]);
   expect(planned.code, planned.stderr).toBe(0);
+  const begun = await lowrank(trainArgs("pissa", "--steps", "1", "--init", "pissa_niter_4", "--json"));
+  expect(begun.code, begun.stderr).toBe(0);
+  const memory = lastJson(begun) as { peak_bytes: number; planned_bytes: number };
+  expect(Math.abs(memory.peak_bytes / memory.planned_bytes - 1)).toBeLessThan(0.05);
+  const unknown = await lowrank(trainArgs("unknown", "--init", "best"));
+  expect(unknown.stderr).toContain('init: must be gaussian, orthogonal, pissa, pissa_niter_N or olora, got "best"');
   const wrong = await lowrank(trainArgs("wrong", "--layers-to-transform", "3-1"));
   expect(wrong).toMatchObject({
     code: 1,
