@@ -5,14 +5,14 @@ import { diskDirectory, ensureWritableDirectory, writeFileAtomic } from "./io/fi
 import type { HasLinears, LoraAdapter } from "./lora/adapter.ts";
 import { loadPeft, savePeft } from "./lora/peft.ts";
 import type { CausalModel } from "./models/causal.ts";
-import { loadModel } from "./models/load.ts";
+import { type LoadOptions, loadModel } from "./models/load.ts";
 
 export { appendLine, diskDirectory, ensureWritableDirectory, fileSource, writeFileAtomic } from "./io/files.ts";
 export { profilePage } from "./train/profile-page.ts";
 
 /** Loads a model from a Hugging Face directory on disk. See `loadModel`. */
-export const loadModelFrom = async (gpu: Gpu, path: string): Promise<CausalModel> =>
-  loadModel(gpu, diskDirectory(path));
+export const loadModelFrom = async (gpu: Gpu, path: string, options?: LoadOptions): Promise<CausalModel> =>
+  loadModel(gpu, diskDirectory(path), options);
 
 /** Loads a PEFT adapter from a directory on disk onto the model, enabled. See `loadPeft`. */
 export const loadPeftFrom = async (model: HasLinears, path: string): Promise<LoraAdapter> =>

@@ -6,8 +6,9 @@ import { copyTo } from "../../src/kernels/copy-rows.ts";
 import { doraNorms } from "../../src/kernels/dora.ts";
 import { attachPairs } from "../../src/lora/adapter.ts";
 import { rowSquares } from "../../src/lora/dora-linear.ts";
-import { Decoder, decoderShapes } from "../../src/models/decoder.ts";
+import { Decoder } from "../../src/models/decoder.ts";
 import type { DecoderConfig } from "../../src/models/decoder-config.ts";
+import { weightShapes } from "../../src/models/load.ts";
 import { inverseFrequencies } from "../../src/nn/rope.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { empty, slice, Tensor, tensor, VIEW_ALIGNMENT } from "../../src/tensor/tensor.ts";
@@ -342,7 +343,7 @@ function makeStep(sizes: StepSizes, trained: "adapter" | "weights"): Known {
   const draw = normals();
   const weights = new Map<string, HostMatrix>();
   const adapter = new Map<string, { A: HostMatrix; B: HostMatrix }>();
-  for (const [name, shape] of decoderShapes(config)) {
+  for (const [name, shape] of weightShapes(config)) {
     const [N = 0, K] = shape;
     if (K === undefined) weights.set(name, { ...draw(1, N, 0.1, 1) });
     else weights.set(name, draw(N, K, 1 / Math.sqrt(K)));
@@ -408,7 +409,7 @@ function configOf({ layers, hidden, inside, heads, kvHeads, vocab, T }: StepSize
   };
 }
 
-const shapeOf = (sizes: StepSizes, name: string): number[] => decoderShapes(configOf(sizes)).get(name) ?? [];
+const shapeOf = (sizes: StepSizes, name: string): number[] => weightShapes(configOf(sizes)).get(name) ?? [];
 const onDevice = (gpu: Gpu, { values, rows, columns }: HostMatrix): Tensor => tensor(gpu, values, [rows, columns]);
 
 /** The whole buffer that these tensors are in, as one tensor. */
@@ -442,7 +443,7 @@ function costsOf(sizes: StepSizes, trained: "adapter" | "weights"): { flops: num
   const { T, layers } = sizes;
   const config = configOf(sizes);
   let [flops, bytes] = [layers * 6 * T * T * config.hiddenSize, layers * 4 * 12 * T * config.hiddenSize];
-  for (const [name, [N = 0, K]] of decoderShapes(config)) {
+  for (const [name, [N = 0, K]] of weightShapes(config)) {
     if (K === undefined) continue;
     const one = 4 * (T * K + N * K + T * N);
     const isHead = name === "model.embed_tokens.weight";

@@ -4,8 +4,9 @@ import type { Gpu } from "../../src/gpu/gpu.ts";
 import { axpy } from "../../src/kernels/axpy.ts";
 import { copyTo } from "../../src/kernels/copy-rows.ts";
 import { attachLora } from "../../src/lora/adapter.ts";
-import { Decoder, decoderShapes } from "../../src/models/decoder.ts";
+import { Decoder } from "../../src/models/decoder.ts";
 import type { DecoderConfig } from "../../src/models/decoder-config.ts";
+import { weightShapes } from "../../src/models/load.ts";
 import { empty, read, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { collate } from "../../src/train/batches.ts";
 import { batchInputs, batchLoss } from "../../src/train/loss.ts";
@@ -75,7 +76,7 @@ async function hostTime(gpu: Gpu): Promise<ReplayReport["hostUs"]> {
 
 function build(gpu: Gpu, fill: boolean): { model: Decoder; adapter: ReturnType<typeof attachLora> } {
   const weights = new Map(
-    [...decoderShapes(CONFIG)].map(([name, shape]) => {
+    [...weightShapes(CONFIG)].map(([name, shape]) => {
       const t = empty(gpu, shape, name);
       if (fill)
         gpu.write(

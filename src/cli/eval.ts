@@ -6,7 +6,9 @@ import {
   jsonOption,
   maxLengthOption,
   modelOption,
+  quantizeOption,
   revisionOption,
+  weightFormat,
   whole,
 } from "./options.ts";
 import { located } from "./places.ts";
@@ -15,6 +17,7 @@ import { dataLine, number, openModel, readData, result, say, withGpu } from "./s
 interface EvalArguments {
   readonly model: string;
   readonly revision?: string;
+  readonly quantize?: "int8" | "nf4";
   readonly adapter?: string;
   readonly data: string;
   readonly batchSize: number;
@@ -32,6 +35,7 @@ export function evalCommand(): Command {
     .description("mean loss and perplexity over the tokens to learn of a data file")
     .addOption(modelOption())
     .addOption(revisionOption())
+    .addOption(quantizeOption())
     .addOption(adapterOption())
     .addOption(dataOption())
     .addOption(whole("eval", "--batch-size <n>", "rows of one forward pass", 1, 4))
@@ -46,7 +50,11 @@ async function run(options: EvalArguments): Promise<void> {
   const { rows, stats, maxLength } = await readData(path, data, limit);
   say(dataLine(stats, maxLength));
   await withGpu(async (gpu) => {
-    const { loss, perplexity, tokens } = await evaluate(await openModel(gpu, path, adapter), rows, batchSize);
+    const { loss, perplexity, tokens } = await evaluate(
+      await openModel(gpu, path, weightFormat(options.quantize), adapter),
+      rows,
+      batchSize,
+    );
     if (json) result(JSON.stringify({ loss, perplexity, tokens }));
     else result(`loss ${loss.toFixed(4)}, perplexity ${perplexity.toFixed(3)} over ${number(tokens)} tokens`);
   });

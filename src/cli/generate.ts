@@ -3,13 +3,23 @@ import type { Tokenizer } from "../io/tokenizer.ts";
 import { diskDirectory } from "../node.ts";
 import { generate } from "../serve/generate.ts";
 import { loadTokenizer } from "../tokenizer.ts";
-import { adapterOption, amount, jsonOption, modelOption, revisionOption, whole } from "./options.ts";
+import {
+  adapterOption,
+  amount,
+  jsonOption,
+  modelOption,
+  quantizeOption,
+  revisionOption,
+  weightFormat,
+  whole,
+} from "./options.ts";
 import { located } from "./places.ts";
 import { openModel, result, withGpu } from "./session.ts";
 
 interface GenerateArguments {
   readonly model: string;
   readonly revision?: string;
+  readonly quantize?: "int8" | "nf4";
   readonly adapter?: string;
   readonly prompt: string;
   readonly maxTokens: number;
@@ -28,6 +38,7 @@ export function generateCommand(): Command {
     .description("continue a prompt; the text appears as it comes, without the prompt")
     .addOption(modelOption())
     .addOption(revisionOption())
+    .addOption(quantizeOption())
     .addOption(adapterOption())
     .requiredOption("--prompt <text>", "text to continue")
     .addOption(whole("generate", "--max-tokens <n>", "stop after so many tokens", 0, 128))
@@ -43,7 +54,7 @@ async function run(options: GenerateArguments): Promise<void> {
   const tokenizer = await loadTokenizer(diskDirectory(path));
   const promptIds = tokenizer.encode(prompt);
   await withGpu(async (gpu) => {
-    const model = await openModel(gpu, path, adapter);
+    const model = await openModel(gpu, path, weightFormat(options.quantize), adapter);
     const ids: number[] = [];
     let shown = 0;
     const show = (soFar: string): void => {

@@ -6,13 +6,22 @@ import { writeFileAtomic } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { tensor, view } from "../tensor/tensor.ts";
 import { type Row, readRows } from "../train/data.ts";
-import { adapterOption, dataOption, modelOption, revisionOption, whole } from "./options.ts";
+import {
+  adapterOption,
+  dataOption,
+  modelOption,
+  quantizeOption,
+  revisionOption,
+  weightFormat,
+  whole,
+} from "./options.ts";
 import { located } from "./places.ts";
 import { openModel, openReader, readTextFile, result, say, withGpu } from "./session.ts";
 
 interface LogitsArguments {
   readonly model: string;
   readonly revision?: string;
+  readonly quantize?: "int8" | "nf4";
   readonly adapter?: string;
   readonly data: string;
   readonly row: number;
@@ -29,6 +38,7 @@ export function logitsCommand(): Command {
     .description("write the next-token logits of one row, as the tensor `logits` [tokens, vocabulary] in f32")
     .addOption(modelOption())
     .addOption(revisionOption())
+    .addOption(quantizeOption())
     .addOption(adapterOption())
     .addOption(dataOption())
     .addOption(whole("logits", "--row <i>", "which row; the first is 0", 0).makeOptionMandatory())
@@ -41,7 +51,7 @@ async function run(options: LogitsArguments): Promise<void> {
   const { model: path, adapter, data, row, out } = await located(options);
   const { inputIds } = await readRow(path, data, row);
   await withGpu(async (gpu) => {
-    const model = await openModel(gpu, path, adapter);
+    const model = await openModel(gpu, path, weightFormat(options.quantize), adapter);
     const [T, V] = [inputIds.length, model.config.vocabSize];
     const logits = gpu.scope(() => view(model.logits(tensor(gpu, Int32Array.from(inputIds), [1, T])), [T, V]));
     await writeFileAtomic(out, encodeSafetensors([tensorToWrite("logits", logits)]));

@@ -3,6 +3,7 @@ import { Option } from "commander";
 import type { LoraConfig } from "../lora/config.ts";
 import type { LoraInit } from "../lora/init.ts";
 import type { TargetModules } from "../lora/target-modules.ts";
+import type { WeightFormat } from "../models/weights.ts";
 import { ShapeError } from "../tensor/errors.ts";
 
 /** An option that takes a number for which `holds` is true; `rule` says in words what that is. Parsing throws ShapeError. */
@@ -52,6 +53,16 @@ export const revisionOption = (): Option =>
 
 export const adapterOption = (): Option =>
   new Option("--adapter <place>", "PEFT directory of a LoRA adapter, or org/name[@revision] on the Hub");
+
+/** How the base's linear layers are kept. */
+export const quantizeOption = (): Option =>
+  new Option(
+    "--quantize <format>",
+    "keep the base's linear layers in 8 or 4 bits a weight (default: as they are stored)",
+  ).choices(["int8", "nf4"]);
+
+/** What `quantizeOption` asks for: weights in 16 bits stay what they are. */
+export const weightFormat = (quantize: "int8" | "nf4" | undefined): WeightFormat => quantize ?? "stored";
 
 export const dataOption = (): Option =>
   new Option(

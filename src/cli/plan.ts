@@ -5,11 +5,10 @@ import type { Gpu } from "../gpu/gpu.ts";
 import { attachLora, type LoraAdapter } from "../lora/adapter.ts";
 import type { LoraConfig } from "../lora/config.ts";
 import { takesFromBase } from "../lora/init.ts";
-import type { ModelConfig } from "../models/config.ts";
-import { makeModel, weightShapes } from "../models/load.ts";
-import { loadPeftFrom } from "../node.ts";
+import { emptyModel } from "../models/load.ts";
+import type { WeightFormat } from "../models/weights.ts";
+import { diskDirectory, loadPeftFrom } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { empty } from "../tensor/tensor.ts";
 import { type MemoryPlan, planTraining } from "../train/plan.ts";
 import {
   jsonOption,
@@ -18,14 +17,18 @@ import {
   loraOptions,
   maxLengthOption,
   modelOption,
+  quantizeOption,
   revisionOption,
   stepOptions,
+  weightFormat,
 } from "./options.ts";
 import { located } from "./places.ts";
 import { bytes, deviceName, number, openReader, result, withGpu } from "./session.ts";
 
 /** What the memory of a run depends on. */
 export interface RunSize {
+  /** How the weights of linear layers are kept. */
+  readonly weights: WeightFormat;
   /** Whether the adapter begins with a part of the base. */
   readonly takesFromBase?: boolean;
   readonly batchSize: number;
@@ -34,9 +37,10 @@ export interface RunSize {
   readonly checkpointing: boolean;
 }
 
-interface PlanArguments extends Omit<RunSize, "maxLength">, LoraArguments {
+interface PlanArguments extends Omit<RunSize, "maxLength" | "weights">, LoraArguments {
   readonly model: string;
   readonly revision?: string;
+  readonly quantize?: "int8" | "nf4";
   readonly maxLength?: number;
   readonly budget?: number;
   readonly json?: boolean;
@@ -54,6 +58,7 @@ export function planCommand(): Command {
     .description("say what a training run would take of the GPU's memory, and whether it fits")
     .addOption(modelOption())
     .addOption(revisionOption())
+    .addOption(quantizeOption())
     .addOption(maxLengthOption("plan"));
   for (const option of [...loraOptions("plan"), ...stepOptions("plan"), budgetOption("plan"), jsonOption()])
     command.addOption(option);
@@ -75,18 +80,15 @@ const budgetOf = (gpu: Gpu, asked: number | undefined): number | undefined =>
   asked ?? (gpu.isSoftware ? totalmem() : undefined);
 
 /** Plans a run of this model; `adapter` is the settings of a new one, or the directory of one to go on from. */
-function planOf(gpu: Gpu, config: ModelConfig, adapter: LoraConfig | string, size: RunSize): Promise<MemoryPlan> {
+function planOf(gpu: Gpu, model: string, adapter: LoraConfig | string, size: RunSize): Promise<MemoryPlan> {
   return planTraining(
     gpu,
     async (dry) => {
-      const weights = new Map(
-        [...weightShapes(config, dry.limits)].map(([name, shape]) => [name, empty(dry, shape, name)]),
-      );
-      const model = makeModel(dry, config, weights);
-      model.checkpointing = size.checkpointing;
-      const attached = typeof adapter === "string" ? await loadPeftFrom(model, adapter) : attachLora(model, adapter);
+      const empty = await emptyModel(dry, diskDirectory(model), { weights: size.weights });
+      empty.checkpointing = size.checkpointing;
+      const attached = typeof adapter === "string" ? await loadPeftFrom(empty, adapter) : attachLora(empty, adapter);
       if (size.takesFromBase) attached.start(zeros(attached), true);
-      return { model, parameters: attached.parameters, adapter: attached };
+      return { model: empty, parameters: attached.parameters, adapter: attached };
     },
     size,
   );
@@ -98,30 +100,30 @@ const zeros = ({ pairs }: LoraAdapter): Map<string, Record<"A" | "B", Float32Arr
 /** The plan of a run if it fits. Throws GpuError, with what would make it fit, if it does not. */
 export async function demandFit(
   gpu: Gpu,
-  config: ModelConfig,
+  model: string,
   adapter: LoraConfig | string,
   size: RunSize,
   asked: number | undefined,
 ): Promise<MemoryPlan> {
   const budget = budgetOf(gpu, asked) ?? Number.POSITIVE_INFINITY;
-  const tried = await attempt(gpu, config, adapter, size);
+  const tried = await attempt(gpu, model, adapter, size);
   if (typeof tried !== "string" && tried.peak <= budget) return tried;
   const what =
     typeof tried === "string"
       ? tried
       : `plan: a run must fit into ${bytes(budget)} of GPU memory, got ${bytes(tried.peak)}: ${parts(tried)}`;
-  const way = await wayOut(gpu, config, adapter, size, budget);
+  const way = await wayOut(gpu, model, adapter, size, budget);
   throw new GpuError(`${what}. ${way}`);
 }
 
 async function attempt(
   gpu: Gpu,
-  config: ModelConfig,
+  model: string,
   adapter: LoraConfig | string,
   size: RunSize,
 ): Promise<MemoryPlan | string> {
   try {
-    return await planOf(gpu, config, adapter, size);
+    return await planOf(gpu, model, adapter, size);
   } catch (error) {
     if (error instanceof GpuError) return error.message.replace(/\. Use .*$/, "");
     throw error;
@@ -131,14 +133,14 @@ async function attempt(
 /** The first of ever smaller runs that fits: checkpointing, then fewer rows, then shorter ones. */
 async function wayOut(
   gpu: Gpu,
-  config: ModelConfig,
+  model: string,
   adapter: LoraConfig | string,
   size: RunSize,
   budget: number,
 ): Promise<string> {
   let smaller: RunSize = { ...size, checkpointing: true };
   for (;;) {
-    const tried = await attempt(gpu, config, adapter, smaller);
+    const tried = await attempt(gpu, model, adapter, smaller);
     if (typeof tried !== "string" && tried.peak <= budget) {
       const changes = [
         ...(size.checkpointing ? [] : ["--checkpointing"]),
@@ -164,13 +166,14 @@ async function run(given: PlanArguments): Promise<void> {
   const size = {
     ...{ batchSize, maxLength, gradAccumulation, checkpointing },
     takesFromBase: takesFromBase(options.init),
+    weights: weightFormat(options.quantize),
   };
   const adapter = loraConfig(options);
   await withGpu(async (gpu) => {
     const budget = budgetOf(gpu, options.budget);
-    const plan = await planOf(gpu, config, adapter, size);
+    const plan = await planOf(gpu, options.model, adapter, size);
     const fits = budget === undefined ? null : plan.peak <= budget;
-    const advice = fits === false ? await wayOut(gpu, config, adapter, size, budget ?? 0) : null;
+    const advice = fits === false ? await wayOut(gpu, options.model, adapter, size, budget ?? 0) : null;
     if (fits === false) process.exitCode = 1;
     if (options.json) {
       result(JSON.stringify({ ...plan, ...size, budget: budget ?? null, fits, advice, device: deviceName(gpu.info) }));

@@ -6,6 +6,7 @@ import { utf8 } from "../io/json.ts";
 import type { Tokenizer } from "../io/tokenizer.ts";
 import type { CausalModel } from "../models/causal.ts";
 import { type ModelConfig, readConfig } from "../models/config.ts";
+import type { WeightFormat } from "../models/weights.ts";
 import { loadModelFrom, loadPeftFrom } from "../node.ts";
 import { loadTokenizer } from "../tokenizer.ts";
 import { type DataStats, type Row, readRows } from "../train/data.ts";
@@ -41,8 +42,8 @@ export const deviceName = ({ description, device, vendor, architecture }: GPUAda
   description || device || `${vendor} ${architecture}`.trim() || "unnamed";
 
 /** The model, with the adapter enabled if one is given. */
-export async function openModel(gpu: Gpu, path: string, adapter?: string): Promise<CausalModel> {
-  const model = await loadModelFrom(gpu, path);
+export async function openModel(gpu: Gpu, path: string, weights: WeightFormat, adapter?: string): Promise<CausalModel> {
+  const model = await loadModelFrom(gpu, path, { weights });
   if (adapter !== undefined) await loadPeftFrom(model, adapter);
   return model;
 }

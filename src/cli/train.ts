@@ -28,18 +28,21 @@ import {
   maxLengthOption,
   modelOption,
   numeric,
+  quantizeOption,
   revisionOption,
   stepOptions,
+  weightFormat,
   whole,
 } from "./options.ts";
 import { located } from "./places.ts";
 import { budgetOption, demandFit } from "./plan.ts";
 import { Progress } from "./progress.ts";
-import { bytes, dataLine, deviceName, number, openReader, readData, result, say, withGpu } from "./session.ts";
+import { bytes, dataLine, deviceName, number, readData, result, say, withGpu } from "./session.ts";
 
 interface TrainArguments extends LoraArguments {
   readonly model: string;
   readonly revision?: string;
+  readonly quantize?: "int8" | "nf4";
   readonly data: string;
   readonly out: string;
   readonly steps?: number;
@@ -80,6 +83,7 @@ export function trainCommand(): Command {
     .description("fine-tune a LoRA adapter")
     .addOption(modelOption())
     .addOption(revisionOption())
+    .addOption(quantizeOption())
     .addOption(dataOption())
     .requiredOption("--out <dir>", "where adapter_model.safetensors, adapter_config.json and metrics.jsonl go")
     .addOption(whole(name, "--steps <n>", "optimizer steps", 1).conflicts("epochs"))
@@ -141,14 +145,14 @@ async function run(given: TrainArguments): Promise<void> {
     gradAccumulation,
     checkpointing,
     takesFromBase: takesFromBase(options.init),
+    weights: weightFormat(options.quantize),
     maxLength: longest(rows),
   };
-  const { config } = await openReader(options.model);
 
   const work = async (gpu: Gpu): Promise<void> => {
-    const plan = await demandFit(gpu, config, adapterPlan, size, options.budget);
+    const plan = await demandFit(gpu, options.model, adapterPlan, size, options.budget);
     say(`memory: at most ${bytes(plan.peak)} of the GPU's, ${bytes(plan.weights)} of it weights`);
-    const model = await loadModelFrom(gpu, options.model);
+    const model = await loadModelFrom(gpu, options.model, { weights: size.weights });
     model.checkpointing = checkpointing;
     const adapter = await startAdapter(model, options);
     const { parameters } = adapter;

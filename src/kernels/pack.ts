@@ -3,7 +3,7 @@ import type { Gpu } from "../gpu/gpu.ts";
 import { encodeFloats } from "../io/dtype.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import type { PackedFormat, PackedMatrix } from "../tensor/packed.ts";
-import { tensor } from "../tensor/tensor.ts";
+import { empty, type Tensor, tensor } from "../tensor/tensor.ts";
 
 export interface PackOptions {
   /** int8: elements along a row that share a scale, a power of two that divides the columns; a whole row unless given. */
@@ -60,6 +60,26 @@ export function packMatrix(
   return {
     ...{ gpu, format, shape, group, doubleQuant, words: tensor(gpu, words, [words.length]) },
     ...(scales && { scales: tensor(gpu, scales, [scales.length]) }),
+  };
+}
+
+/** A packed matrix of undefined content: what `packMatrix` would take of the device. */
+export function emptyPacked(
+  gpu: Gpu,
+  shape: readonly [rows: number, columns: number],
+  format: PackedFormat,
+  { doubleQuant = false }: Pick<PackOptions, "doubleQuant"> = {},
+): PackedMatrix {
+  const [rows, columns] = shape;
+  const size = rows * columns;
+  const group = format === "nf4" ? BLOCK : columns & -columns;
+  const bits = { f16: 16, bf16: 16, int8: 8, nf4: 4 }[format];
+  const scales = Math.ceil(size / group);
+  const words = (count: number): Tensor => empty(gpu, [count], "packed", "i32");
+  const scaleWords = doubleQuant ? 257 + 65 * Math.ceil(scales / OUTER_BLOCK) : scales;
+  return {
+    ...{ gpu, format, shape, group, doubleQuant, words: words(Math.ceil((size * bits) / 32)) },
+    ...((format === "int8" || format === "nf4") && { scales: words(scaleWords) }),
   };
 }
 

@@ -5,8 +5,10 @@ import { axpy, scale as scaled } from "../kernels/axpy.ts";
 import { copyTo } from "../kernels/copy-rows.ts";
 import { doraNorms } from "../kernels/dora.ts";
 import { matmul } from "../kernels/matmul.ts";
+import { unpackMatrix } from "../kernels/unpack.ts";
 import { type Linear, type LinearAdapter, type LinearGroup, linear } from "../nn/linear.ts";
 import { ShapeError } from "../tensor/errors.ts";
+import { isPacked, tensorsIn } from "../tensor/packed.ts";
 import { Random } from "../tensor/random.ts";
 import { empty, slice, type Tensor, tensor, VIEW_ALIGNMENT } from "../tensor/tensor.ts";
 import { checkConfig, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
@@ -73,7 +75,7 @@ export class LoraAdapter {
   training: { readonly seed: number; readonly step: Uniform } | undefined;
   #factor = 1;
   #state: "enabled" | "disabled" | "merged" | "detached" = "disabled";
-  readonly #originals = new Map<Linear, { readonly weight: Tensor; readonly bias: Tensor | undefined }>();
+  readonly #originals = new Map<Linear, Pick<Linear, "weight" | "bias">>();
 
   /** All parts, one behind the other: what `parameters` are views of. */
   readonly #flat: Tensor;
@@ -141,9 +143,14 @@ export class LoraAdapter {
       gpu.write(pair.B, B);
       if (!takesFromBase) continue;
       const { layer } = pair;
-      const residual = gpu.scope(() => axpy(1, layer.weight, -1, matmul(pair.B, pair.A, "nn", { scale: pair.scale })));
+      const original = layer.weight;
+      if (isPacked(original))
+        throw new ShapeError(
+          `start: a part of the base is taken from f32 weights, got ${original.format}. Load it as f32`,
+        );
+      const residual = gpu.scope(() => axpy(1, original, -1, matmul(pair.B, pair.A, "nn", { scale: pair.scale })));
       const [A0, B0] = [scaled(pair.A, 1), scaled(pair.B, 1)];
-      this.#beginnings.set(pair, { A: A0, B: B0, residual, original: layer.weight });
+      this.#beginnings.set(pair, { A: A0, B: B0, residual, original });
       layer.weight = residual;
     }
     this.#takeSquares();
@@ -245,7 +252,7 @@ export class LoraAdapter {
 
   /**
    * W ← W + s·B·A in every adapted layer (DoRA: its rows scaled to their magnitudes), and biases likewise, at no cost per token from then
-   * on. What was there is kept for `unmerge`. Throws ShapeError where the adapter has a bias for a layer that has none.
+   * on, packed weights as f32. What was there is kept for `unmerge`. Throws ShapeError where the adapter has a bias for a layer that has none.
    */
   merge(): void {
     for (const [name, { layer, loraBias }] of this.pairs)
@@ -258,7 +265,8 @@ export class LoraAdapter {
       this.#originals.set(layer, { weight: layer.weight, bias: layer.bias });
       const W = this.#beginnings.get(pair)?.residual ?? layer.weight;
       layer.weight = W.gpu.scope(() => {
-        const sum = axpy(1, W, 1, matmul(B, A, "nn", { scale: s }));
+        const wide = isPacked(W) ? unpackMatrix(W) : W;
+        const sum = axpy(1, wide, 1, matmul(B, A, "nn", { scale: s }));
         const magnitude = this.#magnitudeOf(pair);
         return magnitude ? mergedMagnitude(sum, { W, A, B }, magnitude, s) : sum;
       });
@@ -276,7 +284,8 @@ export class LoraAdapter {
   unmerge(): void {
     this.#demand("unmerge", "merged");
     for (const [layer, { weight, bias }] of this.#originals) {
-      layer.weight.gpu.release(layer.weight, ...(layer.bias && layer.bias !== bias ? [layer.bias] : []));
+      const merged = [...tensorsIn(layer.weight), ...(layer.bias && layer.bias !== bias ? [layer.bias] : [])];
+      layer.weight.gpu.release(...merged);
       layer.weight = weight;
       layer.bias = bias;
     }
@@ -290,7 +299,7 @@ export class LoraAdapter {
     if (this.#state === "detached") return;
     if (this.#state === "merged")
       for (const [layer, { weight, bias }] of this.#originals)
-        weight.gpu.release(weight, ...(bias && bias !== layer.bias ? [bias] : []));
+        weight.gpu.release(...tensorsIn(weight), ...(bias && bias !== layer.bias ? [bias] : []));
     else this.disable();
     const begun = [...this.#beginnings.values()].flatMap(({ A, B, residual }) => [A, B, residual]);
     this.#flat.gpu.release(this.#flat, ...this.#squares.values(), ...begun);

@@ -2,8 +2,9 @@
 
 import { ShapeError } from "../tensor/errors.ts";
 import { type Matrix, matrix, multiply, qr, randomizedSvd, type Svd, svd, transpose } from "../tensor/linalg.ts";
+import { isPacked } from "../tensor/packed.ts";
 import { Random } from "../tensor/random.ts";
-import { read } from "../tensor/tensor.ts";
+import { read, type Tensor } from "../tensor/tensor.ts";
 import type { LoraAdapter } from "./adapter.ts";
 
 /**
@@ -44,7 +45,13 @@ export async function initLora(adapter: LoraAdapter, init: LoraInit, seed = 0): 
     const [N = 0, K = 0] = layer.weight.shape;
     if (make.takesFromBase && r > Math.min(N, K))
       throw new ShapeError(`${init}: r must be at most ${Math.min(N, K)}, the rank of ${name}, got ${r}`);
-    const W = make.takesFromBase ? matrix(N, K, await read(layer.weight)) : { rows: N, columns: K, data: NONE };
+    if (make.takesFromBase && isPacked(layer.weight))
+      throw new ShapeError(
+        `${init}: a part of the base is taken from f32 weights, got ${layer.weight.format}. Load the model as f32`,
+      );
+    const W = make.takesFromBase
+      ? matrix(N, K, await read(layer.weight as Tensor))
+      : { rows: N, columns: K, data: NONE };
     const factors = await make.of(W, { r, scale, random });
     starts.set(name, { A: Float32Array.from(factors.A.data), B: Float32Array.from(factors.B.data) });
   }

@@ -6,10 +6,11 @@ import { copyRows } from "../kernels/copy-rows.ts";
 import { softCap } from "../kernels/soft-cap.ts";
 import type { Linear } from "../nn/linear.ts";
 import { ShapeError } from "../tensor/errors.ts";
+import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
 import { piecesOf } from "../tensor/pieces.ts";
 import { dims2, empty, type Tensor, tensor, view } from "../tensor/tensor.ts";
 import type { CausalConfig } from "./decoder-config.ts";
-import type { Weights } from "./weights.ts";
+import { tensorsOf, type Weights } from "./weights.ts";
 
 /** Keys and values of the positions seen so far, so that generation computes each position once. */
 export interface KvCache {
@@ -68,9 +69,14 @@ export abstract class CausalModel<C extends CausalConfig = CausalConfig> {
     this.logitCap = logitCap;
   }
 
-  /** Every weight as it is now, by Hugging Face name: a merged layer shows its merged weight. */
+  /** Every weight as it is now, by Hugging Face name, but those that are packed: a merged layer shows its merged weight. */
   get weights(): Map<string, Tensor> {
-    return this.#weights.current();
+    return new Map([...this.#weights.current()].flatMap(([name, w]) => (isPacked(w) ? [] : [[name, w] as const])));
+  }
+
+  /** The weights that are packed. */
+  get packed(): Map<string, PackedMatrix> {
+    return new Map([...this.#weights.current()].flatMap(([name, w]) => (isPacked(w) ? [[name, w] as const] : [])));
   }
 
   /**
@@ -136,7 +142,7 @@ export abstract class CausalModel<C extends CausalConfig = CausalConfig> {
 
   /** Frees every weight. Adapters are freed by their own `detach`. */
   destroy(): void {
-    this.gpu.release(...new Set(this.weights.values()));
+    this.gpu.release(...new Set(tensorsOf(this.#weights.current())));
   }
 }
 

@@ -16,7 +16,7 @@ import { dependsOnLength, type RopeSettings, ropeTables } from "../nn/rope.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { CausalModel, cached, type HiddenOptions, type KvCache, type Places } from "./causal.ts";
 import type { DecoderConfig } from "./decoder-config.ts";
-import { type Limits, Shapes, Weights } from "./weights.ts";
+import { type Limits, Shapes, type WeightMap, Weights } from "./weights.ts";
 
 /** The norms around a part of a block; after it means: of what it adds. */
 interface Norms {
@@ -77,7 +77,7 @@ export class Decoder extends CausalModel<DecoderConfig> {
   readonly #ropes: readonly Rope[];
 
   /** `weights` by Hugging Face name, complete and in the order of `decoderShapes`. */
-  constructor(gpu: Gpu, config: DecoderConfig, weights: ReadonlyMap<string, Tensor>) {
+  constructor(gpu: Gpu, config: DecoderConfig, weights: WeightMap) {
     const all = new Weights(weights);
     const tables = all.pieces("model.embed_tokens.weight");
     const [whole, windowed = whole] = [config.rope, ...(config.windowRope ? [config.windowRope] : [])].map(
@@ -227,7 +227,7 @@ function block(
 }
 
 /** See `weightShapes`. */
-export function decoderShapes(config: DecoderConfig, limits?: Limits): Map<string, number[]> {
+export function decoderShapes(config: DecoderConfig, limits?: Limits): Shapes {
   const { hiddenSize: C, intermediateSize: I, headDim: D, vocabSize: V, norms = "before", isFused } = config;
   const [Q, KV] = [config.heads * D, config.kvHeads * D];
   const shapes = new Shapes(limits);
@@ -260,5 +260,5 @@ export function decoderShapes(config: DecoderConfig, limits?: Limits): Map<strin
   }
   shapes.add("model.norm.weight", C);
   if (!config.tiedEmbeddings) shapes.table("lm_head.weight", V, C);
-  return shapes.map;
+  return shapes;
 }

@@ -17,7 +17,7 @@ import { type Tensor, tensor } from "../tensor/tensor.ts";
 import { CausalModel, cached, type HiddenOptions, type KvCache, type Places } from "./causal.ts";
 import { ConfigReader, tokenIds } from "./config-reader.ts";
 import type { CausalConfig } from "./decoder-config.ts";
-import { type Limits, Shapes, Weights } from "./weights.ts";
+import { type Limits, Shapes, type WeightMap, Weights } from "./weights.ts";
 
 export interface Gpt2Config extends CausalConfig {
   readonly modelType: "gpt2";
@@ -83,7 +83,7 @@ export class Gpt2 extends CausalModel<Gpt2Config> {
   readonly #norm: Norm;
 
   /** `weights` by Hugging Face name, complete and in the order of `gpt2Shapes`, linear layers [N,K]. */
-  constructor(gpu: Gpu, config: Gpt2Config, weights: ReadonlyMap<string, Tensor>) {
+  constructor(gpu: Gpu, config: Gpt2Config, weights: WeightMap) {
     const all = new Weights(weights);
     const norm = (name: string): Norm => ({ weight: all.get(`${name}.weight`), bias: all.get(`${name}.bias`) });
     const tokens = all.pieces("transformer.wte.weight");
@@ -156,7 +156,7 @@ export class Gpt2 extends CausalModel<Gpt2Config> {
 }
 
 /** See `weightShapes`. */
-export function gpt2Shapes(config: Gpt2Config, limits?: Limits): Map<string, number[]> {
+export function gpt2Shapes(config: Gpt2Config, limits?: Limits): Shapes {
   const { hiddenSize: C, intermediateSize: I, vocabSize: V } = config;
   const shapes = new Shapes(limits);
   const norm = (name: string): void => {
@@ -176,5 +176,5 @@ export function gpt2Shapes(config: Gpt2Config, limits?: Limits): Map<string, num
   }
   norm("transformer.ln_f");
   if (!config.tiedEmbeddings) shapes.table("lm_head.weight", V, C);
-  return shapes.map;
+  return shapes;
 }

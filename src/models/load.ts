@@ -1,12 +1,12 @@
 import type { Gpu } from "../gpu/gpu.ts";
 import type { Directory } from "../io/bytes.ts";
-import { openCheckpoint } from "../nn/checkpoint.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import { readJson } from "../io/json.ts";
+import { openCheckpoint, storedDtype, storedName } from "../nn/checkpoint.ts";
 import type { CausalModel } from "./causal.ts";
 import { type ModelConfig, readConfig } from "./config.ts";
 import { Decoder, decoderShapes } from "./decoder.ts";
 import { Gpt2, type Gpt2Config, gpt2Shapes, isConv1D } from "./gpt2.ts";
-import { type Limits, loadWeights } from "./weights.ts";
+import { emptyWeights, type Limits, loadWeights, type Shapes, type WeightFormat, type WeightMap } from "./weights.ts";
 
 /**
  * Name and shape of every weight of a model, in the order of its layers.
@@ -15,28 +15,61 @@ import { type Limits, loadWeights } from "./weights.ts";
  * "model.embed_tokens.weight[0:65536]" and so on.
  */
 export const weightShapes = (config: ModelConfig, limits?: Limits): Map<string, number[]> =>
+  shapesOf(config, limits).map;
+
+const shapesOf = (config: ModelConfig, limits?: Limits): Shapes =>
   isGpt2(config) ? gpt2Shapes(config, limits) : decoderShapes(config, limits);
 
-/** The model of these weights, which are named, shaped and ordered as `weightShapes` says. */
-export const makeModel = (gpu: Gpu, config: ModelConfig, weights: ReadonlyMap<string, Tensor>): CausalModel =>
+/** The model of these weights, which are named, shaped and ordered as `weightShapes` says. Those of linear layers may be packed. */
+export const makeModel = (gpu: Gpu, config: ModelConfig, weights: WeightMap): CausalModel =>
   isGpt2(config) ? new Gpt2(gpu, config, weights) : new Decoder(gpu, config, weights);
 
 const isGpt2 = (config: ModelConfig): config is Gpt2Config => config.modelType === "gpt2";
 
+export interface LoadOptions {
+  /** How the weights of linear layers are kept; "f32" unless given. Packed ones are frozen. */
+  readonly weights?: WeightFormat;
+  /** May be narrower than the device's. */
+  readonly limits?: Limits;
+}
+
 /**
- * Loads a model from a Hugging Face directory: `config.json` and `model.safetensors`, or its shards with their index. `limits` may be
- * narrower than the device's.
+ * Loads a model from a Hugging Face directory: `config.json` and `model.safetensors`, or its shards with their index.
  *
  * Weights are frozen: they require no gradient unless you set `requiresGrad`. Throws FormatError naming file and tensor for an
  * architecture that is not supported, a missing tensor or shard, or a wrong shape.
  */
-export async function loadModel(gpu: Gpu, directory: Directory, limits: Limits = gpu.limits): Promise<CausalModel> {
+export async function loadModel(gpu: Gpu, directory: Directory, options: LoadOptions = {}): Promise<CausalModel> {
+  const { weights: format = "f32", limits = gpu.limits } = options;
   const config = await readConfig(directory);
   const checkpoint = await openCheckpoint(directory, "model");
-  const weights = await loadWeights(gpu, checkpoint, {
-    shapes: weightShapes(config, limits),
-    whole: weightShapes(config),
-    isTransposed: (key) => isGpt2(config) && isConv1D(key),
-  });
-  return makeModel(gpu, config, weights);
+  const isTransposed = (name: string): boolean => isGpt2(config) && isConv1D(name);
+  const asked = { shapes: shapesOf(config, limits), whole: shapesOf(config), format, isTransposed };
+  return makeModel(gpu, config, await loadWeights(gpu, checkpoint, asked));
+}
+
+/** In which 16 bits a weight is stored: by the weights themselves where they are there, else by what `config.json` says of all. */
+async function storedFormats(directory: Directory): Promise<(name: string) => "f16" | "bf16" | undefined> {
+  const files = ["model.safetensors", "model.safetensors.index.json"].map((file) => directory.open(file));
+  if ((await Promise.all(files)).some((file) => file !== undefined)) {
+    const checkpoint = await openCheckpoint(directory, "model");
+    return (name) => packedAs(storedDtype(checkpoint, storedName(checkpoint, name)));
+  }
+  const json = await readJson(directory, "config.json");
+  const format = packedAs({ float16: "F16", bfloat16: "BF16" }[String(json?.dtype ?? json?.torch_dtype)]);
+  return () => format;
+}
+
+const packedAs = (dtype: string | undefined): "f16" | "bf16" | undefined =>
+  dtype === "F16" ? "f16" : dtype === "BF16" ? "bf16" : undefined;
+
+/** A model with weights of undefined content on a dry Gpu, of the size that `loadModel` would give: to plan with. */
+export async function emptyModel(dry: Gpu, directory: Directory, options: LoadOptions = {}): Promise<CausalModel> {
+  const { weights: format = "f32", limits = dry.limits } = options;
+  const config = await readConfig(directory);
+  const stored = format === "stored" ? await storedFormats(directory) : () => undefined;
+  const weights = emptyWeights(dry, shapesOf(config, limits), format, (name) =>
+    isGpt2(config) && isConv1D(name) ? undefined : stored(name),
+  );
+  return makeModel(dry, config, weights);
 }

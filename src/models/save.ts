@@ -2,6 +2,7 @@ import type { Directory } from "../io/bytes.ts";
 import type { FloatDtype } from "../io/dtype.ts";
 import { encodeSafetensors } from "../io/safetensors.ts";
 import { openCheckpoint, sliceOf, storedDtype, storedName, tensorToWrite } from "../nn/checkpoint.ts";
+import { ShapeError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { CausalModel } from "./causal.ts";
 
@@ -35,6 +36,11 @@ export interface ModelFiles {
  * where `source` lacks a weight of the model.
  */
 export async function saveModel(model: CausalModel, source: Directory): Promise<ModelFiles> {
+  const [[first, packed] = []] = model.packed;
+  if (packed)
+    throw new ShapeError(
+      `saveModel: weights must be f32, got ${first} packed as ${packed.format}. Load the model as f32`,
+    );
   const checkpoint = await openCheckpoint(source, "model");
   const pieces = new Map<string, Tensor[]>();
   for (const [key, t] of model.weights) {

@@ -1,10 +1,20 @@
 /** The weights of a model by name: their shapes, their way from a checkpoint, and who of them is a linear layer. */
 import type { Gpu } from "../gpu/gpu.ts";
+import { emptyPacked, packMatrix } from "../kernels/pack.ts";
 import { transpose } from "../kernels/transpose.ts";
-import { type Checkpoint, loadTensor, sliceName, sliceOf, storedName } from "../nn/checkpoint.ts";
+import {
+  type Checkpoint,
+  loadPacked,
+  loadTensor,
+  sliceName,
+  sliceOf,
+  storedDtype,
+  storedName,
+} from "../nn/checkpoint.ts";
 import type { Linear } from "../nn/linear.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import { isPacked, type PackedFormat, type PackedMatrix, tensorsIn } from "../tensor/packed.ts";
+import { empty, read, type Tensor } from "../tensor/tensor.ts";
 
 /** What a device can bind. */
 export type Limits = Pick<GPUSupportedLimits, "maxBufferSize" | "maxStorageBufferBindingSize">;
@@ -15,6 +25,8 @@ const VOCABULARY_STEP = 64;
 /** Name and shape of the weights of a model, collected layer by layer. */
 export class Shapes {
   readonly map: Map<string, number[]> = new Map();
+  /** Names of the weights of linear layers, which may be packed. */
+  readonly packable: Set<string> = new Set();
   readonly #limits: Limits | undefined;
 
   constructor(limits: Limits | undefined) {
@@ -28,6 +40,7 @@ export class Shapes {
   /** W [N,K] and, if there is one, b [N]. */
   linear(module: string, N: number, K: number, bias: boolean): void {
     this.add(`${module}.weight`, N, K);
+    if (K % 4 === 0) this.packable.add(`${module}.weight`);
     if (bias) this.add(`${module}.bias`, N);
   }
 
@@ -43,38 +56,47 @@ export class Shapes {
   }
 }
 
+/** Weights by name; those of linear layers may be packed. */
+export type WeightMap = ReadonlyMap<string, Tensor | PackedMatrix>;
+
 /** The weights of one model while it is put together. */
 export class Weights {
-  readonly map: ReadonlyMap<string, Tensor>;
+  readonly map: WeightMap;
   /** Every linear layer that `linear` was asked for, by module name. */
   readonly linears: Map<string, Linear> = new Map();
 
-  constructor(map: ReadonlyMap<string, Tensor>) {
+  constructor(map: WeightMap) {
     this.map = map;
   }
 
   /** Throws ShapeError where there is none. */
   get(name: string): Tensor {
+    const t = this.#any(name);
+    if (isPacked(t)) throw new ShapeError(`model: weight "${name}" must be a tensor, got one packed as ${t.format}`);
+    return t;
+  }
+
+  #any(name: string): Tensor | PackedMatrix {
     const t = this.map.get(name);
     if (!t) throw new ShapeError(`model: weight "${name}" must be given, got ${this.map.size} others`);
     return t;
   }
 
   linear(module: string): Linear {
-    const bias = this.map.get(`${module}.bias`);
-    const made: Linear = { weight: this.get(`${module}.weight`), ...(bias && { bias }) };
+    const bias = this.map.has(`${module}.bias`) ? this.get(`${module}.bias`) : undefined;
+    const made: Linear = { weight: this.#any(`${module}.weight`), ...(bias && { bias }) };
     this.linears.set(module, made);
     return made;
   }
 
   /** A table of `Shapes.table`. */
   pieces(name: string): readonly Tensor[] {
-    const found = [...this.map].flatMap(([key, t]) => (sliceOf(key).name === name ? [t] : []));
+    const found = [...this.map.keys()].flatMap((key) => (sliceOf(key).name === name ? [this.get(key)] : []));
     return found.length > 0 ? found : [this.get(name)];
   }
 
   /** Every weight as it is now: a merged layer shows its merged weight. */
-  current(): Map<string, Tensor> {
+  current(): Map<string, Tensor | PackedMatrix> {
     const merged = [...this.linears].flatMap(([module, { weight, bias }]) => [
       [`${module}.weight`, weight] as const,
       ...(bias ? [[`${module}.bias`, bias] as const] : []),
@@ -83,36 +105,85 @@ export class Weights {
   }
 }
 
+/**
+ * How the weights of linear layers are kept: as f32, as they are stored where that is in 16 bits, or quantised. What a kernel cannot read
+ * packed, for its rows are not a multiple of 4 long, is f32 all the same.
+ */
+export type WeightFormat = "f32" | "stored" | "int8" | "nf4";
+
 /** What is to be loaded. */
 export interface WeightsToLoad {
   /** In pieces, for the device. */
-  readonly shapes: ReadonlyMap<string, readonly number[]>;
+  readonly shapes: Shapes;
   /** The same, as the file has it. */
-  readonly whole: ReadonlyMap<string, readonly number[]>;
+  readonly whole: Shapes;
+  readonly format: WeightFormat;
   /** Which matrices the file has the other way around. */
   readonly isTransposed: (name: string) => boolean;
 }
 
-/** Loads weights as f32. Throws FormatError naming a tensor that is missing or has a wrong shape. */
+/** Loads weights: those of linear layers in the format, all others as f32. Throws FormatError naming a tensor that is missing or has a wrong shape. */
 export async function loadWeights(
   gpu: Gpu,
   checkpoint: Checkpoint,
-  { shapes, whole, isTransposed }: WeightsToLoad,
-): Promise<Map<string, Tensor>> {
-  const weights = new Map<string, Tensor>();
+  { shapes, whole, format, isTransposed }: WeightsToLoad,
+): Promise<Map<string, Tensor | PackedMatrix>> {
+  const weights = new Map<string, Tensor | PackedMatrix>();
   try {
-    for (const [key, shape] of shapes) {
+    for (const [key, shape] of shapes.map) {
       const { name, first } = sliceOf(key);
       const stored = storedName(checkpoint, name);
-      if (isTransposed(name)) {
-        const turned = await loadTensor(gpu, checkpoint, stored, shape.toReversed());
-        weights.set(key, transpose(turned));
-        gpu.release(turned);
-      } else weights.set(key, await loadTensor(gpu, checkpoint, stored, whole.get(name) ?? shape, first, shape[0]));
+      const isPackable = format !== "f32" && shapes.packable.has(name);
+      if (isPackable && format === "stored" && !isTransposed(name) && storedDtype(checkpoint, stored) !== "F32") {
+        weights.set(key, await loadPacked(gpu, checkpoint, stored, shape));
+        continue;
+      }
+      const fileShape = whole.map.get(name) ?? shape;
+      const loaded = isTransposed(name)
+        ? await loadTurned(gpu, checkpoint, stored, shape)
+        : await loadTensor(gpu, checkpoint, stored, fileShape, first, shape[0]);
+      weights.set(key, loaded);
+      if (isPackable && format !== "stored") weights.set(key, await quantised(loaded, format));
     }
   } catch (error) {
-    gpu.release(...weights.values());
+    gpu.release(...tensorsOf(weights));
     throw error;
   }
   return weights;
+}
+
+/** Every tensor of the weights, to be released. */
+export const tensorsOf = (weights: WeightMap): Tensor[] => [...weights.values()].flatMap(tensorsIn);
+
+async function loadTurned(gpu: Gpu, checkpoint: Checkpoint, name: string, shape: readonly number[]): Promise<Tensor> {
+  const turned = await loadTensor(gpu, checkpoint, name, shape.toReversed());
+  const y = transpose(turned);
+  gpu.release(turned);
+  return y;
+}
+
+/** NF4 has its scales quantised, too. The f32 values are released. */
+async function quantised(W: Tensor, format: "int8" | "nf4"): Promise<PackedMatrix> {
+  const [N = 0, K = 0] = W.shape;
+  const values = Float32Array.from(await read(W));
+  const packed = packMatrix(W.gpu, values, [N, K], format, format === "nf4" ? { doubleQuant: true } : {});
+  W.gpu.release(W);
+  return packed;
+}
+
+/** Weights of undefined content, in the format: what a dry run is planned with. `stored` says which are in 16 bits in the file. */
+export function emptyWeights(
+  gpu: Gpu,
+  shapes: Shapes,
+  format: WeightFormat,
+  stored: (name: string) => PackedFormat | undefined = () => undefined,
+): Map<string, Tensor | PackedMatrix> {
+  const of = (name: string, shape: readonly number[]): Tensor | PackedMatrix => {
+    const [N = 0, K = 0] = shape;
+    const kept = format === "stored" ? stored(name) : format === "f32" ? undefined : format;
+    return kept && shapes.packable.has(name)
+      ? emptyPacked(gpu, [N, K], kept, kept === "nf4" ? { doubleQuant: true } : {})
+      : empty(gpu, shape, name);
+  };
+  return new Map([...shapes.map].map(([name, shape]) => [name, of(name, shape)]));
 }

@@ -6,7 +6,9 @@ import { FormatError } from "../io/errors.ts";
 import { isObject, readJson } from "../io/json.ts";
 import { openSafetensors, type SafetensorsFile, type TensorToWrite } from "../io/safetensors.ts";
 import { widen16 } from "../kernels/cast.ts";
+import { emptyPacked } from "../kernels/pack.ts";
 import { transpose } from "../kernels/transpose.ts";
+import type { PackedMatrix } from "../tensor/packed.ts";
 import { piecesOf } from "../tensor/pieces.ts";
 import { empty, read, type Tensor } from "../tensor/tensor.ts";
 
@@ -98,9 +100,7 @@ export async function loadTensor(
 ): Promise<Tensor> {
   const dtype = storedDtype(checkpoint, name);
   const file = checkpoint.tensors.get(name);
-  const stored = file?.tensors.get(name)?.shape ?? [];
-  if (`${stored}` !== `${shape}`)
-    throw new FormatError(`${checkpoint.name}: tensor "${name}" must be [${shape}], got [${stored}]`);
+  expectStored(checkpoint, name, shape);
   const rowSize = shape.slice(1).reduce((a, b) => a * b, 1);
   const rowBytes = rowSize * (dtype === "F32" ? 4 : 2);
   const taken = [...shape.slice(0, 1).map(() => rows), ...shape.slice(1)];
@@ -114,6 +114,32 @@ export async function loadTensor(
   const wide = widen16(target, taken, dtype === "F16" ? "f16" : "bf16");
   gpu.release(target);
   return wide;
+}
+
+/** Loads a matrix [N,K] that is stored in 16 bits as it is. Errors as in `loadTensor`; K must be a multiple of 4. */
+export async function loadPacked(
+  gpu: Gpu,
+  checkpoint: Checkpoint,
+  name: string,
+  shape: readonly number[],
+): Promise<PackedMatrix> {
+  const [N = 0, K = 0] = shape;
+  const format = storedDtype(checkpoint, name) === "F16" ? "f16" : "bf16";
+  const file = checkpoint.tensors.get(name);
+  expectStored(checkpoint, name, shape);
+  const packed = emptyPacked(gpu, [N, K], format);
+  let offset = 0;
+  for await (const piece of file?.readPieces(name) ?? []) {
+    gpu.write(packed.words, piece, offset);
+    offset += piece.byteLength;
+  }
+  return packed;
+}
+
+function expectStored({ name: file, tensors }: Checkpoint, name: string, shape: readonly number[]): void {
+  const stored = tensors.get(name)?.tensors.get(name)?.shape ?? [];
+  if (`${stored}` !== `${shape}`)
+    throw new FormatError(`${file}: tensor "${name}" must be [${shape}], got [${stored}]`);
 }
 
 /**

@@ -1,9 +1,10 @@
 import { matmul } from "../autograd/basic-ops.ts";
+import type { PackedMatrix } from "../tensor/packed.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 
-/** A linear layer's parameters: y = x·Wᵀ + b, W [N,K], b [N]. */
+/** A linear layer's parameters: y = x·Wᵀ + b, W [N,K], b [N]. A packed W is frozen. */
 export interface Linear {
-  weight: Tensor;
+  weight: Tensor | PackedMatrix;
   bias?: Tensor | undefined;
   /** What stands in for x·Wᵀ while it is set: how LoRA hooks in. */
   adapter?: LinearAdapter | undefined;
@@ -11,7 +12,7 @@ export interface Linear {
 
 export interface LinearAdapter {
   /** x·Wᵀ + b and whatever the adapter adds. */
-  apply(x: Tensor, weight: Tensor, bias?: Tensor): Tensor;
+  apply(x: Tensor, weight: Tensor | PackedMatrix, bias?: Tensor): Tensor;
   /** The layers that it can compute together, on one x. */
   readonly group?: LinearGroup | undefined;
 }

@@ -22,6 +22,10 @@ export interface PackedMatrix {
   readonly doubleQuant: boolean;
 }
 
+/** The tensors that it is or consists of, to be released. */
+export const tensorsIn = (w: Tensor | PackedMatrix): Tensor[] =>
+  isPacked(w) ? [w.words, ...(w.scales ? [w.scales] : [])] : [w];
+
 /** True for a packed matrix, false for a tensor. */
 export function isPacked(w: Tensor | PackedMatrix): w is PackedMatrix {
   return "format" in w;

@@ -136,7 +136,7 @@ test("disable, enable and setScale switch between the base and the adapter", asy
 
 test("merge gives the adapter's output, unmerge the original weights bit for bit", async () => {
   const { model, x } = await twoLayers();
-  const originals = await Promise.all([...model.linears.values()].map(({ weight }) => read(weight)));
+  const originals = await Promise.all([...model.linears.values()].map(({ weight }) => read(weight as Tensor)));
   const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: "all-linear" });
   const random = new Random(3);
   for (const { B } of adapter.pairs.values()) B.gpu.write(B, Float32Array.from(randomNd(B.shape, random, 0.1).data));
@@ -145,7 +145,7 @@ test("merge gives the adapter's output, unmerge the original weights bit for bit
   expectClose(await run(model, x), tuned, 1e-5);
   expect(await read([...model.linears.values()][0]?.weight as Tensor)).not.toEqual(originals[0]);
   adapter.unmerge();
-  expect(await Promise.all([...model.linears.values()].map(({ weight }) => read(weight)))).toEqual(originals);
+  expect(await Promise.all([...model.linears.values()].map(({ weight }) => read(weight as Tensor)))).toEqual(originals);
   expect(await run(model, x)).toEqual(tuned);
   adapter.detach();
 });

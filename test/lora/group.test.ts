@@ -99,7 +99,7 @@ async function check({ widths, lead, K, r, dropout = 0 }: Case): Promise<void> {
   let dx: Nd | undefined;
   for (const [i, { layer, A, B }] of [...adapter.pairs.values()].entries()) {
     const key = { seed: 77, step: 5, stream: i };
-    const of = [await ndOf(layer.weight), await ndOf(A), await ndOf(B)] as const;
+    const of = [await ndOf(layer.weight as Tensor), await ndOf(A), await ndOf(B)] as const;
     const twin = layerTwin(x, ...of, dys[i] as Nd, 2, (t) => (dropout > 0 ? dropoutTwin(t, dropout, key) : t));
     expect(ys[i]?.shape).toEqual([...lead, widths[i]]);
     expectClose(await read(ys[i] as Tensor), twin.y.data, 2e-5, `y${i} of ${what}`);

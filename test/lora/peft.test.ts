@@ -6,7 +6,7 @@ import { FormatError } from "../../src/io/errors.ts";
 import { encodeSafetensors, openSafetensors } from "../../src/io/safetensors.ts";
 import { attachLora, type HasLinears } from "../../src/lora/adapter.ts";
 import { loadPeft, savePeft } from "../../src/lora/peft.ts";
-import { readAll, tensor } from "../../src/tensor/tensor.ts";
+import { readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { testGpu } from "../harness.ts";
 
 const Q = "model.layers.0.self_attn.q_proj";
@@ -170,7 +170,7 @@ describe("an adapter that does not fit is refused by name", () => {
     const before = gpu.counters().buffersLive;
     const model = tinyModel(gpu);
     await expect(loadPeft(model, await adapterDirectory(tensors, config))).rejects.toThrow(new FormatError(message));
-    gpu.release(...[...model.linears.values()].map(({ weight }) => weight));
+    gpu.release(...[...model.linears.values()].map(({ weight }) => weight as Tensor));
     expect(gpu.counters().buffersLive, "nothing stays behind").toBe(before);
   });
 

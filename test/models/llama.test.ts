@@ -249,7 +249,7 @@ describe("an embedding above what a device can bind comes in pieces", () => {
     await writeTinyModel(path, { config: { vocab_size: 200, tie_word_embeddings: tied }, dtype });
     const directory = diskDirectory(path);
     const whole = await loadModel(gpu, directory);
-    const pieced = await loadModel(gpu, directory, limits);
+    const pieced = await loadModel(gpu, directory, { limits });
     expect([...pieced.weights].filter(([name]) => /embed|head/.test(name)).map(([name, t]) => [name, t.shape])).toEqual(
       ["model.embed_tokens.weight", ...(tied ? [] : ["lm_head.weight"])].flatMap((name) => [
         [`${name}[0:64]`, [64, 32]],
@@ -288,7 +288,7 @@ describe("an embedding above what a device can bind comes in pieces", () => {
   test("logits in pieces have no gradient, and say so", async () => {
     const gpu = await testGpu();
     const directory = diskDirectory(path);
-    const model = await loadModel(gpu, directory, limits);
+    const model = await loadModel(gpu, directory, { limits });
     for (const t of model.weights.values()) t.requiresGrad = true;
     const logits = model.logits(tensor(gpu, Int32Array.of(1, 2), [1, 2]));
     expect(() => backward(logits, logits)).toThrow(
