@@ -123,7 +123,7 @@ test("a model that cannot be read is refused before its weights are fetched", as
   hub.models.set("org/other", { commit: COMMIT, refs: { main: COMMIT }, files });
   await expect(located({ model: "org/other" })).rejects.toThrow(
     new FormatError(
-      `${snapshot("org/other")}/config.json: "model_type" must be "llama", got "mamba". No other architecture is supported yet`,
+      `${snapshot("org/other")}/config.json: "model_type" must be one of llama, mistral, qwen2, qwen3, smollm3, gemma2, gemma3_text, phi3, olmo2, granite, gpt2, got "mamba"`,
     ),
   );
   expect(hub.asked.some(({ path }) => path.includes("safetensors"))).toBe(false);
