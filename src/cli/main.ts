@@ -1,8 +1,10 @@
 #!/usr/bin/env node
 import { Command } from "commander";
+import { convertCommand } from "./convert.ts";
 import { doctorCommand } from "./doctor.ts";
 import { evalCommand } from "./eval.ts";
 import { generateCommand } from "./generate.ts";
+import { inspectCommand } from "./inspect.ts";
 import { logitsCommand } from "./logits.ts";
 import { mergeCommand } from "./merge.ts";
 import { planCommand } from "./plan.ts";
@@ -18,6 +20,8 @@ const program = new Command("lowrank")
   .addCommand(evalCommand())
   .addCommand(generateCommand())
   .addCommand(mergeCommand())
+  .addCommand(convertCommand())
+  .addCommand(inspectCommand())
   .addCommand(logitsCommand())
   .addCommand(doctorCommand())
   .addHelpText(

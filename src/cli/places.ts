@@ -42,7 +42,8 @@ export async function located<T extends Places>(
   };
 }
 
-async function find(
+/** Directory and name of a place; with `weights` false a model's stay on the Hub. Throws FormatError where it is neither. */
+export async function find(
   flag: string,
   place: string,
   weights = true,

@@ -187,16 +187,22 @@ export async function* encodeSafetensors(
   start.set(header, 8);
   yield start;
 
-  for (const { name, sizeBytes, data } of sorted) {
-    const given = data();
-    let written = 0;
-    for await (const piece of Symbol.asyncIterator in given ? given : [given]) {
-      written += piece.byteLength;
-      if (written <= sizeBytes) yield piece;
-    }
-    if (written !== sizeBytes)
-      throw new FormatError(`safetensors: tensor ${quote(name)} must give its ${sizeBytes} bytes, got ${written}`);
+  for (const tensor of sorted) yield* tensorBytes(tensor, "safetensors");
+}
+
+/** The bytes of a tensor, never more than it may have. Throws a FormatError if they are not so many. */
+export async function* tensorBytes(
+  { name, sizeBytes, data }: TensorToWrite,
+  format: string,
+): AsyncGenerator<Uint8Array> {
+  const given = data();
+  let written = 0;
+  for await (const piece of Symbol.asyncIterator in given ? given : [given]) {
+    written += piece.byteLength;
+    if (written <= sizeBytes) yield piece;
   }
+  if (written !== sizeBytes)
+    throw new FormatError(`${format}: tensor ${quote(name)} must give its ${sizeBytes} bytes, got ${written}`);
 }
 
 /** Undefined where the product cannot be counted exactly, or is not a whole number of bytes. */

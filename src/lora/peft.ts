@@ -12,8 +12,8 @@ import { attachPairs, type HasLinears, type LoraAdapter, type LoraParts } from "
 import { checkConfig, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
 import type { TargetModules } from "./target-modules.ts";
 
-const PREFIX = "base_model.model.";
-const CONFIG = "adapter_config.json";
+export const PREFIX = "base_model.model.";
+export const CONFIG = "adapter_config.json";
 
 /** The two files of an adapter directory. */
 export interface AdapterFiles {
@@ -22,13 +22,13 @@ export interface AdapterFiles {
 }
 
 /** What the tensors of a module go by, behind its name. */
-const KEYS = {
+export const KEYS: Readonly<Record<keyof LoraParts, string>> = {
   A: "lora_A.weight",
   B: "lora_B.weight",
   magnitude: "lora_magnitude_vector",
   loraBias: "lora_B.bias",
   bias: "base_layer.bias",
-} as const satisfies Record<keyof LoraParts, string>;
+};
 
 /**
  * The two files of the adapter as PEFT writes them: f32, the adapter's name left out of the tensor names.
@@ -38,8 +38,26 @@ const KEYS = {
 export function savePeft(adapter: LoraAdapter, baseModel: string): AdapterFiles {
   const { beginnings } = adapter;
   const settings = beginnings.size > 0 ? doubled(adapter.config) : adapter.config;
+  const tensors = [...adapter.pairs].flatMap(([name, pair]) =>
+    Object.keys(KEYS).flatMap((part) => {
+      const t = pair[part as keyof LoraParts];
+      if (!t) return [];
+      const [key, beginning] = [keyOf(name, part), beginnings.get(name)];
+      if (beginning && part === "A") return [tensorToWrite(key, [t, beginning.A])];
+      if (beginning && part === "B") return [differenceToWrite(key, t, beginning.B)];
+      return [tensorToWrite(key, t)];
+    }),
+  );
+  return {
+    "adapter_config.json": encodeConfig(settings, [...adapter.pairs.keys()], baseModel),
+    "adapter_model.safetensors": encodeSafetensors(tensors, { format: "pt" }),
+  };
+}
+
+/** `adapter_config.json` of an adapter of these modules. */
+export function encodeConfig(settings: LoraConfig, modules: readonly string[], baseModel: string): string {
   const { targetModules } = settings;
-  const leaves = [...new Set([...adapter.pairs.keys()].map((name) => name.split(".").at(-1)))].sort();
+  const leaves = [...new Set(modules.map((name) => name.split(".").at(-1)))].sort();
   const isAll = typeof targetModules === "string" && targetModules.toLowerCase() === "all-linear";
   const config = {
     alpha_pattern: settings.alphaPattern ?? {},
@@ -65,20 +83,7 @@ export function savePeft(adapter: LoraAdapter, baseModel: string): AdapterFiles 
     use_dora: settings.useDora ?? false,
     use_rslora: settings.useRslora ?? false,
   };
-  const tensors = [...adapter.pairs].flatMap(([name, pair]) =>
-    Object.keys(KEYS).flatMap((part) => {
-      const t = pair[part as keyof LoraParts];
-      if (!t) return [];
-      const [key, beginning] = [keyOf(name, part), beginnings.get(name)];
-      if (beginning && part === "A") return [tensorToWrite(key, [t, beginning.A])];
-      if (beginning && part === "B") return [differenceToWrite(key, t, beginning.B)];
-      return [tensorToWrite(key, t)];
-    }),
-  );
-  return {
-    "adapter_config.json": `${JSON.stringify(config, null, 2)}\n`,
-    "adapter_model.safetensors": encodeSafetensors(tensors, { format: "pt" }),
-  };
+  return `${JSON.stringify(config, null, 2)}\n`;
 }
 
 /**
@@ -169,7 +174,8 @@ const UNSUPPORTED: Readonly<Record<string, readonly unknown[]>> = {
   velora_config: [null],
 };
 
-async function readAdapterConfig(directory: Directory): Promise<LoraConfig> {
+/** The settings of a PEFT adapter. Throws FormatError for what is out of range or changes the result and is not supported. */
+export async function readAdapterConfig(directory: Directory): Promise<LoraConfig> {
   const name = `${directory.name}/${CONFIG}`;
   const json = await readJson(directory, CONFIG);
   if (!json) throw new FormatError(`${name}: an adapter directory must have it, got no such file. Check the path`);

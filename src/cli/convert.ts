@@ -1,0 +1,85 @@
+import { existsSync, readdirSync, statSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { Command, Option } from "commander";
+import { FormatError } from "../io/errors.ts";
+import { diskDirectory, ensureWritableDirectory, fileSource, writeFileAtomic } from "../io/files.ts";
+import { isGguf } from "../io/gguf.ts";
+import { type EncodedAdapter, encodeMlx, encodePeft, formatOf, readAdapter } from "../lora/adapter-file.ts";
+import { encodeGgufAdapter, readGgufAdapter } from "../lora/gguf-adapter.ts";
+import type { BaseModel, PlainAdapter } from "../lora/plain-adapter.ts";
+import { readConfig } from "../models/config.ts";
+import { ShapeError } from "../tensor/errors.ts";
+import { adapterOption } from "./options.ts";
+import { find } from "./places.ts";
+import { result, say } from "./session.ts";
+
+interface ConvertArguments {
+  readonly adapter: string;
+  readonly to: PlainAdapter["format"];
+  readonly out: string;
+  readonly model?: string;
+}
+
+const EXAMPLES = `
+Examples:
+  $ lowrank convert --adapter adapters/pirate --to mlx --out adapters/pirate-mlx
+  $ lowrank convert --adapter adapters/pirate --to gguf --out pirate.gguf --model models/base
+  $ lowrank convert --adapter pirate.gguf --to peft --out adapters/pirate --model models/base`;
+
+export function convertCommand(): Command {
+  return new Command("convert")
+    .description("write an adapter in another format: PEFT's, mlx-lm's or llama.cpp's, from any of these")
+    .addOption(adapterOption().makeOptionMandatory())
+    .addOption(new Option("--to <format>", "its format").choices(["peft", "mlx", "gguf"]).makeOptionMandatory())
+    .requiredOption("--out <path>", "directory of the adapter, or GGUF file")
+    .option("--model <place>", "the adapter's model, for its config.json: always for gguf, and from it for Llama's kin")
+    .addHelpText("after", EXAMPLES)
+    .action(run);
+}
+
+async function run({ adapter: place, to, out, model }: ConvertArguments): Promise<void> {
+  if (to === "gguf" && model === undefined)
+    throw new ShapeError(
+      "convert: --to gguf needs --model, got none. Give the adapter's model; its config.json is enough",
+    );
+  const base =
+    model === undefined ? undefined : await readConfig(diskDirectory((await find("--model", model, false)).directory));
+  const adapter = await openAdapter("--adapter", place, base);
+  await checkOut(to, out);
+  const { files, notes } = encode(adapter, to, base);
+  await ensureWritableDirectory(to === "gguf" ? dirname(out) : out);
+  for (const [file, content] of Object.entries(files)) await writeFileAtomic(join(out, file), content);
+  for (const note of notes) say(`note: ${note}`);
+  result(`the adapter is in ${out}, ${adapter.modules.size} modules, from ${adapter.format} to ${to}`);
+}
+
+const encode = (adapter: PlainAdapter, to: PlainAdapter["format"], base: BaseModel | undefined): EncodedAdapter =>
+  to === "gguf" && base
+    ? encodeGgufAdapter(adapter, base)
+    : to === "mlx"
+      ? encodeMlx(adapter, base)
+      : encodePeft(adapter);
+
+/** Reads an adapter of any format from a directory, a GGUF file or the Hub. */
+export async function openAdapter(flag: string, place: string, base?: BaseModel): Promise<PlainAdapter> {
+  const { directory: path } = await find(flag, place);
+  if (statSync(path).isDirectory()) return readAdapter(diskDirectory(path));
+  return readGgufAdapter(await fileSource(path), path, base);
+}
+
+/** Throws FormatError where something else would be written over, or into. */
+async function checkOut(to: PlainAdapter["format"], out: string): Promise<void> {
+  if (!existsSync(out)) return;
+  const isDirectory = statSync(out).isDirectory();
+  const found = isDirectory
+    ? readdirSync(out).length === 0
+      ? to
+      : await formatOf(diskDirectory(out))
+    : (await isGguf(await fileSource(out)))
+      ? "gguf"
+      : undefined;
+  if (found !== to || isDirectory === (to === "gguf"))
+    throw new FormatError(
+      `${out}: must be new, ${to === "gguf" ? "or a GGUF file" : `empty, or have an adapter of ${to}`}, got ${isDirectory ? "a directory" : "a file"} of ${found ?? "something else"}. Choose another --out`,
+    );
+}
