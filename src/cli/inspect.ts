@@ -31,57 +31,61 @@ const KEYS = `alora_invocation_tokens alpha_pattern arrow_config auto_mapping ba
   /\s+/,
 );
 
-/** Of one module, or several: norms of several are those of all their numbers. */
-interface Row {
-  readonly module: string;
-  readonly kind: string;
-  readonly layer?: number;
-  readonly rank: number;
-  readonly alpha: number;
-  readonly scale: number;
-  readonly norms: Readonly<Record<"A" | "B" | "BA", number>>;
-}
-
 async function run(place: string, { json }: { readonly json?: boolean }): Promise<void> {
   // Norms are the same for any order of rows, and so for any number of heads.
   const adapter = await openAdapter("inspect", place, { modelType: "", layers: 0, heads: 1, kvHeads: 1 });
+  const rows = rowsOf(adapter);
+  const warnings = [...warningsOf(adapter, rows), ...(adapter.format === "peft" ? await unknownKeys(place) : [])];
   const { config, modules } = adapter;
-  const rows = [...modules].map(([module, parts]): Row => {
-    const { r, alpha, scale } = settingsOf(config, module);
-    return { module, ...layerOf(module), rank: r, alpha, scale, norms: norms(parts, scale) };
-  });
-  const parameters = [...modules.values()].flatMap((parts) => Object.values(parts));
   const report = {
     format: adapter.format,
-    method: `${config.useDora ? "DoRA" : "LoRA"}${config.useRslora ? ", rsLoRA" : ""}`,
+    method: `${config.useDora ? "DoRA" : "LoRA"}${config.useRslora ? " with rsLoRA's scale" : ""}`,
     base_model: adapter.baseModel || null,
     bytes: adapter.sizeBytes,
-    parameters: parameters.reduce((sum, { values }) => sum + values.length, 0),
+    parameters: [...modules.values()]
+      .flatMap((parts) => Object.values(parts))
+      .reduce((sum, { values }) => sum + values.length, 0),
     dtypes: [...adapter.dtypes],
     targets: config.targetModules,
     modules: rows,
-    warnings: [...warnings(adapter, rows), ...(adapter.format === "peft" ? await unknownKeys(place) : [])],
+    warnings,
   };
-  result(json ? JSON.stringify(report) : text(report).join("\n"));
+  if (json) return result(JSON.stringify(report));
+  result(`${report.format}: ${report.method}, of ${report.base_model ?? "a model that is not named"}`);
+  result(`${number(report.parameters)} parameters, ${bytes(report.bytes)} in ${report.dtypes.join(" and ")}\n`);
+  for (const line of table("targets", rows, ({ kind }) => kind)) result(line);
+  result("");
+  for (const line of table("layer", rows, ({ layer = "none" }) => `${layer}`)) result(line);
+  warnings.forEach((warning, i) => void result(`${i === 0 ? "\n" : ""}warning: ${warning}`));
 }
 
-function* warnings({ modules }: PlainAdapter, rows: readonly Row[]): Iterable<string> {
+type Row = ReturnType<typeof rowsOf>[number];
+
+const rowsOf = ({ config, modules }: PlainAdapter) =>
+  [...modules].map(([module, parts]) => {
+    const { r, alpha, scale } = settingsOf(config, module);
+    return { module, ...layerOf(module), rank: r, alpha, scale, norms: norms(parts, scale) };
+  });
+
+function* warningsOf({ modules }: PlainAdapter, rows: readonly Row[]): Iterable<string> {
   for (const [name, parts] of modules)
     for (const [part, { values }] of Object.entries(parts)) {
-      const wrong = values.reduce((count, x) => count + (Number.isFinite(x) ? 0 : 1), 0);
+      const wrong = values.filter((x) => !Number.isFinite(x)).length;
       if (wrong > 0) yield `${part} of ${name} has ${number(wrong)} values that are not finite`;
     }
   const untrained = rows.filter((row) => row.norms.B === 0).length;
-  if (untrained > 0)
-    yield `B is zero in ${untrained === rows.length ? "all" : untrained} modules: they are as before training, and do nothing`;
+  if (untrained > 0) yield `B is zero in ${untrained} of ${rows.length} modules: they are untrained and do nothing`;
   const layers = Math.max(-1, ...rows.map(({ layer = -1 }) => layer)) + 1;
-  for (const [kind, of] of groupBy(rows, (row) => row.kind)) {
-    const missing = Array.from({ length: layers }, (_, i) => i).filter((i) => !of.some(({ layer }) => layer === i));
-    if (of[0]?.layer !== undefined && missing.length > 0) yield `${kind} is missing on layers ${missing.join(", ")}`;
-    const odd = of.find(({ scale }) => scale < 1 / 8 || scale > 32);
-    if (odd)
-      yield `s of ${odd.module} is ${figure(odd.scale)}, from alpha ${odd.alpha} and rank ${odd.rank}: 1/8 to 32 is usual`;
-  }
+  const missing = (of: readonly Row[]): string =>
+    Array.from({ length: layers }, (_, i) => i)
+      .filter((i) => of[0]?.layer !== undefined && !of.some(({ layer }) => layer === i))
+      .join(", ");
+  const kinds = [...groupBy(rows, ({ kind }) => kind)];
+  for (const [gaps, of] of groupBy(kinds, ([, members]) => missing(members)))
+    if (gaps) yield `nothing on layers ${gaps} for ${of.map(([kind]) => kind).join(", ")}`;
+  const odd = rows.find(({ scale }) => scale < 1 / 8 || scale > 32);
+  if (odd)
+    yield `s of ${odd.module} is ${figure(odd.scale)}, by alpha ${odd.alpha} and rank ${odd.rank}: 1/8 to 32 is usual`;
 }
 
 async function unknownKeys(place: string): Promise<string[]> {
@@ -90,52 +94,17 @@ async function unknownKeys(place: string): Promise<string[]> {
   return keys.length > 0 ? [`adapter_config.json has keys that PEFT 0.21 does not know: ${keys.join(", ")}`] : [];
 }
 
-function text(report: {
-  readonly format: string;
-  readonly method: string;
-  readonly base_model: string | null;
-  readonly bytes: number;
-  readonly parameters: number;
-  readonly dtypes: readonly string[];
-  readonly modules: readonly Row[];
-  readonly warnings: readonly string[];
-}): string[] {
-  const { modules: rows } = report;
-  const line = (of: readonly Row[]): string[] => {
-    const all = (part: "A" | "B" | "BA"): string => figure(Math.hypot(...of.map((row) => row.norms[part])));
-    const distinct = (key: "rank" | "alpha" | "scale"): string =>
-      [...new Set(of.map((row) => figure(row[key])))].join(", ");
-    return [`${of.length}`, distinct("rank"), distinct("alpha"), distinct("scale"), all("A"), all("B"), all("BA")];
-  };
-  const head = ["modules", "rank", "alpha", "s", "‖A‖", "‖B‖", "‖s·B·A‖"];
-  const table = (title: string, groups: Iterable<[string | number | undefined, Row[]]>): string[] =>
-    columns([[title, ...head], ...[...groups].map(([name, of]) => [`${name ?? "none"}`, ...line(of)])]);
-  return [
-    `${report.format}: ${report.method} of ${report.base_model ?? "a model that is not named"}`,
-    `${number(report.parameters)} parameters, ${bytes(report.bytes)} in ${report.dtypes.join(" and ")}`,
-    "",
-    ...table(
-      "targets",
-      groupBy(rows, (row) => row.kind),
-    ),
-    "",
-    ...table(
-      "layer",
-      groupBy(
-        [...rows].sort((a, b) => (a.layer ?? -1) - (b.layer ?? -1)),
-        (row) => row.layer,
-      ),
-    ),
-    ...report.warnings.map((warning, i) => `${i === 0 ? "\n" : ""}warning: ${warning}`),
-  ];
+/** One line per group, columns as wide as their widest cell; the norms are those of all numbers of the group. */
+function table(title: string, rows: readonly Row[], keyOf: (row: Row) => string): string[] {
+  const groups = [...groupBy(rows, keyOf)].sort(([a], [b]) => a.localeCompare(b, "en", { numeric: true }));
+  const cells = groups.map(([key, of]) => [
+    ...[key, `${of.length}`],
+    ...(["rank", "alpha", "scale"] as const).map((name) => [...new Set(of.map((row) => figure(row[name])))].join(", ")),
+    ...(["A", "B", "BA"] as const).map((name) => figure(Math.hypot(...of.map((row) => row.norms[name])))),
+  ]);
+  const lines = [[title, "modules", "rank", "alpha", "s", "‖A‖", "‖B‖", "‖s·B·A‖"], ...cells];
+  const widths = lines[0]?.map((_, i) => Math.max(...lines.map((line) => line[i]?.length ?? 0))) ?? [];
+  return lines.map((line) => widths.map((width, i) => line[i]?.[i === 0 ? "padEnd" : "padStart"](width)).join("  "));
 }
 
 const figure = (value: number): string => `${Number(value.toPrecision(4))}`;
-
-/** Cells in columns as wide as their widest: the first to the left, others to the right. */
-function columns(rows: readonly (readonly string[])[]): string[] {
-  const widths = (rows[0] ?? []).map((_, i) => Math.max(...rows.map((row) => row[i]?.length ?? 0)));
-  return rows.map((row) =>
-    row.map((cell, i) => (i === 0 ? cell.padEnd(widths[i] ?? 0) : cell.padStart(widths[i] ?? 0))).join("  "),
-  );
-}

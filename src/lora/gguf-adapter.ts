@@ -21,12 +21,8 @@ const PERMUTED = ["llama", "granite", "smollm3"];
 /** Module of a layer → tensor of a block. */
 const DECODER: Readonly<Record<string, string>> = {
   ...{ "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v" },
-  ...{
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-  },
+  ...{ "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate" },
+  ...{ "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down" },
 };
 const PHI3: Readonly<Record<string, string>> = {
   ...{ "self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output" },
@@ -46,28 +42,23 @@ export async function readGgufAdapter(
   base?: plain.BaseModel,
 ): Promise<plain.PlainAdapter> {
   const { metadata, tensors } = await openGguf(source, file);
-  const must = <T>(key: string, rule: string, holds: (value: unknown) => value is T): T => {
-    const value: unknown = metadata.get(key)?.value;
-    if (holds(value)) return value;
-    throw new FormatError(`${file}: "${key}" must be ${rule}, got ${value === undefined ? "none" : String(value)}`);
+  const must = (key: string, rule: string, holds: (value: unknown) => boolean): string => {
+    const value = metadata.get(key)?.value;
+    if (holds(value)) return String(value);
+    throw new FormatError(`${file}: "${key}" must be ${rule}, got ${value ?? "none"}`);
   };
-  const is =
-    <T>(...wanted: readonly T[]) =>
-    (value: unknown): value is T =>
-      wanted.some((one) => one === value);
-  const known = [...new Set(Object.values(ARCHITECTURES))];
-  must("general.type", "adapter", is("adapter"));
-  must("adapter.type", "lora", is("lora"));
-  const architecture = must("general.architecture", `one of ${known.join(", ")}`, is(...known));
-  const alpha = must("adapter.lora.alpha", "a number above 0", (x): x is number => typeof x === "number" && x > 0);
+  const known: readonly unknown[] = [...new Set(Object.values(ARCHITECTURES))];
+  must("general.type", "adapter", (type) => type === "adapter");
+  must("adapter.type", "lora", (type) => type === "lora");
+  const architecture = must("general.architecture", `one of ${known.join(", ")}`, (name) => known.includes(name));
+  const alpha = Number(must("adapter.lora.alpha", "a number above 0", (x) => typeof x === "number" && x > 0));
 
   const kinds = Object.entries(namesOf(architecture));
   const stored = await plain.readModules(file, tensors, (tensor) => {
     const [, block, stem, letter] = /^blk\.(\d+)\.(.+)\.weight\.lora_([ab])$/.exec(tensor) ?? [];
     const [kind] = kinds.find(([, name]) => name === stem) ?? [];
-    return kind
-      ? { module: `${layersOf(architecture)}.${block}.${kind}`, part: letter === "a" ? "A" : "B" }
-      : undefined;
+    const module = `${layersOf(architecture)}.${block}.${kind}`;
+    return kind ? { module, part: letter === "a" ? "A" : "B" } : undefined;
   });
   const modules = new Map(
     [...stored.modules].map(([name, module]) => [name, reordered(file, name, module, architecture, paired, base)]),
@@ -76,13 +67,8 @@ export async function readGgufAdapter(
   const others = [...modules].filter(([, { A }]) => A.rows !== r);
   const rankPattern = Object.fromEntries(others.map(([name, { A }]) => [name.replaceAll(".", "\\."), A.rows]));
   const baseModel = String(metadata.get("general.base_model.0.name")?.value ?? "");
-  return {
-    format: "gguf",
-    config: { r, alpha, rankPattern, ...plain.targetsOf(modules) },
-    baseModel,
-    ...stored,
-    modules,
-  };
+  const config = { r, alpha, rankPattern, ...plain.targetsOf(modules) };
+  return { format: "gguf", config, baseModel, ...stored, modules };
 }
 
 /**
