@@ -44,7 +44,7 @@ async function run({ adapter: place, to, out, model }: ConvertArguments): Promis
     );
   const base =
     model === undefined ? undefined : await readConfig(diskDirectory((await find("--model", model, false)).directory));
-  const adapter = await openAdapter("--adapter", place, base);
+  const adapter = await openAdapter(await adapterPath("--adapter", place), base);
   await checkOut(to, out);
   const { files, notes } = encode(adapter, to, base);
   await ensureWritableDirectory(to === "gguf" ? dirname(out) : out);
@@ -60,12 +60,17 @@ const encode = (adapter: PlainAdapter, to: PlainAdapter["format"], base: BaseMod
       ? encodeMlx(adapter, base)
       : encodePeft(adapter);
 
-/** Reads an adapter of any format from a directory, a GGUF file or the Hub. */
-export async function openAdapter(flag: string, place: string, base?: BaseModel): Promise<PlainAdapter> {
+/** Where an adapter is, once it is on this disk: a directory of PEFT or mlx-lm, or a GGUF file. */
+export async function adapterPath(flag: string, place: string): Promise<string> {
   const { directory: path } = await find(flag, place);
-  if (statSync(path).isDirectory()) return readAdapter(diskDirectory(path));
-  return readGgufAdapter(await fileSource(path), path, base);
+  if (!statSync(path).isDirectory()) return path.endsWith(".safetensors") ? dirname(path) : path;
+  const [file, ...others] = readdirSync(path).filter((name) => name.endsWith(".gguf"));
+  return file && others.length === 0 && !existsSync(join(path, "adapter_config.json")) ? join(path, file) : path;
 }
+
+/** Reads an adapter of any format. */
+export const openAdapter = async (path: string, base?: BaseModel): Promise<PlainAdapter> =>
+  statSync(path).isDirectory() ? readAdapter(diskDirectory(path)) : readGgufAdapter(await fileSource(path), path, base);
 
 /** Throws FormatError where something else would be written over, or into. */
 async function checkOut(to: PlainAdapter["format"], out: string): Promise<void> {

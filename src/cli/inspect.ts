@@ -3,9 +3,8 @@ import { diskDirectory } from "../io/files.ts";
 import { readJson } from "../io/json.ts";
 import { settingsOf } from "../lora/config.ts";
 import { groupBy, layerOf, norms, type PlainAdapter } from "../lora/plain-adapter.ts";
-import { openAdapter } from "./convert.ts";
+import { adapterPath, openAdapter } from "./convert.ts";
 import { jsonOption } from "./options.ts";
-import { find } from "./places.ts";
 import { bytes, number, result } from "./session.ts";
 
 const EXAMPLES = `
@@ -32,10 +31,11 @@ const KEYS = `alora_invocation_tokens alpha_pattern arrow_config auto_mapping ba
 );
 
 async function run(place: string, { json }: { readonly json?: boolean }): Promise<void> {
+  const path = await adapterPath("inspect", place);
   // Norms are the same for any order of rows, and so for any number of heads.
-  const adapter = await openAdapter("inspect", place, { modelType: "", layers: 0, heads: 1, kvHeads: 1 });
+  const adapter = await openAdapter(path, { modelType: "", layers: 0, heads: 1, kvHeads: 1 });
   const rows = rowsOf(adapter);
-  const warnings = [...warningsOf(adapter, rows), ...(adapter.format === "peft" ? await unknownKeys(place) : [])];
+  const warnings = [...warningsOf(adapter, rows), ...(adapter.format === "peft" ? await unknownKeys(path) : [])];
   const { config, modules } = adapter;
   const report = {
     format: adapter.format,
@@ -88,8 +88,8 @@ function* warningsOf({ modules }: PlainAdapter, rows: readonly Row[]): Iterable<
     yield `s of ${odd.module} is ${figure(odd.scale)}, by alpha ${odd.alpha} and rank ${odd.rank}: 1/8 to 32 is usual`;
 }
 
-async function unknownKeys(place: string): Promise<string[]> {
-  const json = await readJson(diskDirectory((await find("inspect", place)).directory), "adapter_config.json");
+async function unknownKeys(path: string): Promise<string[]> {
+  const json = await readJson(diskDirectory(path), "adapter_config.json");
   const keys = Object.keys(json ?? {}).filter((key) => !KEYS.includes(key));
   return keys.length > 0 ? [`adapter_config.json has keys that PEFT 0.21 does not know: ${keys.join(", ")}`] : [];
 }
