@@ -9,7 +9,6 @@ import { encodeGgufAdapter, readGgufAdapter } from "../lora/gguf-adapter.ts";
 import type { BaseModel, PlainAdapter } from "../lora/plain-adapter.ts";
 import { readConfig } from "../models/config.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { adapterOption } from "./options.ts";
 import { find } from "./places.ts";
 import { result, say } from "./session.ts";
 
@@ -29,10 +28,16 @@ Examples:
 export function convertCommand(): Command {
   return new Command("convert")
     .description("write an adapter in another format: PEFT's, mlx-lm's or llama.cpp's, from any of these")
-    .addOption(adapterOption().makeOptionMandatory())
+    .requiredOption(
+      "--adapter <place>",
+      "directory of PEFT or mlx-lm, GGUF file, or a PEFT adapter's org/name on the Hub",
+    )
     .addOption(new Option("--to <format>", "its format").choices(["peft", "mlx", "gguf"]).makeOptionMandatory())
     .requiredOption("--out <path>", "directory of the adapter, or GGUF file")
-    .option("--model <place>", "the adapter's model, for its config.json: always for gguf, and from it for Llama's kin")
+    .option(
+      "--model <place>",
+      "its model, of which config.json is read: needed for gguf, and from gguf for models like Llama",
+    )
     .addHelpText("after", EXAMPLES)
     .action(run);
 }
@@ -76,14 +81,10 @@ export const openAdapter = async (path: string, base?: BaseModel): Promise<Plain
 async function checkOut(to: PlainAdapter["format"], out: string): Promise<void> {
   if (!existsSync(out)) return;
   const isDirectory = statSync(out).isDirectory();
-  const found = isDirectory
-    ? readdirSync(out).length === 0
-      ? to
-      : await formatOf(diskDirectory(out))
-    : (await isGguf(await fileSource(out)))
-      ? "gguf"
-      : undefined;
-  if (found !== to || isDirectory === (to === "gguf"))
+  if (isDirectory && to !== "gguf" && readdirSync(out).length === 0) return;
+  const isFile = !isDirectory && (await isGguf(await fileSource(out)));
+  const found = isDirectory ? await formatOf(diskDirectory(out)) : isFile ? "gguf" : undefined;
+  if (found !== to)
     throw new FormatError(
       `${out}: must be new, ${to === "gguf" ? "or a GGUF file" : `empty, or have an adapter of ${to}`}, got ${isDirectory ? "a directory" : "a file"} of ${found ?? "something else"}. Choose another --out`,
     );

@@ -179,8 +179,9 @@ export function matrixToWrite(name: string, { rows, columns, values }: Matrix, i
 /** ‖A‖, ‖B‖ and ‖s·B·A‖, all of Frobenius: ‖B·A‖² = ⟨BᵀB, A·Aᵀ⟩, so that B·A itself is never made. */
 export function norms({ A, B }: PlainModule, s: number): Readonly<Record<"A" | "B" | "BA", number>> {
   const [gramA, gramB] = [gram(A), gram(transposed(B))];
-  const norm = (x: Float64Array, y: Float64Array): number =>
-    Math.sqrt(x.reduce((sum, xi, i) => sum + xi * (y[i] ?? 0), 0));
+  // Rounding can leave less than 0 of a product that vanishes.
+  const inner = (x: Float64Array, y: Float64Array): number => x.reduce((sum, xi, i) => sum + xi * (y[i] ?? 0), 0);
+  const norm = (x: Float64Array, y: Float64Array): number => Math.sqrt(Math.max(0, inner(x, y)));
   const I = Float64Array.from(gramA, (_, i) => (i % (A.rows + 1) === 0 ? 1 : 0));
   return { A: norm(gramA, I), B: norm(gramB, I), BA: Math.abs(s) * norm(gramA, gramB) };
 }

@@ -96,6 +96,7 @@ test("an adapter of the same format is written over; anything else is refused an
   await mkdir(at("over/empty"), { recursive: true });
   await convert(`${MISTRAL}/adapter`, "mlx", at("over/empty"));
   await mkdir(at("over/notes"));
+  await mkdir(at("over/nothing"));
   await writeFile(at("over/notes/notes.txt"), "mine");
   await writeFile(at("over/notes.txt"), "mine");
   await convert(`${MISTRAL}/adapter`, "gguf", at("over/a.gguf"), "--model", MISTRAL);
@@ -107,6 +108,7 @@ test("an adapter of the same format is written over; anything else is refused an
     ["peft", "notes.txt", "must be new, empty, or have an adapter of peft, got a file of something else"],
     ["peft", "a.gguf", "must be new, empty, or have an adapter of peft, got a file of gguf"],
     ["gguf", "notes.txt", "must be new, or a GGUF file, got a file of something else"],
+    ["gguf", "nothing", "must be new, or a GGUF file, got a directory of something else"],
     ["gguf", "peft", "must be new, or a GGUF file, got a directory of peft"],
   ] as const)
     await expect(convert(`${MISTRAL}/adapter`, to, at(`over/${name}`), "--model", MISTRAL)).rejects.toThrow(

@@ -12,6 +12,7 @@ import { modulesOf, settingsOf } from "../../src/lora/config.ts";
 import { encodeGgufAdapter, readGgufAdapter } from "../../src/lora/gguf-adapter.ts";
 import { norms, type PlainAdapter, type PlainModule } from "../../src/lora/plain-adapter.ts";
 import { type ModelConfig, readConfig } from "../../src/models/config.ts";
+import { Random } from "../../src/tensor/random.ts";
 import { collect } from "../collect.ts";
 import { floatTensor } from "../tiny-model.ts";
 
@@ -261,6 +262,24 @@ test("norms of the factors give the norm of the product, which is never made", a
     expect(found.BA).toBeCloseTo(Math.hypot(...delta(adapter, name)), 4);
     expect(found.A).toBeCloseTo(Math.hypot(...module.A.values), 5);
     expect(found.B).toBeCloseTo(Math.hypot(...module.B.values), 5);
+  }
+});
+
+test("the norm of a product that vanishes is about zero, and never NaN", () => {
+  const random = new Random(5);
+  for (let trial = 0; trial < 200; trial++) {
+    const [v, w] = [4, 2].map((length) => Float32Array.from({ length }, () => random.uniform(0, 1))) as [
+      Float32Array,
+      Float32Array,
+    ];
+    const c = random.uniform(0, 1);
+    const A_ = { rows: 2, columns: 4, values: Float32Array.of(...v, ...v.map((x) => c * x)) };
+    const B_ = {
+      rows: 2,
+      columns: 2,
+      values: Float32Array.from([0, 1, 2, 3], (i) => (w[i >> 1] ?? 0) * (i % 2 === 0 ? c : -1)),
+    };
+    expect(norms({ A: A_, B: B_ }, 1).BA).toBeLessThan(1e-6);
   }
 });
 
