@@ -37,17 +37,27 @@ export type { Head } from "./kernels/linear-cross-entropy.ts";
 export type { Layout } from "./kernels/matmul.ts";
 export { type PackOptions, packMatrix } from "./kernels/pack.ts";
 export { unpackMatrix } from "./kernels/unpack.ts";
-export { attachLora, type HasLinears, LoraAdapter, type LoraPair, type LoraParts } from "./lora/adapter.ts";
+export {
+  attachLora,
+  type HasLinears,
+  LoraAdapter,
+  type LoraPair,
+  type LoraParts,
+  type SavedLayer,
+  type SavedParts,
+} from "./lora/adapter.ts";
 export type { LoraConfig } from "./lora/config.ts";
 export { doraLinear, type Magnitude, rowSquares } from "./lora/dora-linear.ts";
 export { initLora, type LoraInit } from "./lora/init.ts";
 export { loraLinear } from "./lora/lora-linear.ts";
 export { type AdapterFiles, loadPeft, savePeft } from "./lora/peft.ts";
 export { matchModules, type TargetModules } from "./lora/target-modules.ts";
+export { BertClassifier, type BertConfig } from "./models/bert.ts";
 export { CausalModel, type HiddenOptions, type KvCache, type Packing } from "./models/causal.ts";
-export { type ModelConfig, readConfig } from "./models/config.ts";
+export { type ModelConfig, readClassifierConfig, readConfig } from "./models/config.ts";
 export type { CausalConfig, DecoderConfig } from "./models/decoder-config.ts";
 export { emptyModel, type LoadOptions, loadModel, makeModel, weightShapes } from "./models/load.ts";
+export { type ClassifierOptions, loadClassifier } from "./models/load-classifier.ts";
 export type { WeightFormat, WeightMap } from "./models/weights.ts";
 export { type Linear, type LinearAdapter, linear } from "./nn/linear.ts";
 export { inverseFrequencies, type RopeSettings, ropeTables } from "./nn/rope.ts";
@@ -58,6 +68,18 @@ export { Random } from "./tensor/random.ts";
 export { type DType, empty, read, readAll, type Shape, slice, Tensor, tensor, view } from "./tensor/tensor.ts";
 export { AdamW, type AdamWSettings } from "./train/adamw.ts";
 export { type Batch, batchIndices, collate } from "./train/batches.ts";
+export {
+  type ClassificationBatch,
+  type ClassificationRow,
+  type Classifier,
+  type ClassifierLimits,
+  type ClassifierOutputs,
+  classificationLoss,
+  classificationTask,
+  collateClassification,
+  evaluateClassifier,
+  type WeightedLoss,
+} from "./train/classify.ts";
 export { type DataLimits, type DataStats, IGNORED, type Row, readRows } from "./train/data.ts";
 export {
   batchInputs,
@@ -68,6 +90,7 @@ export {
   type LanguageModel,
   writeInputs,
 } from "./train/loss.ts";
+export { type ClassificationMetrics, classificationMetrics } from "./train/metrics.ts";
 export { type MemoryPlan, type PlanOptions, planTraining } from "./train/plan.ts";
 export {
   byKernel,
@@ -78,4 +101,5 @@ export {
 } from "./train/profile.ts";
 export { type Schedule, scheduleFactor } from "./train/schedule.ts";
 export { type HasTrainingMode, type StepResult, TrainingStep, type TrainingStepOptions } from "./train/step.ts";
-export { type StepMetrics, type TrainOptions, train } from "./train/trainer.ts";
+export { type Loaded, languageTask, type RowTask, type Task } from "./train/task.ts";
+export { type StepMetrics, type TrainOptions, type TrainTaskOptions, train, trainTask } from "./train/trainer.ts";

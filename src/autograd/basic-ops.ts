@@ -1,4 +1,5 @@
 /** The differentiable ops that every model is made of. Each notes its gradients as thunks; the engine runs what is needed. */
+import type { Uniform } from "../gpu/kernel.ts";
 import * as axpy from "../kernels/axpy.ts";
 import { binary, expand } from "../kernels/binary.ts";
 import { putColumns, takeColumns } from "../kernels/copy-rows.ts";
@@ -33,7 +34,7 @@ export function mul(a: Tensor, b: Tensor): Tensor {
 }
 
 /** s·x. */
-export function scale(x: Tensor, s: number): Tensor {
+export function scale(x: Tensor, s: Uniform): Tensor {
   return record("scale", axpy.scale(x, s), [x], (dy) => [() => axpy.scale(dy, s)]);
 }
 
@@ -97,6 +98,11 @@ export function silu(x: Tensor): Tensor {
 /** x·Φ(x), or its approximation by tanh. Keeps x. */
 export function gelu(x: Tensor, approximate: unary.GeluKind = "none"): Tensor {
   return record("gelu", unary.gelu(x, approximate), [x], (dy) => [() => unary.geluBackward(dy, x, approximate)]);
+}
+
+/** tanh x, elementwise. Keeps x. */
+export function tanh(x: Tensor): Tensor {
+  return record("tanh", unary.tanh(x), [x], (dy) => [() => unary.tanhBackward(dy, x)]);
 }
 
 /** exp(x) / Σ exp(x) over the last axis. Keeps the result. */

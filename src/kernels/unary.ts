@@ -4,7 +4,7 @@ import source from "./unary.wgsl";
 
 const kernel = defineKernel("unary", source);
 
-const OPS = { silu: 0, gelu: 1, geluTanh: 2 } as const;
+const OPS = { silu: 0, gelu: 1, geluTanh: 2, tanh: 3 } as const;
 
 /** How to compute gelu, in PyTorch's words: "none" is x·Φ(x), "tanh" the approximation that GPT-2 and Gemma use. */
 export type GeluKind = "none" | "tanh";
@@ -27,6 +27,16 @@ export function gelu(x: Tensor, approximate: GeluKind = "none"): Tensor {
 /** dx = dy·gelu′(x). Throws ShapeError unless dy has x's shape. */
 export function geluBackward(dy: Tensor, x: Tensor, approximate: GeluKind = "none"): Tensor {
   return apply("geluBackward", approximate === "tanh" ? OPS.geluTanh : OPS.gelu, x, dy);
+}
+
+/** y = tanh x. */
+export function tanh(x: Tensor): Tensor {
+  return apply("tanh", OPS.tanh, x);
+}
+
+/** dx = dy·(1 − tanh² x). Throws ShapeError unless dy has x's shape. */
+export function tanhBackward(dy: Tensor, x: Tensor): Tensor {
+  return apply("tanhBackward", OPS.tanh, x, dy);
 }
 
 function apply(op: string, OP: number, x: Tensor, dy?: Tensor): Tensor {

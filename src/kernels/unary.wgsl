@@ -2,12 +2,13 @@
 //   silu(x) = x·σ(x)                                            Elfwing et al., arXiv:1702.03118
 //   gelu(x) = x·Φ(x) = x/2·(1 + erf(x/√2))                      Hendrycks and Gimpel, arXiv:1606.08415
 //   gelu by tanh = x/2·(1 + tanh u) = x·σ(2u),  u = √(2/π)·(x + 0.044715·x³)
+//   tanh(x) = 2·σ(2x) − 1
 //   x, dy, y [n]   f32
 //
 // Arguments are clamped where f is flat already: WGSL does not say what comes of an exp that overflows.
 
 override WG: u32 = 64;
-override OP: u32 = 0;  // 0 silu, 1 gelu, 2 gelu by tanh
+override OP: u32 = 0;  // 0 silu, 1 gelu, 2 gelu by tanh, 3 tanh
 override BACKWARD: u32 = 0;
 
 struct Dims { n: u32 }
@@ -37,6 +38,7 @@ fn activate(x: f32) -> f32 {
   switch OP {
     case 0u: { return x * sigmoid(x); }
     case 1u: { return x * normal(c); }
+    case 3u: { return 2.0 * sigmoid(2.0 * c) - 1.0; }
     default: { return x * sigmoid(2.0 * ROOT * (c + CUBIC * c * c * c)); }
   }
 }
@@ -49,6 +51,10 @@ fn derivative(x: f32) -> f32 {
       return s * (1.0 + x * (1.0 - s));
     }
     case 1u: { return normal(c) + c * density(c); }
+    case 3u: {
+      let s = sigmoid(2.0 * c);
+      return 4.0 * s * (1.0 - s);
+    }
     default: {
       let s = sigmoid(2.0 * ROOT * (c + CUBIC * c * c * c));
       return s + c * s * (1.0 - s) * 2.0 * ROOT * (1.0 + 3.0 * CUBIC * c * c);

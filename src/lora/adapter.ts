@@ -11,7 +11,7 @@ import { ShapeError } from "../tensor/errors.ts";
 import { isPacked, tensorsIn } from "../tensor/packed.ts";
 import { Random } from "../tensor/random.ts";
 import { empty, slice, type Tensor, tensor, VIEW_ALIGNMENT } from "../tensor/tensor.ts";
-import { checkConfig, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
+import { CLASSIFIER_HEADS, checkConfig, isSaved, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
 import { doraLinear, type Magnitude, mergedMagnitude, rowSquares, withMagnitude } from "./dora-linear.ts";
 import { type LoraDropout, loraLinear, loraLinears } from "./lora-linear.ts";
 
@@ -22,6 +22,10 @@ export interface HasLinears {
   readonly groups?: readonly (readonly string[])[];
   /** Whether files have this weight as [K,N]. */
   isTransposed?(name: string): boolean;
+  /** Every weight by name, where some are of no linear layer. */
+  readonly weights?: ReadonlyMap<string, Tensor>;
+  /** What PEFT calls it; "CAUSAL_LM" unless given. */
+  readonly taskType?: string;
 }
 
 /** What an adapter has for one module. All of it is trained. */
@@ -42,6 +46,16 @@ export interface LoraPair extends LoraParts {
   readonly layer: Linear;
   /** s, before `setScale`. */
   readonly scale: number;
+}
+
+/** What a layer of `modulesToSave` has instead: the whole of it, trained. */
+export interface SavedParts {
+  readonly weight: Tensor;
+  readonly bias?: Tensor | undefined;
+}
+
+export interface SavedLayer extends SavedParts {
+  readonly layer: Linear;
 }
 
 /** The parts by the names that their kinds have, in one order everywhere. */
@@ -71,6 +85,8 @@ export class LoraAdapter {
   readonly config: LoraConfig;
   /** The adapted layers by module name, such as "model.layers.0.self_attn.q_proj". */
   readonly pairs: ReadonlyMap<string, LoraPair>;
+  /** The layers that are trained whole, by module name. `setScale` does not change them. */
+  readonly saved: ReadonlyMap<string, SavedLayer>;
   /** Set while a training step is made: `config.dropout` is on, its masks made from the seed and the number of the batch. */
   training: { readonly seed: number; readonly step: Uniform } | undefined;
   #factor = 1;
@@ -85,9 +101,16 @@ export class LoraAdapter {
   readonly #beginnings = new Map<LoraPair, Beginning>();
 
   /** Use `attachLora` or `attachPairs`. */
-  constructor(config: LoraConfig, pairs: ReadonlyMap<string, LoraPair>, flat: Tensor, groups: readonly Group[] = []) {
+  constructor(
+    config: LoraConfig,
+    pairs: ReadonlyMap<string, LoraPair>,
+    flat: Tensor,
+    groups: readonly Group[] = [],
+    saved: ReadonlyMap<string, SavedLayer> = new Map(),
+  ) {
     this.config = config;
     this.pairs = pairs;
+    this.saved = saved;
     this.#flat = flat;
     this.#groups = new Map(groups.flatMap((group) => this.#linearGroup(group)));
     this.#takeSquares();
@@ -96,7 +119,8 @@ export class LoraAdapter {
 
   /** The trainable tensors: every A and B, and what else there is. */
   get parameters(): Tensor[] {
-    return [...this.pairs.values()].flatMap((pair) => PARTS.flatMap((part) => pair[part] ?? []));
+    const parts = [...this.pairs.values()].flatMap((pair) => PARTS.flatMap((part) => pair[part] ?? []));
+    return [...parts, ...[...this.saved.values()].flatMap(({ weight, bias }) => [weight, ...(bias ? [bias] : [])])];
   }
 
   /**
@@ -179,13 +203,15 @@ export class LoraAdapter {
   enable(): void {
     if (this.#state === "enabled") return;
     this.#demand("enable", "disabled");
-    for (const [name, { layer }] of this.pairs)
+    for (const [name, { layer }] of [...this.pairs, ...this.saved])
       if (layer.adapter)
         throw new ShapeError(`enable: a layer takes one enabled adapter, got a second on ${name}. Disable the first`);
     [...this.pairs].forEach(([name, pair], i) => {
       pair.layer.weight = this.#beginnings.get(pair)?.residual ?? pair.layer.weight;
       pair.layer.adapter = { apply: this.#applyOf(pair, i), group: this.#groups.get(name) };
     });
+    for (const { layer, weight, bias } of this.saved.values())
+      layer.adapter = { apply: (x) => linear({ weight, bias }, x) };
     this.#state = "enabled";
   }
 
@@ -247,6 +273,7 @@ export class LoraAdapter {
       pair.layer.adapter = undefined;
       pair.layer.weight = this.#beginnings.get(pair)?.original ?? pair.layer.weight;
     }
+    for (const { layer } of this.saved.values()) layer.adapter = undefined;
     this.#state = "disabled";
   }
 
@@ -271,6 +298,11 @@ export class LoraAdapter {
         return magnitude ? mergedMagnitude(sum, { W, A, B }, magnitude, s) : sum;
       });
       layer.bias = this.#mergedBias(pair);
+    }
+    for (const { layer, weight, bias } of this.saved.values()) {
+      this.#originals.set(layer, { weight: layer.weight, bias: layer.bias });
+      layer.weight = scaled(weight, 1);
+      layer.bias = bias && scaled(bias, 1);
     }
     this.#state = "merged";
   }
@@ -315,12 +347,13 @@ export class LoraAdapter {
 
 /**
  * Adds a fresh adapter to the modules that `config` names: A uniform in ±1/√K (Kaiming, as PEFT), B zero, and DoRA's magnitudes the norms of
- * the rows, so that the model's output is unchanged at first. The base weights are frozen by not requiring gradients; the adapter's parts
+ * the rows, so that the model's output is unchanged at first; a classifier's head is trained whole. The base weights are frozen by not requiring gradients; the adapter's parts
  * require them.
  *
  * Throws ShapeError for settings out of range and for a target that matches nothing.
  */
-export function attachLora(model: HasLinears, config: LoraConfig, seed = 0): LoraAdapter {
+export function attachLora(model: HasLinears, settings: LoraConfig, seed = 0): LoraAdapter {
+  const config = model.taskType === "SEQ_CLS" ? { modulesToSave: CLASSIFIER_HEADS, ...settings } : settings;
   checkConfig(config);
   const random = new Random(seed);
   return attachPairs(model, config, ({ name, layer }) => {
@@ -349,16 +382,23 @@ export function attachLora(model: HasLinears, config: LoraConfig, seed = 0): Lor
 /**
  * Attaches the parts that `make` gives for the matched modules. They move into one buffer, one behind the other, so that an optimizer can
  * go over all of them at once: first every A, then the others; what is between them, for alignment, is zero. The A's of a group of the
- * model come in a row, which makes them one matrix, unless there is something between them or their ranks or scales differ.
+ * model come in a row, which makes them one matrix, unless there is something between them or their ranks or scales differ. What `save` gives
+ * for the layers that are trained whole, copies unless given, comes last.
  */
 export function attachPairs(
   model: HasLinears,
   config: LoraConfig,
   make: (module: { readonly name: string; readonly layer: Linear }) => LoraParts,
+  save: (module: { readonly name: string; readonly layer: Linear }) => SavedParts = copyOf,
 ): LoraAdapter {
+  const savedNames = savedModulesOf(config, model);
   const modules = modulesOf(config, [...model.linears.keys()]).flatMap((name) => {
     const layer = model.linears.get(name);
     return layer ? [{ name, layer, parts: make({ name, layer }), scale: settingsOf(config, name).scale }] : [];
+  });
+  const whole = savedNames.flatMap((name) => {
+    const layer = model.linears.get(name);
+    return layer ? [{ name, layer, parts: save({ name, layer }) }] : [];
   });
   const gpu = modules[0]?.layer.weight.gpu;
   if (!gpu) throw new ShapeError("lora: an adapter needs a layer, got none");
@@ -376,6 +416,7 @@ export function attachPairs(
     place(module.parts.A);
   }
   for (const { parts } of modules) for (const part of PARTS) place(parts[part]);
+  for (const { parts } of whole) [parts.weight, parts.bias].forEach(place);
   const flat = tensor(gpu, new Float32Array(size), [size]);
   const move = (t: Tensor): Tensor => {
     const moved = slice(flat, starts.get(t) ?? 0, t.shape);
@@ -396,6 +437,40 @@ export function attachPairs(
     const names = members.map(({ name }) => name);
     return [{ names, A: slice(flat, starts.get(first.parts.A) ?? 0, [members.length * r, K]) }];
   });
+  const saved = whole.map(({ name, layer, parts: { weight, bias } }) => {
+    return [name, { layer, weight: move(weight), bias: bias && move(bias) }] as const;
+  });
   const fanInFanOut = modules.some(({ name }) => model.isTransposed?.(`${name}.weight`));
-  return new LoraAdapter({ ...config, fanInFanOut }, new Map(pairs), flat, stacked);
+  const { taskType = "CAUSAL_LM" } = model;
+  return new LoraAdapter({ ...config, fanInFanOut, taskType }, new Map(pairs), flat, stacked, new Map(saved));
+}
+
+function copyOf({ layer: { weight, bias } }: { readonly layer: Linear }): SavedParts {
+  if (isPacked(weight))
+    throw new ShapeError(
+      `lora: modules_to_save are trained as f32, got one packed as ${weight.format}. Load it as f32`,
+    );
+  return { weight: scaled(weight, 1), bias: bias && scaled(bias, 1) };
+}
+
+/**
+ * The layers that `modulesToSave` names. Throws ShapeError where an entry names none, unless it is one that PEFT adds, or something that is
+ * not a linear layer, such as an embedding, and cannot be trained whole yet.
+ */
+export function savedModulesOf(config: LoraConfig, model: HasLinears): string[] {
+  const { modulesToSave = [] } = config;
+  const names = [...model.linears.keys()].filter((name) => isSaved(modulesToSave, name));
+  const owners = [...(model.weights?.keys() ?? [])].map((key) => key.replace(/\.[^.]*$/, ""));
+  const bad =
+    owners.find((name) => isSaved(modulesToSave, name) && !model.linears.has(name)) ??
+    names.find((name) => model.isTransposed?.(`${name}.weight`)) ??
+    modulesToSave.find(
+      (entry) =>
+        !names.some((name) => isSaved([entry], name)) && !(names.length > 0 && CLASSIFIER_HEADS.includes(entry)),
+    );
+  if (bad !== undefined)
+    throw new ShapeError(
+      `lora: modules_to_save must name linear layers that files have as [N,K], got "${bad}". Others cannot be trained whole yet`,
+    );
+  return names;
 }

@@ -27,6 +27,13 @@ export interface LoraConfig {
   readonly bias?: "none" | "lora_only";
   /** Said in files of models that store their linear layers as [K,N]: A and B are as everywhere. */
   readonly fanInFanOut?: boolean;
+  /**
+   * Modules that are trained whole: what ends with one of these names, and the layers within, get a copy of weight and bias in place of A and B.
+   * For a classifier "classifier" and "score" unless given.
+   */
+  readonly modulesToSave?: readonly string[];
+  /** What PEFT calls the model, "CAUSAL_LM" or "SEQ_CLS": taken from the model. */
+  readonly taskType?: string;
   /** Probability that an element of a branch's input is dropped in training; each module has its own mask. */
   readonly dropout?: number;
 }
@@ -53,7 +60,8 @@ function byPattern(patterns: Readonly<Record<string, number>> = {}, module: stri
 /** The modules that the settings name, in the order of `modules`. Throws ShapeError as `matchModules`, and where none is left. */
 export function modulesOf(config: LoraConfig, modules: readonly string[]): string[] {
   const { targetModules, excludeModules, layersToTransform: layers, layersPattern: patterns = [] } = config;
-  const targets = matchModules(targetModules, modules);
+  const free = modules.filter((module) => !isSaved(config.modulesToSave, module));
+  const targets = matchModules(targetModules, free);
   const isInLayers = (module: string): boolean => {
     if (!layers || targetModules.includes(module)) return true; // a whole name is meant as it is
     const before = patterns.length > 0 ? `(?:^|.*?\\.)(?:${patterns.join("|")})` : ".*?\\.[^.]*";
@@ -68,6 +76,13 @@ export function modulesOf(config: LoraConfig, modules: readonly string[]): strin
     );
   return left;
 }
+
+/** The `modulesToSave` of a classifier, by PEFT's names for its head; a model has one of them. */
+export const CLASSIFIER_HEADS: readonly string[] = ["classifier", "score"];
+
+/** Whether a module is, or is within, one whose name ends with one of the entries: PEFT's rule for `modulesToSave`. */
+export const isSaved = (entries: readonly string[] | undefined, module: string): boolean =>
+  entries?.some((entry) => `${module}.`.includes(`${entry}.`)) ?? false;
 
 /** Throws ShapeError for ranks that are not whole numbers above 0, other numbers out of range, and settings that contradict each other. */
 export function checkConfig(config: LoraConfig): void {

@@ -6,10 +6,18 @@ import { encodeSafetensors, type TensorToWrite } from "../io/safetensors.ts";
 import { scale } from "../kernels/axpy.ts";
 import { putColumns } from "../kernels/copy-rows.ts";
 import { type Checkpoint, listSome, loadTensor, madeToWrite, openCheckpoint, tensorToWrite } from "../nn/checkpoint.ts";
+import type { Linear } from "../nn/linear.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
-import { attachPairs, type HasLinears, type LoraAdapter, type LoraParts } from "./adapter.ts";
-import { checkConfig, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
+import {
+  attachPairs,
+  type HasLinears,
+  type LoraAdapter,
+  type LoraParts,
+  type SavedParts,
+  savedModulesOf,
+} from "./adapter.ts";
+import { CLASSIFIER_HEADS, checkConfig, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
 import type { TargetModules } from "./target-modules.ts";
 
 export const PREFIX = "base_model.model.";
@@ -48,9 +56,13 @@ export function savePeft(adapter: LoraAdapter, baseModel: string): AdapterFiles 
       return [tensorToWrite(key, t)];
     }),
   );
+  const whole = [...adapter.saved].flatMap(([name, { weight, bias }]) => [
+    tensorToWrite(`${PREFIX}${name}.weight`, weight),
+    ...(bias ? [tensorToWrite(`${PREFIX}${name}.bias`, bias)] : []),
+  ]);
   return {
     "adapter_config.json": encodeConfig(settings, [...adapter.pairs.keys()], baseModel),
-    "adapter_model.safetensors": encodeSafetensors(tensors, { format: "pt" }),
+    "adapter_model.safetensors": encodeSafetensors([...tensors, ...whole], { format: "pt" }),
   };
 }
 
@@ -73,13 +85,13 @@ export function encodeConfig(settings: LoraConfig, modules: readonly string[], b
     lora_alpha: settings.alpha,
     lora_bias: settings.loraBias ?? false,
     lora_dropout: settings.dropout ?? 0,
-    modules_to_save: null,
+    modules_to_save: settings.modulesToSave ?? null,
     peft_type: "LORA",
     r: settings.r,
     rank_pattern: settings.rankPattern ?? {},
     revision: null,
     target_modules: isAll ? leaves : targetModules,
-    task_type: "CAUSAL_LM",
+    task_type: settings.taskType ?? "CAUSAL_LM",
     use_dora: settings.useDora ?? false,
     use_rslora: settings.useRslora ?? false,
   };
@@ -122,9 +134,17 @@ export async function loadPeft(model: HasLinears, directory: Directory): Promise
   const name = `${directory.name}/${CONFIG}`;
   const config = await readAdapterConfig(directory);
   const checkpoint = await openCheckpoint(directory, "adapter_model");
-  const shapes = new Map(modulesFor(config, model, name).map((module) => [module, partShapes(config, model, module)]));
+  const { targets, whole } = modulesFor(config, model, name);
+  const shapes = new Map(targets.map((module) => [module, partShapes(config, model, module)]));
   const expected = [...shapes].flatMap(([module, parts]) => Object.keys(parts).map((part) => keyOf(module, part)));
-  checkNames(checkpoint, expected);
+  const wholeShapes = new Map(
+    whole.flatMap((module) => {
+      const { weight, bias } = model.linears.get(module) as Linear;
+      const key = `${PREFIX}${module}`;
+      return [[`${key}.weight`, weight.shape] as const, ...(bias ? [[`${key}.bias`, bias.shape] as const] : [])];
+    }),
+  );
+  checkNames(checkpoint, [...expected, ...wholeShapes.keys()]);
   const loaded = new Map<string, Tensor>();
   const gpu = [...model.linears.values()][0]?.weight.gpu;
   if (!gpu) throw new ShapeError("loadPeft: the model must have linear layers, got none");
@@ -134,10 +154,19 @@ export async function loadPeft(model: HasLinears, directory: Directory): Promise
         const key = keyOf(module, part);
         loaded.set(key, await loadTensor(gpu, checkpoint, key, shape));
       }
-    return attachPairs(model, config, ({ name: module }) => {
-      const parts = Object.keys(shapes.get(module) ?? {}).map((part) => [part, loaded.get(keyOf(module, part))]);
-      return Object.fromEntries(parts) as LoraParts;
-    });
+    for (const [key, shape] of wholeShapes) loaded.set(key, await loadTensor(gpu, checkpoint, key, shape));
+    return attachPairs(
+      model,
+      config,
+      ({ name: module }) => {
+        const parts = Object.keys(shapes.get(module) ?? {}).map((part) => [part, loaded.get(keyOf(module, part))]);
+        return Object.fromEntries(parts) as LoraParts;
+      },
+      ({ name: module }) =>
+        Object.fromEntries(
+          ["weight", "bias"].map((part) => [part, loaded.get(`${PREFIX}${module}.${part}`)]),
+        ) as unknown as SavedParts,
+    );
   } catch (error) {
     gpu.release(...loaded.values());
     throw error;
@@ -165,7 +194,6 @@ const UNSUPPORTED: Readonly<Record<string, readonly unknown[]>> = {
   arrow_config: [null],
   kasa_config: [null],
   layer_replication: [null],
-  modules_to_save: [null],
   monteclora_config: [null],
   target_parameters: [null],
   trainable_token_indices: [null],
@@ -229,6 +257,8 @@ export async function readAdapterConfig(directory: Directory): Promise<LoraConfi
   if (bias !== "none" && bias !== "lora_only") return fail("bias", '"none" or "lora_only": "all" is not supported yet');
   const excludeModules = targets("exclude_modules");
   const layersToTransform = listOf("layers_to_transform", isNumber, "a number or a list of numbers");
+  const isImplied = json.task_type === "SEQ_CLS" && !json.modules_to_save; // PEFT's early versions did not write it
+  const modulesToSave = isImplied ? CLASSIFIER_HEADS : listOf("modules_to_save", isString, "a list of names");
   const layersPattern = layersToTransform && listOf("layers_pattern", isString, "a name or a list of names");
   const config: LoraConfig = {
     r: number("r", 8),
@@ -237,6 +267,7 @@ export async function readAdapterConfig(directory: Directory): Promise<LoraConfi
     ...(excludeModules && { excludeModules }),
     ...(layersToTransform && { layersToTransform }),
     ...(layersPattern && { layersPattern }),
+    ...(modulesToSave && { modulesToSave }),
     ...{ rankPattern: patterns("rank_pattern"), alphaPattern: patterns("alpha_pattern") },
     ...{ useRslora: flag("use_rslora"), useDora: flag("use_dora"), loraBias: flag("lora_bias"), bias, dropout },
   };
@@ -257,9 +288,9 @@ function checked(name: string, config: LoraConfig): LoraConfig {
   }
 }
 
-function modulesFor(config: LoraConfig, model: HasLinears, name: string): string[] {
+function modulesFor(config: LoraConfig, model: HasLinears, name: string): { targets: string[]; whole: string[] } {
   try {
-    return modulesOf(config, [...model.linears.keys()]);
+    return { targets: modulesOf(config, [...model.linears.keys()]), whole: savedModulesOf(config, model) };
   } catch (error) {
     if (error instanceof ShapeError)
       throw new FormatError(`${name}: the adapter does not fit this model: ${error.message}`);

@@ -6,7 +6,7 @@ import { copyRows } from "../kernels/copy-rows.ts";
 import { softCap } from "../kernels/soft-cap.ts";
 import type { Linear } from "../nn/linear.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
+import type { PackedMatrix } from "../tensor/packed.ts";
 import { piecesOf } from "../tensor/pieces.ts";
 import { dims2, empty, type Tensor, tensor, view } from "../tensor/tensor.ts";
 import type { CausalConfig } from "./decoder-config.ts";
@@ -71,12 +71,12 @@ export abstract class CausalModel<C extends CausalConfig = CausalConfig> {
 
   /** Every weight as it is now, by Hugging Face name, but those that are packed: a merged layer shows its merged weight. */
   get weights(): Map<string, Tensor> {
-    return new Map([...this.#weights.current()].flatMap(([name, w]) => (isPacked(w) ? [] : [[name, w] as const])));
+    return this.#weights.tensors;
   }
 
   /** The weights that are packed. */
   get packed(): Map<string, PackedMatrix> {
-    return new Map([...this.#weights.current()].flatMap(([name, w]) => (isPacked(w) ? [[name, w] as const] : [])));
+    return this.#weights.packed;
   }
 
   /**

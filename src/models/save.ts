@@ -3,8 +3,8 @@ import type { FloatDtype } from "../io/dtype.ts";
 import { encodeSafetensors } from "../io/safetensors.ts";
 import { openCheckpoint, sliceOf, storedDtype, storedName, tensorToWrite } from "../nn/checkpoint.ts";
 import { ShapeError } from "../tensor/errors.ts";
+import type { PackedMatrix } from "../tensor/packed.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import type { CausalModel } from "./causal.ts";
 
 /** What a model directory has beside its weights, where it has it. */
 const COPIED = [
@@ -21,6 +21,15 @@ const COPIED = [
   "chat_template.json",
 ] as const;
 
+/** Anything with weights by name, such as a model. */
+export interface HasWeights {
+  readonly weights: ReadonlyMap<string, Tensor>;
+  /** Those that are packed, which cannot be saved. */
+  readonly packed?: ReadonlyMap<string, PackedMatrix>;
+  /** Whether files have this weight as [K,N]. */
+  isTransposed?(name: string): boolean;
+}
+
 export interface ModelFiles {
   /** File name → content, in the order to write them. */
   readonly files: ReadonlyMap<string, AsyncIterable<Uint8Array>>;
@@ -35,8 +44,8 @@ export interface ModelFiles {
  * Tensors are read from the device, and files from `source`, only when their turn to be written comes. Throws FormatError
  * where `source` lacks a weight of the model.
  */
-export async function saveModel(model: CausalModel, source: Directory): Promise<ModelFiles> {
-  const [[first, packed] = []] = model.packed;
+export async function saveModel(model: HasWeights, source: Directory): Promise<ModelFiles> {
+  const [[first, packed] = []] = model.packed ?? [];
   if (packed)
     throw new ShapeError(
       `saveModel: weights must be f32, got ${first} packed as ${packed.format}. Load the model as f32`,
@@ -49,7 +58,7 @@ export async function saveModel(model: CausalModel, source: Directory): Promise<
   }
   const tensors = [...pieces].map(([name, parts]) => {
     const stored = storedName(checkpoint, name);
-    return tensorToWrite(stored, parts, storedDtype(checkpoint, stored), model.isTransposed(name));
+    return tensorToWrite(stored, parts, storedDtype(checkpoint, stored), model.isTransposed?.(name));
   });
   const files = new Map<string, AsyncIterable<Uint8Array>>();
   for (const name of COPIED) if (await source.open(name)) files.set(name, copied(source, name));

@@ -44,6 +44,14 @@ export class Shapes {
     if (bias) this.add(`${module}.bias`, N);
   }
 
+  /** All but some of them. */
+  without(isLeftOut: (name: string) => boolean): Shapes {
+    const left = new Shapes(this.#limits);
+    for (const [name, shape] of this.map) if (!isLeftOut(name)) left.add(name, ...shape);
+    for (const name of this.packable) if (!isLeftOut(name)) left.packable.add(name);
+    return left;
+  }
+
   /** A table [V,C]: where it is too large for the device, in pieces of rows, "name[0:65536]" and so on. */
   table(name: string, V: number, C: number): void {
     const limits = this.#limits;
@@ -93,6 +101,16 @@ export class Weights {
   pieces(name: string): readonly Tensor[] {
     const found = [...this.map.keys()].flatMap((key) => (sliceOf(key).name === name ? [this.get(key)] : []));
     return found.length > 0 ? found : [this.get(name)];
+  }
+
+  /** Those of `current` that are tensors. */
+  get tensors(): Map<string, Tensor> {
+    return new Map([...this.current()].flatMap(([name, w]) => (isPacked(w) ? [] : [[name, w] as const])));
+  }
+
+  /** Those of `current` that are packed. */
+  get packed(): Map<string, PackedMatrix> {
+    return new Map([...this.current()].flatMap(([name, w]) => (isPacked(w) ? [[name, w] as const] : [])));
   }
 
   /** Every weight as it is now: a merged layer shows its merged weight. */

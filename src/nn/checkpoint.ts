@@ -60,10 +60,15 @@ async function openShard(directory: Directory, file: string, indexName: string):
   return openSafetensors(source, `${directory.name}/${file}`);
 }
 
-/** What a weight goes by in this checkpoint: some were saved without the name of the part that has the layers, "transformer." or "model.". */
+/**
+ * What a weight goes by in this checkpoint: some were saved without the name of the part that has the layers, "transformer." or "model.", and
+ * BERT's first ones call the weight and bias of a LayerNorm gamma and beta.
+ */
 export function storedName({ tensors }: Checkpoint, name: string): string {
   const bare = name.slice(name.indexOf(".") + 1);
-  return !tensors.has(name) && tensors.has(bare) ? bare : name;
+  const old = (key: string): string =>
+    key.replace(/(LayerNorm\.)weight$/, "$1gamma").replace(/(LayerNorm\.)bias$/, "$1beta");
+  return [name, bare, old(name), old(bare)].find((key) => tensors.has(key)) ?? name;
 }
 
 /** The type a tensor is stored in. Throws FormatError unless it is there and floating point. */

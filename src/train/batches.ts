@@ -24,13 +24,17 @@ const TARGET_STEP = 1 / 4;
 const LENGTH_STEP = 16;
 
 /** Tokens of the longest row. */
-export const longest = (rows: readonly Row[]): number =>
+export const longest = (rows: readonly Pick<Row, "inputIds">[]): number =>
   rows.reduce((most, row) => Math.max(most, row.inputIds.length), 0);
 
 /** `collate` to a length that is a multiple of 16, or `most`, the longest that any row is. */
 export function collateRounded(rows: readonly Row[], padId: number, most: number): Batch {
-  return collate(rows, padId, Math.min(most, Math.ceil(longest(rows) / LENGTH_STEP) * LENGTH_STEP));
+  return collate(rows, padId, roundedLength(longest(rows), most));
 }
+
+/** A length rounded up, but to no more than `most`. */
+export const roundedLength = (length: number, most: number): number =>
+  Math.min(most, Math.ceil(length / LENGTH_STEP) * LENGTH_STEP);
 
 /** The largest batch that rows of a run may make: `batchSize` of the longest, of which every token counts. */
 export function largestBatch(batchSize: number, length: number): Batch {

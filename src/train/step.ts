@@ -1,16 +1,18 @@
+import { add, scale as scaled } from "../autograd/basic-ops.ts";
 import { backward } from "../autograd/engine.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import type { Uniform } from "../gpu/kernel.ts";
 import type { Plan } from "../gpu/plan.ts";
 import { addInto } from "../kernels/axpy.ts";
-import { copyTo } from "../kernels/copy-rows.ts";
-import { recordStep, ringSize } from "../kernels/record-step.ts";
+import { copyTo, putColumns } from "../kernels/copy-rows.ts";
+import { recordStep, ringSize, slotSize } from "../kernels/record-step.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { type Tensor, tensor } from "../tensor/tensor.ts";
+import { empty, type Tensor, tensor, view } from "../tensor/tensor.ts";
 import { AdamW, type AdamWSettings } from "./adamw.ts";
 import type { Batch } from "./batches.ts";
-import { batchInputs, batchLoss, type Inputs, type LanguageModel, shapeKey, writeInputs } from "./loss.ts";
+import type { LanguageModel } from "./loss.ts";
 import { type ProfiledDispatch, profiled } from "./profile.ts";
+import { type Loaded, languageTask, type Task } from "./task.ts";
 
 /** An adapter, seen from training. */
 export interface HasTrainingMode {
@@ -18,8 +20,11 @@ export interface HasTrainingMode {
   training?: { readonly seed: number; readonly step: Uniform } | undefined;
 }
 
-export interface TrainingStepOptions extends AdamWSettings {
-  readonly model: LanguageModel;
+/** What is learned: the next tokens of a language model, or another task. */
+export type TrainingStepOptions<B = Batch> = StepSettings &
+  ({ readonly model: LanguageModel } | { readonly task: Task<B> });
+
+interface StepSettings extends AdamWSettings {
   /** What is trained; everything else is frozen. */
   readonly parameters: readonly Tensor[];
   /** What is trained, where it behaves differently in training: its dropout is on within a step, with masks by `seed`. */
@@ -36,8 +41,10 @@ export interface TrainingStepOptions extends AdamWSettings {
 export interface StepResult {
   /** From 1. */
   readonly step: number;
-  /** Mean over all target tokens, in nats. */
+  /** Mean over all target tokens, in nats, or over what else the task has. */
   readonly loss: number;
+  /** The losses it is the weighted sum of, by name, where there are several. */
+  readonly losses?: Readonly<Record<string, number>>;
   /** Global norm of the gradient, before clipping. */
   readonly gradNorm: number;
   /** False where the update was not made because loss or norm were not finite. */
@@ -55,17 +62,19 @@ const MOST_PLANS = 64;
  * Forward, backward and update of a model, traced once per shape of batch and then replayed: no GPU object is made, nothing is read
  * back, one submit per batch.
  */
-export class TrainingStep {
+export class TrainingStep<B = Batch> {
   readonly optimizer: AdamW;
-  readonly #model: LanguageModel;
+  readonly #task: Task<B>;
   readonly #gpu: Gpu;
   readonly #eager: boolean;
   readonly #adapter: HasTrainingMode;
   readonly #seed: number;
-  readonly #loss: Tensor;
+  /** The loss, and behind it its parts. */
+  readonly #losses: Tensor;
+  readonly #parts: readonly string[];
   readonly #ring: Tensor;
   readonly #workspace: GPUBuffer[] = [];
-  readonly #inputs = new Map<string, Inputs>();
+  readonly #inputs = new Map<string, Loaded<B>>();
   readonly #plans = new Map<string, Plan>();
   #read = 0;
   #batchCount = 0;
@@ -73,16 +82,19 @@ export class TrainingStep {
   #scale = 1;
   #learningRate = 0;
 
-  constructor(options: TrainingStepOptions) {
-    const { model, parameters, adapter = {}, seed = 0, accumulates = false, eager = false, ...settings } = options;
-    this.#model = model;
-    this.#gpu = model.gpu;
+  constructor(options: TrainingStepOptions<B>) {
+    const { parameters, adapter = {}, seed = 0, accumulates = false, eager = false, ...settings } = options;
+    this.#task = "task" in options ? options.task : (languageTask(options.model) as Task<unknown> as Task<B>);
+    this.#gpu = this.#task.gpu;
     this.#eager = eager;
     this.#adapter = adapter;
     this.#seed = seed;
     this.optimizer = new AdamW(parameters, settings, accumulates);
-    this.#loss = tensor(this.#gpu, [0], []);
-    this.#ring = tensor(this.#gpu, new Int32Array(ringSize(SLOTS)), [ringSize(SLOTS)]);
+    const names = Object.keys(this.#task.weights);
+    this.#parts = names.length > 1 ? names : [];
+    const losses = 1 + this.#parts.length;
+    this.#losses = tensor(this.#gpu, new Float32Array(losses), [1, losses]);
+    this.#ring = tensor(this.#gpu, new Int32Array(ringSize(SLOTS, losses)), [ringSize(SLOTS, losses)]);
   }
 
   /** Plans traced so far. */
@@ -99,18 +111,18 @@ export class TrainingStep {
    * Takes the memory of a step on such batches now. With the largest batch of a run, no later one needs more: their plans share what
    * this one needs. Nothing is done eagerly.
    */
-  reserve(batches: readonly Batch[]): void {
+  reserve(batches: readonly B[]): void {
     if (this.#eager) return;
     batches.forEach((batch, i) => void this.#planFor(batch, i === 0, i === batches.length - 1));
   }
 
   /** Sends one optimizer step on these batches. Its result stays on the device until `read`, which has to come within 64 steps. */
-  run(batches: readonly Batch[], learningRate: number): void {
+  run(batches: readonly B[], learningRate: number): void {
     for (const plan of this.#start(batches, learningRate)) plan.run();
   }
 
   /** As `run`, and says what each dispatch took: see `Plan.profile`. Throws ShapeError where it is eager: there is no plan then. */
-  async profile(batches: readonly Batch[], learningRate: number): Promise<ProfiledDispatch[]> {
+  async profile(batches: readonly B[], learningRate: number): Promise<ProfiledDispatch[]> {
     if (this.#eager) throw new ShapeError("TrainingStep: a profile is made of a replayed step, got an eager one");
     const all: ProfiledDispatch[] = [];
     for (const plan of this.#start(batches, learningRate)) all.push(...profiled(plan.dispatches, await plan.profile()));
@@ -118,11 +130,11 @@ export class TrainingStep {
   }
 
   /** The plans of a step one by one, each with its inputs in place; it runs the parts itself where it is eager. */
-  *#start(batches: readonly Batch[], learningRate: number): Generator<Plan> {
+  *#start(batches: readonly B[], learningRate: number): Generator<Plan> {
     if (batches.length === 0) throw new ShapeError("TrainingStep: a step must have a batch, got none");
     if (this.optimizer.stepCount - this.#read >= SLOTS)
       throw new ShapeError(`TrainingStep: results of ${SLOTS} steps are kept, got a step more. Read them first`);
-    this.#scale = 1 / batches.reduce((sum, batch) => sum + batch.tokens, 0);
+    this.#scale = 1 / batches.reduce((sum, batch) => sum + this.#task.count(batch), 0);
     this.#learningRate = learningRate;
     this.optimizer.stepCount++;
     for (const [i, batch] of batches.entries()) {
@@ -144,12 +156,15 @@ export class TrainingStep {
     const [bytes = new ArrayBuffer(0)] = await this.#gpu.read([this.#ring]);
     const [bits, floats] = [new Int32Array(bytes), new Float32Array(bytes)];
     return Array.from({ length: to - from }, (_, i) => {
-      const at = 4 * (1 + ((from + i) % SLOTS));
+      const at = slotSize(this.#losses.size) * (1 + ((from + i) % SLOTS));
+      const number = (j: number): number => floats[at + j] ?? Number.NaN;
+      const losses = Object.fromEntries(this.#parts.map((name, part) => [name, number(3 + part)]));
       return {
         step: from + i + 1,
-        loss: floats[at] ?? Number.NaN,
-        gradNorm: floats[at + 1] ?? Number.NaN,
-        updated: bits[at + 2] === 1,
+        loss: number(2),
+        gradNorm: number(0),
+        updated: bits[at + 1] === 1,
+        ...(this.#parts.length > 0 && { losses }),
       };
     });
   }
@@ -158,37 +173,49 @@ export class TrainingStep {
   destroy(): void {
     for (const plan of this.#plans.values()) plan.destroy();
     for (const inputs of this.#inputs.values()) this.#gpu.release(...inputs.tensors);
-    this.#gpu.release(this.#loss, this.#ring, ...this.#workspace.map((buffer) => ({ buffer })));
+    this.#gpu.release(this.#losses, this.#ring, ...this.#workspace.map((buffer) => ({ buffer })));
     this.optimizer.destroy();
   }
 
   /** Forward and backward of one batch, and the update after the last one. */
-  #part(inputs: Inputs, isFirst: boolean, isLast: boolean): void {
-    const loss = this.#gradients(inputs, !isFirst);
-    if (isFirst) copyTo(loss, this.#loss);
-    else addInto(loss, this.#loss);
+  #part(inputs: Loaded<B>, isFirst: boolean, isLast: boolean): void {
+    const losses = this.#gradients(inputs, !isFirst);
+    if (isFirst) copyTo(losses, this.#losses);
+    else addInto(losses, this.#losses);
     if (!isLast) return;
     const clip = this.optimizer.norm();
-    recordStep(this.#loss, clip, this.#ring, () => (this.optimizer.stepCount - 1) % SLOTS, MOST_BAD_STEPS);
+    recordStep(this.#losses, clip, this.#ring, () => (this.optimizer.stepCount - 1) % SLOTS, MOST_BAD_STEPS);
     this.optimizer.update(clip, () => this.#learningRate);
   }
 
-  /** The loss of a batch, its gradients taken. Only meanwhile is the adapter in training: between steps it may be evaluated. */
-  #gradients(inputs: Inputs, adds: boolean): Tensor {
+  /** The loss of a batch and its parts, like `#losses`, its gradients taken. Only meanwhile is the adapter in training: between steps it may be evaluated. */
+  #gradients(inputs: Loaded<B>, adds: boolean): Tensor {
     this.#adapter.training = { seed: this.#seed, step: () => this.#batchCount };
     try {
-      const loss = batchLoss(this.#model, inputs, () => this.#scale);
+      const values = inputs.losses(() => this.#scale);
+      const weights = Object.values(this.#task.weights);
+      const weighted = values.map((value, i) => (weights[i] === 1 ? value : scaled(value, weights[i] ?? 0)));
+      const loss = weighted.reduce((sum, value) => add(sum, value));
       this.optimizer.take(backward(loss), adds);
-      return loss;
+      return this.#beside([loss, ...(this.#parts.length > 0 ? values : [])]);
     } finally {
       this.#adapter.training = undefined;
     }
   }
 
+  /** Numbers as one row. */
+  #beside(values: readonly Tensor[]): Tensor {
+    const [only] = values;
+    if (only && values.length === 1) return view(only, [1, 1]);
+    const row = empty(this.#gpu, [1, values.length], "losses");
+    values.forEach((value, i) => void putColumns(view(value, [1, 1]), row, i));
+    return row;
+  }
+
   /** The plan of such a batch, traced where there is none yet, with the batch in its inputs. */
-  #planFor(batch: Batch, isFirst: boolean, isLast: boolean): Plan {
+  #planFor(batch: B, isFirst: boolean, isLast: boolean): Plan {
     const inputs = this.#inputsFor(batch);
-    const key = `${shapeKey(batch)}${isFirst ? " first" : ""}${isLast ? " last" : ""}`;
+    const key = `${this.#task.key(batch)}${isFirst ? " first" : ""}${isLast ? " last" : ""}`;
     const plan = this.#plans.get(key) ?? this.#gpu.trace(() => this.#part(inputs, isFirst, isLast), this.#workspace);
     this.#plans.delete(key); // and to the end: the first is the one that was not used for longest
     this.#plans.set(key, plan);
@@ -196,14 +223,14 @@ export class TrainingStep {
     return plan;
   }
 
-  #inputsFor(batch: Batch): Inputs {
-    const shape = shapeKey(batch);
+  #inputsFor(batch: B): Loaded<B> {
+    const shape = this.#task.key(batch);
     const known = this.#inputs.get(shape);
     if (known) {
-      writeInputs(known, batch);
+      known.write(batch);
       return known;
     }
-    const made = batchInputs(this.#gpu, batch);
+    const made = this.#task.load(batch);
     this.#inputs.set(shape, made);
     return made;
   }

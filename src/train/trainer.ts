@@ -3,18 +3,30 @@ import type { Tuning } from "../gpu/tuner.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { AdamWSettings } from "./adamw.ts";
-import { batchIndices, collate, collateRounded, largestBatch, longest } from "./batches.ts";
+import { batchIndices, longest } from "./batches.ts";
 import type { Row } from "./data.ts";
-import { batchInputs, batchLoss, type LanguageModel } from "./loss.ts";
+import type { LanguageModel } from "./loss.ts";
 import type { ProfiledDispatch } from "./profile.ts";
 import { type Schedule, scheduleFactor } from "./schedule.ts";
 import { type HasTrainingMode, MOST_BAD_STEPS, type StepResult, TrainingStep } from "./step.ts";
+import { languageTask, type RowTask } from "./task.ts";
 
-export interface TrainOptions extends AdamWSettings {
+export interface TrainOptions extends RunOptions<Row> {
   readonly model: LanguageModel;
+  /** Fills rows up to the longest of a batch; never seen by the loss. */
+  readonly padId?: number;
+}
+
+export interface TrainTaskOptions<R extends HasIds, B> extends RunOptions<R> {
+  readonly task: RowTask<R, B>;
+}
+
+type HasIds = Pick<Row, "inputIds">;
+
+interface RunOptions<R> extends AdamWSettings {
   /** What is trained; everything else is frozen. */
   readonly parameters: readonly Tensor[];
-  readonly rows: readonly Row[];
+  readonly rows: readonly R[];
   /** Optimizer steps. */
   readonly steps: number;
   /** Rows of one forward pass. */
@@ -30,8 +42,6 @@ export interface TrainOptions extends AdamWSettings {
   /** See `TrainingStepOptions`, as for `seed`. */
   readonly adapter?: HasTrainingMode;
   readonly seed?: number;
-  /** Fills rows up to the longest of a batch; never seen by the loss. */
-  readonly padId?: number;
   /** Time the ways to compute this model's products on this device first, where that was not done before: see `Tuner`. */
   readonly tune?: boolean;
   readonly onTuned?: (tuning: Tuning) => void;
@@ -56,8 +66,10 @@ export interface TrainOptions extends AdamWSettings {
 export interface StepMetrics {
   /** From 1. */
   readonly step: number;
-  /** Mean over all target tokens of the optimizer step, in nats. */
+  /** Mean over all target tokens of the optimizer step, in nats, or over what else the task has. */
   readonly loss: number;
+  /** See `StepResult`. */
+  readonly losses?: Readonly<Record<string, number>>;
   readonly learning_rate: number;
   /** Global norm of the gradient, before clipping. */
   readonly grad_norm: number;
@@ -73,35 +85,43 @@ const IN_FLIGHT = 3;
 const READ_EVERY_MS = 250;
 
 /**
- * Trains `parameters` and yields the metrics of each step once its update is done.
+ * Trains `parameters` to predict next tokens and yields the metrics of each step once its update is done.
  *
  * The loss of a step is the mean over all its target tokens, across accumulation. A step whose loss or gradient norm is not finite leaves
  * the parameters as they are; after five such steps in a row it throws ShapeError, and the parameters are those of the last good step.
  */
-export async function* train(options: TrainOptions): AsyncGenerator<StepMetrics, void, undefined> {
-  const { model, rows, steps, batchSize, gradAccumulation = 1, schedule = "linear", padId = 0 } = options;
+export const train = ({ model, padId, ...options }: TrainOptions): AsyncGenerator<StepMetrics, void, undefined> =>
+  trainTask({ ...options, task: languageTask(model, padId) });
+
+/** As `train`, for another task. */
+export async function* trainTask<R extends HasIds, B>(
+  options: TrainTaskOptions<R, B>,
+): AsyncGenerator<StepMetrics, void, undefined> {
+  const { task, rows, steps, batchSize, gradAccumulation = 1, schedule = "linear" } = options;
   const { readEvery = 10, pauseEvery = 0 } = options;
   checkOptions(options);
-  const { gpu } = model;
+  const { gpu } = task;
   if (options.tune) {
-    const inputs = batchInputs(gpu, collate(rows.slice(0, batchSize), padId));
-    await gpu.tuner.tune(() => backward(batchLoss(model, inputs, 1)), options.onTuned);
+    const chosen = rows.slice(0, batchSize);
+    const inputs = task.load(task.collate(chosen, longest(chosen)));
+    const step = (): void => inputs.losses(1).forEach((loss) => void backward(loss));
+    await gpu.tuner.tune(step, options.onTuned);
     gpu.release(...inputs.tensors);
   }
   const batches = batchIndices({ rows: rows.length, batchSize, seed: options.shuffleSeed });
-  const training = new TrainingStep({ ...options, accumulates: gradAccumulation > 1 });
+  const training = new TrainingStep<B>({ ...options, accumulates: gradAccumulation > 1 });
   const counts = new StepCounts();
   const most = longest(rows);
-  training.reserve(new Array(gradAccumulation).fill(largestBatch(Math.min(batchSize, rows.length), most)));
+  training.reserve(new Array(gradAccumulation).fill(task.largest(Math.min(batchSize, rows.length), most)));
   try {
     let readAt = performance.now();
     let pending: Promise<StepResult[]> | undefined;
     let step = 0;
     while (step < steps && !options.signal?.aborted) {
       step++;
-      const chosen = Array.from({ length: gradAccumulation }, () => batches.next().value.map((i) => rows[i] as Row));
+      const chosen = Array.from({ length: gradAccumulation }, () => batches.next().value.map((i) => rows[i] as R));
       const rate = options.learningRate * scheduleFactor(schedule, step - 1, steps, options.warmupSteps ?? 0);
-      const micro = chosen.map((part) => collateRounded(part, padId, most));
+      const micro = chosen.map((part) => task.collate(part, most));
       if (step === options.profile?.step) options.profile.onProfile(await training.profile(micro, rate));
       else training.run(micro, rate);
       counts.sent(
@@ -143,11 +163,12 @@ class StepCounts {
     const sent = this.#sent.splice(0, results.length);
     const perSecond = sent.reduce((sum, { tokens }) => sum + tokens, 0) / ((now - this.#since) / 1000);
     this.#since = now;
-    for (const [i, { step, loss, gradNorm, updated }] of results.entries()) {
+    for (const [i, { step, loss, losses, gradNorm, updated }] of results.entries()) {
       const { rate = 0, tokens = 0 } = sent[i] ?? {};
       yield {
         step,
         loss,
+        ...(losses && { losses }),
         learning_rate: rate,
         grad_norm: gradNorm,
         tokens,
@@ -172,7 +193,7 @@ function checkOptions({
   parameters,
   maxGradNorm = 0,
   weightDecay = 0,
-}: TrainOptions): void {
+}: RunOptions<HasIds>): void {
   for (const [name, n] of Object.entries({ steps, batchSize, gradAccumulation, readEvery }))
     if (!Number.isInteger(n) || n < 1)
       throw new ShapeError(`train: ${name} must be a whole number of at least 1, got ${n}`);

@@ -12,6 +12,7 @@ import {
   split,
   sub,
   sum,
+  tanh,
 } from "../../src/autograd/basic-ops.ts";
 import { backward } from "../../src/autograd/engine.ts";
 import type { Layout } from "../../src/kernels/matmul.ts";
@@ -19,7 +20,7 @@ import { ShapeError } from "../../src/tensor/errors.ts";
 import { empty, read, type Tensor } from "../../src/tensor/tensor.ts";
 import golden from "../golden/ops.json" with { type: "json" };
 import { checkOp, expectClose, type Nd, nd, testGpu, upload } from "../harness.ts";
-import { binaryTwin, geluTwin, siluTwin } from "../reference/elementwise.ts";
+import { binaryTwin, geluTwin, siluTwin, tanhTwin } from "../reference/elementwise.ts";
 import { matmulTwin } from "../reference/matmul.ts";
 import { reduceTwin, softmaxTwin } from "../reference/reduce.ts";
 
@@ -138,9 +139,10 @@ test("an operand used twice gets both gradients", async () => {
 });
 
 test.each([[[]], [[1]], [[67]], [[3, 5]]])(
-  "silu, gelu and scale of %j, and their gradients, equal their f64 twins",
+  "silu, gelu, tanh and scale of %j, and their gradients, equal their f64 twins",
   async (shape) => {
     await checkOp({ inputs: [shape], op: silu, twin: siluTwin });
+    await checkOp({ inputs: [shape], op: tanh, twin: tanhTwin });
     await checkOp({ inputs: [shape], op: (x) => gelu(x), twin: (x) => geluTwin(x) });
     await checkOp({ inputs: [shape], op: (x) => gelu(x, "tanh"), twin: (x) => geluTwin(x, "tanh") });
     await checkOp({

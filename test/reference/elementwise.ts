@@ -51,3 +51,5 @@ function erf(x: number): number {
   }
   return (2 / Math.sqrt(Math.PI)) * Math.exp(-x * x) * sum;
 }
+
+export const tanhTwin = ({ shape, data }: Nd): Nd => nd(shape, data.map(Math.tanh));

@@ -1,0 +1,79 @@
+/** How well classes are told, by scikit-learn's definitions. */
+import { ShapeError } from "../tensor/errors.ts";
+
+export interface ClassificationMetrics {
+  /** Mean of −log p(class) over the rows, in nats. */
+  readonly loss: number;
+  /** Share of the rows whose largest logit is that of their class; the first of equal ones counts. */
+  readonly accuracy: number;
+  /** Mean of F1 over the classes that are in the labels or predicted. */
+  readonly macroF1: number;
+  /** F1 of class 1, where there are two classes. */
+  readonly f1?: number;
+  /** Area under the ROC curve of class 1, where there are two classes and both are in the labels. */
+  readonly auc?: number;
+}
+
+/** Of logits, rows × classes, and the class of each row. Throws ShapeError unless there is a row, and logits for each. */
+export function classificationMetrics(
+  logits: readonly number[],
+  labels: readonly number[],
+  classes: number,
+): ClassificationMetrics {
+  const n = labels.length;
+  if (n === 0) throw new ShapeError("classificationMetrics: at least one row is needed, got none");
+  if (logits.length !== n * classes)
+    throw new ShapeError(
+      `classificationMetrics: ${n} rows of ${classes} classes need ${n * classes} logits, got ${logits.length}`,
+    );
+  const rows = labels.map((_, i) => logits.slice(i * classes, (i + 1) * classes));
+  const losses = rows.map((row, i) => {
+    const most = Math.max(...row);
+    return most + Math.log(row.reduce((sum, x) => sum + Math.exp(x - most), 0)) - (row[labels[i] ?? -1] ?? Number.NaN);
+  });
+  const predicted = rows.map((row) => row.indexOf(Math.max(...row)));
+  const seen = Array.from({ length: classes }, (_, c) => c).filter((c) => labels.includes(c) || predicted.includes(c));
+  const positive = labels.map((label) => label === 1);
+  const isSplit = positive.includes(true) && positive.includes(false);
+  return {
+    loss: mean(losses),
+    accuracy: mean(labels.map((label, i) => Number(label === predicted[i]))),
+    macroF1: mean(seen.map((c) => f1Of(c, labels, predicted))),
+    ...(classes === 2 && { f1: f1Of(1, labels, predicted) }),
+    ...(classes === 2 &&
+      isSplit && {
+        auc: rocAuc(
+          rows.map(([no = 0, yes = 0]) => yes - no),
+          positive,
+        ),
+      }),
+  };
+}
+
+const mean = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length;
+
+/** 2·TP / (2·TP + FP + FN), 0 where the class is neither there nor predicted. */
+function f1Of(c: number, labels: readonly number[], predicted: readonly number[]): number {
+  const hits = labels.filter((label, i) => label === c && predicted[i] === c).length;
+  const claims = labels.filter((label) => label === c).length + predicted.filter((guess) => guess === c).length;
+  return claims === 0 ? 0 : (2 * hits) / claims;
+}
+
+/** The chance that a positive row scores above a negative one, by ranks (Mann and Whitney); equal scores share their mean rank. */
+function rocAuc(scores: readonly number[], positive: readonly boolean[]): number {
+  const ranks = new Map<number, { readonly first: number; last: number }>();
+  scores
+    .toSorted((a, b) => a - b)
+    .forEach((score, i) => {
+      const equal = ranks.get(score);
+      if (equal) equal.last = i + 1;
+      else ranks.set(score, { first: i + 1, last: i + 1 });
+    });
+  const rank = (score: number): number => {
+    const { first, last } = ranks.get(score) ?? { first: Number.NaN, last: Number.NaN };
+    return (first + last) / 2;
+  };
+  const P = positive.filter(Boolean).length;
+  const sum = scores.reduce((total, score, i) => total + (positive[i] ? rank(score) : 0), 0);
+  return (sum - (P * (P + 1)) / 2) / (P * (scores.length - P));
+}
