@@ -4,10 +4,8 @@ import type { Gpu } from "./gpu/gpu.ts";
 import { diskDirectory, ensureWritableDirectory, writeFileAtomic } from "./io/files.ts";
 import type { HasLinears, LoraAdapter } from "./lora/adapter.ts";
 import { loadPeft, savePeft } from "./lora/peft.ts";
-import type { BertClassifier } from "./models/bert.ts";
 import type { CausalModel } from "./models/causal.ts";
 import { type LoadOptions, loadModel } from "./models/load.ts";
-import { type ClassifierOptions, loadClassifier } from "./models/load-classifier.ts";
 
 export { appendLine, diskDirectory, ensureWritableDirectory, fileSource, writeFileAtomic } from "./io/files.ts";
 export { profilePage } from "./train/profile-page.ts";
@@ -15,13 +13,6 @@ export { profilePage } from "./train/profile-page.ts";
 /** Loads a model from a Hugging Face directory on disk. See `loadModel`. */
 export const loadModelFrom = async (gpu: Gpu, path: string, options?: LoadOptions): Promise<CausalModel> =>
   loadModel(gpu, diskDirectory(path), options);
-
-/** Loads an encoder with a classifier from a Hugging Face directory on disk. See `loadClassifier`. */
-export const loadClassifierFrom = async (
-  gpu: Gpu,
-  path: string,
-  options?: ClassifierOptions,
-): Promise<BertClassifier> => loadClassifier(gpu, diskDirectory(path), options);
 
 /** Loads a PEFT adapter from a directory on disk onto the model, enabled. See `loadPeft`. */
 export const loadPeftFrom = async (model: HasLinears, path: string): Promise<LoraAdapter> =>

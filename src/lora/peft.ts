@@ -9,14 +9,7 @@ import { type Checkpoint, listSome, loadTensor, madeToWrite, openCheckpoint, ten
 import type { Linear } from "../nn/linear.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
-import {
-  attachPairs,
-  type HasLinears,
-  type LoraAdapter,
-  type LoraParts,
-  type SavedParts,
-  savedModulesOf,
-} from "./adapter.ts";
+import { attachPairs, type HasLinears, type LoraAdapter, type LoraParts, savedModulesOf } from "./adapter.ts";
 import { CLASSIFIER_HEADS, checkConfig, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
 import type { TargetModules } from "./target-modules.ts";
 
@@ -162,10 +155,10 @@ export async function loadPeft(model: HasLinears, directory: Directory): Promise
         const parts = Object.keys(shapes.get(module) ?? {}).map((part) => [part, loaded.get(keyOf(module, part))]);
         return Object.fromEntries(parts) as LoraParts;
       },
-      ({ name: module }) =>
-        Object.fromEntries(
-          ["weight", "bias"].map((part) => [part, loaded.get(`${PREFIX}${module}.${part}`)]),
-        ) as unknown as SavedParts,
+      ({ name: module }) => {
+        const [weight, bias] = ["weight", "bias"].map((part) => loaded.get(`${PREFIX}${module}.${part}`));
+        return { weight: weight as Tensor, bias };
+      },
     );
   } catch (error) {
     gpu.release(...loaded.values());

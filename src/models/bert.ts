@@ -186,25 +186,20 @@ export class BertClassifier {
     const [B = 0, T = 0] = ids.shape;
     if (T > contextLength)
       throw new ShapeError(`logits: at most ${contextLength} positions fit, got ${T}. Shorten the rows`);
-    const numbers = (count: number, of: (i: number) => number, shape: readonly number[]): Tensor =>
-      tensor(
-        this.gpu,
-        Int32Array.from({ length: count }, (_, i) => of(i)),
-        shape,
-      );
-    const counts = lengths ?? numbers(B, () => T, [B]);
-    const types = embedding(this.#tokenTypes, tokenTypes ?? numbers(1, () => 0, [1, 1]));
-    const places = embedding(
-      this.#positions,
-      numbers(T, (t) => firstPosition + t, [1, T]), // of padding too, of which nothing comes
-    );
+    const upTo = (n: number): number[] => Array.from({ length: n }, (_, i) => i);
+    const i32 = (values: readonly number[], shape: readonly number[] = [values.length]): Tensor =>
+      tensor(this.gpu, Int32Array.from(values), shape);
+    const counts = lengths ?? i32(new Array(B).fill(T));
+    const types = embedding(this.#tokenTypes, tokenTypes ?? i32([0], [1, 1]));
+    const at = upTo(T).map((t) => firstPosition + t); // of padding too, whatever it is: nothing comes of it
+    const places = embedding(this.#positions, i32(at, [1, T]));
     let h = this.#normed(add(add(embedding(this.#words, ids), types), places), this.#norm);
     for (const block of this.#blocks) {
       const run = (x: Tensor): Tensor => this.#block(block, x, counts);
       h = this.checkpointing ? recompute(h, run) : run(h);
     }
-    const firsts = numbers(B, (b) => b * T, [B]);
-    const inverse = numbers(B * T, (at) => (at % T === 0 ? at / T : -1), [B * T]);
+    const firsts = i32(upTo(B).map((b) => b * T));
+    const inverse = i32(upTo(B * T).map((i) => (i % T === 0 ? i / T : -1)));
     const pooled = tanh(linear(this.#pool, gatherRows(reshape(h, [B * T, C]), firsts, inverse)));
     return linear(this.#classify, pooled);
   }

@@ -45,8 +45,9 @@ export async function loadClassifier(
   const random = new Random(seed);
   for (const [key, shape] of shapes.map) {
     if (!isMade(key)) continue;
-    const values = new Float32Array(shape.reduce((a, b) => a * b, 1));
-    if (shape.length === 2) for (const i of values.keys()) values[i] = random.normal(0, config.initializerRange);
+    const std = shape.length > 1 ? config.initializerRange : 0; // biases begin at 0
+    const length = shape.reduce((a, b) => a * b, 1);
+    const values = Float32Array.from({ length }, () => random.normal(0, std));
     weights.set(key, tensor(gpu, values, shape));
   }
   return new BertClassifier(gpu, config, weights);

@@ -4,7 +4,7 @@ import type { Gpu } from "../gpu/gpu.ts";
 import type { Uniform } from "../gpu/kernel.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { read, type Tensor, tensor } from "../tensor/tensor.ts";
-import { longest, roundedLength } from "./batches.ts";
+import { roundedLength } from "./batches.ts";
 import { type ClassificationMetrics, classificationMetrics } from "./metrics.ts";
 import type { RowTask } from "./task.ts";
 
@@ -46,15 +46,20 @@ export interface ClassificationBatch {
   readonly T: number;
 }
 
-/** Lays rows side by side, padded to `length`, the longest unless given. Throws ShapeError for rows that the classifier cannot take. */
+/**
+ * Lays rows side by side, padded to the longest; with `most`, no less than any row has, to one of few lengths up to it. Throws ShapeError for
+ * rows that the classifier cannot take.
+ */
 export function collateClassification(
   rows: readonly ClassificationRow[],
   limits: ClassifierLimits,
-  length: number = longest(rows),
+  most?: number,
 ): ClassificationBatch {
-  const [B, T] = [rows.length, length];
+  const B = rows.length;
   if (B === 0) throw new ShapeError("collateClassification: a batch must have at least one row, got none");
   const lengths = Int32Array.from(rows, (row) => lengthOf(row, limits));
+  const longest = lengths.reduce((a, b) => Math.max(a, b));
+  const T = most === undefined ? longest : roundedLength(longest, most);
   const ids = new Int32Array(B * T).fill(limits.padId);
   const tokenTypes = new Int32Array(B * T);
   rows.forEach(({ inputIds, tokenTypeIds = [] }, b) => {
@@ -138,7 +143,7 @@ export function classificationTask(
         },
       };
     },
-    collate: (rows, most) => collateClassification(rows, config, roundedLength(longest(rows), most)),
+    collate: (rows, most) => collateClassification(rows, config, most),
     largest: (B, T) => ({
       ...{ ids: new Int32Array(B * T), tokenTypes: new Int32Array(B * T), labels: new Int32Array(B), B, T },
       lengths: new Int32Array(B).fill(T),

@@ -59,21 +59,17 @@ function f1Of(c: number, labels: readonly number[], predicted: readonly number[]
   return claims === 0 ? 0 : (2 * hits) / claims;
 }
 
-/** The chance that a positive row scores above a negative one, by ranks (Mann and Whitney); equal scores share their mean rank. */
+/** The chance that a positive row scores above a negative one (Mann and Whitney); equal scores count half. */
 function rocAuc(scores: readonly number[], positive: readonly boolean[]): number {
-  const ranks = new Map<number, { readonly first: number; last: number }>();
-  scores
-    .toSorted((a, b) => a - b)
-    .forEach((score, i) => {
-      const equal = ranks.get(score);
-      if (equal) equal.last = i + 1;
-      else ranks.set(score, { first: i + 1, last: i + 1 });
-    });
-  const rank = (score: number): number => {
-    const { first, last } = ranks.get(score) ?? { first: Number.NaN, last: Number.NaN };
-    return (first + last) / 2;
-  };
-  const P = positive.filter(Boolean).length;
-  const sum = scores.reduce((total, score, i) => total + (positive[i] ? rank(score) : 0), 0);
-  return (sum - (P * (P + 1)) / 2) / (P * (scores.length - P));
+  const tally = new Map<number, { no: number; yes: number }>();
+  scores.forEach((score, i) => {
+    const { no, yes } = tally.get(score) ?? { no: 0, yes: 0 };
+    tally.set(score, positive[i] ? { no, yes: yes + 1 } : { no: no + 1, yes });
+  });
+  let [wins, below] = [0, 0];
+  for (const [, { no, yes }] of [...tally].sort(([a], [b]) => a - b)) {
+    wins += yes * (below + no / 2);
+    below += no;
+  }
+  return wins / (below * (scores.length - below));
 }

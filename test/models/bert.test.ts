@@ -11,9 +11,9 @@ import { attachLora, type LoraAdapter } from "../../src/lora/adapter.ts";
 import { loadPeft, savePeft } from "../../src/lora/peft.ts";
 import type { BertClassifier } from "../../src/models/bert.ts";
 import { readClassifierConfig } from "../../src/models/config.ts";
-import { loadClassifier, loadModel } from "../../src/models/load.ts";
+import { loadModel } from "../../src/models/load.ts";
+import { loadClassifier } from "../../src/models/load-classifier.ts";
 import { saveModel } from "../../src/models/save.ts";
-import { loadClassifierFrom } from "../../src/node.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { type ClassificationRow, classificationTask, collateClassification } from "../../src/train/classify.ts";
@@ -318,7 +318,7 @@ test("an encoder is no model that predicts tokens, and the other way around", as
       `${folder("bert")}/config.json: the model must predict tokens, got model_type bert, an encoder with a classifier. Load it with loadClassifier`,
     ),
   );
-  await expect(loadClassifierFrom(gpu, folder("gpt2"))).rejects.toThrow(
+  await expect(loadClassifier(gpu, diskDirectory(folder("gpt2")))).rejects.toThrow(
     new FormatError(
       `${folder("gpt2")}/config.json: the "model_type" of a classifier must be one of bert, roberta, got "gpt2"`,
     ),

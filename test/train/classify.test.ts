@@ -3,7 +3,7 @@ import { add, mul, scale, sum } from "../../src/autograd/basic-ops.ts";
 import { backward } from "../../src/autograd/engine.ts";
 import { diskDirectory } from "../../src/io/files.ts";
 import { attachLora } from "../../src/lora/adapter.ts";
-import { loadClassifier } from "../../src/models/load.ts";
+import { loadClassifier } from "../../src/models/load-classifier.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import {
@@ -124,6 +124,16 @@ test("rows lie side by side, padded to the longest, with their masks' padding ta
     labels: Int32Array.of(2, 0),
     ...{ B: 2, T: 3 },
   });
+});
+
+test("padding that rows bring along makes no batch longer, and lengths are few", () => {
+  const row = (tokens: number): ClassificationRow => ({
+    inputIds: Array.from({ length: 40 }, (_, t) => (t < tokens ? 5 : 0)),
+    attentionMask: Array.from({ length: 40 }, (_, t) => Number(t < tokens)),
+    label: 0,
+  });
+  const lengths = [3, 16, 17, 35].map((tokens) => collateClassification([row(tokens), row(1)], LIMITS, 40).T);
+  expect(lengths).toEqual([16, 16, 32, 40]);
 });
 
 test.each<[ClassificationRow, string]>([
