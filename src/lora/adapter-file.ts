@@ -48,6 +48,10 @@ function* tensorsOf(checkpoint: Checkpoint): Iterable<[name: string, tensor: pla
 
 async function readPeft(directory: Directory, json: JsonObject): Promise<plain.PlainAdapter> {
   const config = { ...(await readAdapterConfig(directory)), fanInFanOut: json.fan_in_fan_out === true };
+  if (config.modulesToSave)
+    throw new FormatError(
+      `${directory.name}/${CONFIG}: "modules_to_save" must be null, got ${JSON.stringify(config.modulesToSave)}. Modules that were trained whole stay in PEFT's format, and with the model`,
+    );
   const checkpoint = await openCheckpoint(directory, "adapter_model");
   const stored = await plain.readModules(checkpoint.name, tensorsOf(checkpoint), (tensor) => {
     const [part, key = ""] = Object.entries(KEYS).find(([, suffix]) => tensor.endsWith(`.${suffix}`)) ?? [];
