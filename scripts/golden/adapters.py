@@ -114,6 +114,50 @@ def make_beginning(name: str, config: dict) -> None:
     print(f"{name}: loss {loss:.6f}, after {STEPS - 1} steps {losses[-1]:.6f}")
 
 
+METHODS = {
+    "cat": {"combination_type": "cat"},
+    "svd": {"combination_type": "svd", "svd_rank": 3},
+    "linear": {"combination_type": "linear"},
+    "ties": {"combination_type": "ties", "density": 0.5},
+    "magnitude_prune": {"combination_type": "magnitude_prune", "density": 0.3},
+}
+WEIGHTS = [0.7, -0.4]
+
+
+def make_combined() -> None:
+    """combined/: two adapters, a and b, and the updates (s·B·A) of what PEFT makes of them with WEIGHTS, by method and module."""
+    directory = GOLDEN / "adapters" / "combined"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    base = GOLDEN / "models" / "qwen2"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = {"r": 4, "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"], "layers_to_transform": None}
+    adapted = get_peft_model(model, LoraConfig(lora_alpha=8, **config), "a")
+    adapted.add_adapter("b", LoraConfig(lora_alpha=3, use_rslora=True, **config))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if ".lora_" in name:
+                weight.copy_(0.4 * torch.randn_like(weight))
+    adapted.save_pretrained(directory, save_embedding_layers=False)
+    tensors = {}
+    for method, options in METHODS.items():
+        adapted.add_weighted_adapter(["a", "b"], WEIGHTS, method, **options)
+        for name, module in adapted.named_modules():
+            if hasattr(module, "lora_A") and ".layers.0." in name:
+                delta = module.get_delta_weight(method)
+                tensors[f"{method}.{name.removeprefix('base_model.model.')}"] = delta
+    write_tensors(directory / "expected.safetensors", tensors)
+    (directory / "README.md").unlink()
+    for part in ("a", "b"):
+        path = directory / part / "adapter_config.json"
+        saved = json.loads(path.read_text()) | {"base_model_name_or_path": "qwen2"}
+        saved["target_modules"] = sorted(saved["target_modules"])
+        path.write_text(json.dumps(saved, indent=2) + "\n")
+    for file in directory.rglob("*.safetensors"):
+        file.chmod(0o644)
+    print(f"combined: {len(tensors)} updates")
+
+
 def make(name: str, spec: dict) -> None:
     directory = GOLDEN / "adapters" / name
     shutil.rmtree(directory, ignore_errors=True)
@@ -178,3 +222,6 @@ if __name__ == "__main__":
         if len(sys.argv) == 1 or name in sys.argv[1:]:
             deterministic(SEED)
             make_beginning(name, config)
+    if len(sys.argv) == 1 or "combined" in sys.argv[1:]:
+        deterministic(SEED)
+        make_combined()

@@ -78,7 +78,7 @@ export const openAdapter = async (path: string, base?: BaseModel): Promise<Plain
   statSync(path).isDirectory() ? readAdapter(diskDirectory(path)) : readGgufAdapter(await fileSource(path), path, base);
 
 /** Throws FormatError where something else would be written over, or into. */
-async function checkOut(to: PlainAdapter["format"], out: string): Promise<void> {
+export async function checkOut(to: PlainAdapter["format"], out: string): Promise<void> {
   if (!existsSync(out)) return;
   const isDirectory = statSync(out).isDirectory();
   if (isDirectory && to !== "gguf" && readdirSync(out).length === 0) return;

@@ -1,5 +1,6 @@
 #!/usr/bin/env node
 import { Command } from "commander";
+import { combineCommand } from "./combine.ts";
 import { convertCommand } from "./convert.ts";
 import { doctorCommand } from "./doctor.ts";
 import { evalCommand } from "./eval.ts";
@@ -20,6 +21,7 @@ const program = new Command("lowrank")
   .addCommand(evalCommand())
   .addCommand(generateCommand())
   .addCommand(mergeCommand())
+  .addCommand(combineCommand())
   .addCommand(convertCommand())
   .addCommand(inspectCommand())
   .addCommand(logitsCommand())
