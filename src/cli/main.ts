@@ -4,6 +4,7 @@ import { combineCommand } from "./combine.ts";
 import { convertCommand } from "./convert.ts";
 import { doctorCommand } from "./doctor.ts";
 import { evalCommand } from "./eval.ts";
+import { extractCommand } from "./extract.ts";
 import { generateCommand } from "./generate.ts";
 import { inspectCommand } from "./inspect.ts";
 import { logitsCommand } from "./logits.ts";
@@ -23,6 +24,7 @@ const program = new Command("lowrank")
   .addCommand(mergeCommand())
   .addCommand(combineCommand())
   .addCommand(convertCommand())
+  .addCommand(extractCommand())
   .addCommand(inspectCommand())
   .addCommand(logitsCommand())
   .addCommand(doctorCommand())

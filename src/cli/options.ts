@@ -162,7 +162,7 @@ export function stepOptions(command: string): Option[] {
 }
 
 /** "all-linear" and a regular expression stay a string, as in PEFT; names become a list. */
-function parseTargets(text: string): TargetModules {
+export function parseTargets(text: string): TargetModules {
   const pattern = /^\/(.+)\/$/.exec(text)?.[1];
   if (pattern !== undefined) return pattern;
   if (text.toLowerCase() === "all-linear") return "all-linear";

@@ -17,6 +17,13 @@ import { emptyWeights, type Limits, loadWeights, type Shapes, type WeightFormat,
 export const weightShapes = (config: ModelConfig, limits?: Limits): Map<string, number[]> =>
   shapesOf(config, limits).map;
 
+/** N and K of every linear layer of a model, by module name: W is [N,K]. */
+export const linearSizes = (config: ModelConfig): ReadonlyMap<string, readonly [N: number, K: number]> =>
+  shapesOf(config).linears;
+
+/** Whether files have this weight of such a model as [K,N]. */
+export const isTurned = (config: ModelConfig, name: string): boolean => isGpt2(config) && isConv1D(name);
+
 const shapesOf = (config: ModelConfig, limits?: Limits): Shapes =>
   isGpt2(config) ? gpt2Shapes(config, limits) : decoderShapes(config, limits);
 
@@ -43,7 +50,7 @@ export async function loadModel(gpu: Gpu, directory: Directory, options: LoadOpt
   const { weights: format = "f32", limits = gpu.limits } = options;
   const config = await readConfig(directory);
   const checkpoint = await openCheckpoint(directory, "model");
-  const isTransposed = (name: string): boolean => isGpt2(config) && isConv1D(name);
+  const isTransposed = (name: string): boolean => isTurned(config, name);
   const asked = { shapes: shapesOf(config, limits), whole: shapesOf(config), format, isTransposed };
   return makeModel(gpu, config, await loadWeights(gpu, checkpoint, asked));
 }
@@ -69,7 +76,7 @@ export async function emptyModel(dry: Gpu, directory: Directory, options: LoadOp
   const config = await readConfig(directory);
   const stored = format === "stored" ? await storedFormats(directory) : () => undefined;
   const weights = emptyWeights(dry, shapesOf(config, limits), format, (name) =>
-    isGpt2(config) && isConv1D(name) ? undefined : stored(name),
+    isTurned(config, name) ? undefined : stored(name),
   );
   return makeModel(dry, config, weights);
 }

@@ -25,8 +25,8 @@ const VOCABULARY_STEP = 64;
 /** Name and shape of the weights of a model, collected layer by layer. */
 export class Shapes {
   readonly map: Map<string, number[]> = new Map();
-  /** Names of the weights of linear layers, which may be packed. */
-  readonly packable: Set<string> = new Set();
+  /** N and K of every linear layer, by module name. */
+  readonly linears: Map<string, readonly [N: number, K: number]> = new Map();
   readonly #limits: Limits | undefined;
 
   constructor(limits: Limits | undefined) {
@@ -40,7 +40,7 @@ export class Shapes {
   /** W [N,K] and, if there is one, b [N]. */
   linear(module: string, N: number, K: number, bias: boolean): void {
     this.add(`${module}.weight`, N, K);
-    if (K % 4 === 0) this.packable.add(`${module}.weight`);
+    this.linears.set(module, [N, K]);
     if (bias) this.add(`${module}.bias`, N);
   }
 
@@ -48,8 +48,14 @@ export class Shapes {
   without(isLeftOut: (name: string) => boolean): Shapes {
     const left = new Shapes(this.#limits);
     for (const [name, shape] of this.map) if (!isLeftOut(name)) left.add(name, ...shape);
-    for (const name of this.packable) if (!isLeftOut(name)) left.packable.add(name);
+    for (const [module, size] of this.linears) if (!isLeftOut(`${module}.weight`)) left.linears.set(module, size);
     return left;
+  }
+
+  /** Whether this is the weight of a linear layer that kernels can read packed. */
+  isPackable(name: string): boolean {
+    const [, K = 1] = this.linears.get(name.replace(/\.weight$/, "")) ?? [];
+    return name.endsWith(".weight") && K % 4 === 0;
   }
 
   /** A table [V,C]: where it is too large for the device, in pieces of rows, "name[0:65536]" and so on. */
@@ -151,7 +157,7 @@ export async function loadWeights(
     for (const [key, shape] of shapes.map) {
       const { name, first } = sliceOf(key);
       const stored = storedName(checkpoint, name);
-      const isPackable = format !== "f32" && shapes.packable.has(name);
+      const isPackable = format !== "f32" && shapes.isPackable(name);
       if (isPackable && format === "stored" && !isTransposed(name) && storedDtype(checkpoint, stored) !== "F32") {
         weights.set(key, await loadPacked(gpu, checkpoint, stored, shape));
         continue;
@@ -199,7 +205,7 @@ export function emptyWeights(
   const of = (name: string, shape: readonly number[]): Tensor | PackedMatrix => {
     const [N = 0, K = 0] = shape;
     const kept = format === "stored" ? stored(name) : format === "f32" ? undefined : format;
-    return kept && shapes.packable.has(name)
+    return kept && shapes.isPackable(name)
       ? emptyPacked(gpu, [N, K], kept, kept === "nf4" ? { doubleQuant: true } : {})
       : empty(gpu, shape, name);
   };
