@@ -64,7 +64,8 @@ export interface Reader {
 export async function openReader(path: string): Promise<Reader> {
   const directory = diskDirectory(path);
   const config = await readConfig(directory);
-  return { config, tokenizer: (await directory.open("tokenizer.json")) ? await loadTokenizer(directory) : undefined };
+  const files = await Promise.all(["tokenizer.json", "vocab.json"].map((file) => directory.open(file)));
+  return { config, tokenizer: files.some(Boolean) ? await loadTokenizer(directory) : undefined };
 }
 
 /** The rows of a data file, cut to maxLength: 512 unless given, or the model's context if that is smaller. */

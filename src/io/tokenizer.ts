@@ -2,7 +2,7 @@
 import { Tokenizer as Library } from "@huggingface/tokenizers";
 import type { Directory } from "./bytes.ts";
 import { FormatError } from "./errors.ts";
-import { isObject, type JsonObject, readJson } from "./json.ts";
+import { isObject, type JsonObject, readJson, readText } from "./json.ts";
 
 const LIMIT_BYTES = 50e6;
 
@@ -17,15 +17,19 @@ export interface Tokenizer {
   readonly vocabSize: number;
 }
 
-/** From tokenizer.json, tokenizer_config.json and special_tokens_map.json (the last two may be missing). Throws a FormatError. */
+/**
+ * From tokenizer.json, or vocab.json and merges.txt of GPT-2 and Qwen2, with tokenizer_config.json and special_tokens_map.json (which may be
+ * missing). Throws a FormatError.
+ */
 export async function loadTokenizer(directory: Directory): Promise<Tokenizer> {
   const name = `${directory.name}/tokenizer.json`;
-  const definition = await readJson(directory, "tokenizer.json", LIMIT_BYTES);
+  const config = (await readJson(directory, "tokenizer_config.json", LIMIT_BYTES)) ?? {};
+  const definition =
+    (await readJson(directory, "tokenizer.json", LIMIT_BYTES)) ?? (await fromVocabulary(directory, config));
   if (!definition)
     throw new FormatError(
-      `${name}: must be there to turn text into ids, got no such file. Copy it from the model, or train on rows of input_ids`,
+      `${name}: must be there to turn text into ids, or vocab.json and merges.txt of GPT-2 or Qwen2, got neither. Copy it from the model, or train on rows of input_ids`,
     );
-  const config = (await readJson(directory, "tokenizer_config.json", LIMIT_BYTES)) ?? {};
   const special = (await readJson(directory, "special_tokens_map.json", LIMIT_BYTES)) ?? {};
   const library = attempt(name, () => new Library(definition, config));
   repairByteFallback(library.decoder as LibraryDecoder | null);
@@ -46,6 +50,56 @@ export async function loadTokenizer(directory: Directory): Promise<Tokenizer> {
     bosId: idOf("bos_token"),
     eosId: idOf("eos_token"),
     vocabSize: [...library.get_vocab().values()].reduce((largest, id) => Math.max(largest, id), -1) + 1,
+  };
+}
+
+/** How the byte-level tokenizers that came as two files cut text into words, as `tokenizers` has it for them. */
+const BYTE_LEVEL: Readonly<Record<string, Readonly<Record<"normalizer" | "pre_tokenizer", JsonObject | null>>>> = {
+  GPT2: {
+    normalizer: null,
+    pre_tokenizer: { type: "ByteLevel", add_prefix_space: false, trim_offsets: true, use_regex: true },
+  },
+  Qwen2: {
+    normalizer: { type: "NFC" },
+    pre_tokenizer: {
+      type: "Sequence",
+      pretokenizers: [
+        {
+          type: "Split",
+          pattern: {
+            Regex: String.raw`(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+`,
+          },
+          behavior: "Isolated",
+          invert: false,
+        },
+        { type: "ByteLevel", add_prefix_space: false, trim_offsets: false, use_regex: false },
+      ],
+    },
+  },
+};
+
+/** What tokenizer.json would say, of a vocabulary and its merges; undefined where there are none, or of another tokenizer. */
+async function fromVocabulary(directory: Directory, config: JsonObject): Promise<JsonObject | undefined> {
+  const vocab = await readJson(directory, "vocab.json", LIMIT_BYTES);
+  const merges = await readText(directory, "merges.txt", LIMIT_BYTES);
+  const words = BYTE_LEVEL[String(config.tokenizer_class ?? "GPT2Tokenizer").replace(/Tokenizer(Fast)?$/, "")];
+  if (!vocab || merges === undefined || !words) return undefined;
+  const added = isObject(config.added_tokens_decoder) ? Object.entries(config.added_tokens_decoder) : [];
+  return {
+    version: "1.0",
+    added_tokens: added.map(([id, token]) => ({ id: Number(id), ...(token as JsonObject) })),
+    ...words,
+    post_processor: null,
+    decoder: { type: "ByteLevel", add_prefix_space: false, trim_offsets: false, use_regex: false },
+    model: {
+      ...{
+        type: "BPE",
+        vocab,
+        merges: merges.split("\n").filter((line) => line !== "" && !line.startsWith("#version")),
+      },
+      ...{ dropout: null, unk_token: null, continuing_subword_prefix: "", end_of_word_suffix: "" },
+      ...{ fuse_unk: false, byte_fallback: false, ignore_merges: false },
+    },
   };
 }
 

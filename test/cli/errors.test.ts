@@ -415,7 +415,7 @@ test("a model is not merged onto itself", async () => {
 test("generate needs a tokenizer", async () => {
   await expect(run(generateCommand(), "--model", at("model"), "--prompt", "Once")).rejects.toThrow(
     new FormatError(
-      `${at("model")}/tokenizer.json: must be there to turn text into ids, got no such file. Copy it from the model, or train on rows of input_ids`,
+      `${at("model")}/tokenizer.json: must be there to turn text into ids, or vocab.json and merges.txt of GPT-2 or Qwen2, got neither. Copy it from the model, or train on rows of input_ids`,
     ),
   );
 });

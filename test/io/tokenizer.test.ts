@@ -35,23 +35,74 @@ test.skipIf(!hasShared)("ids and texts are those of transformers for Python", as
   expect(tokenizer.decode([])).toBe("");
 });
 
-test.skipIf(!hasShared)("the ids of GPT-2's tokenizer are those of the published test vectors", async () => {
-  const tokenizer = await loadTokenizer(diskDirectory(shared("tokenizers/gpt2")));
-  const vectors = shared("tokenizers/vectors/ggml-vocab-gpt-2.gguf");
-  const texts = (await readFile(`${vectors}.inp`, "utf8")).split("\n__ggml_vocab_test__\n");
-  const ids = (await readFile(`${vectors}.out`, "utf8"))
-    .split("\n")
-    .map((line) => line.trim().split(/\s+/).map(Number));
-  expect(texts.length).toBeGreaterThan(40);
-  for (const [i, text] of texts.entries())
-    if (text !== "") expect(tokenizer.encode(text), JSON.stringify(text)).toEqual(ids[i]);
-  expect(tokenizer.bosId).toBeUndefined(); // no tokenizer_config.json there
+test.skipIf(!hasShared)(
+  "the ids of GPT-2's and Qwen2's tokenizers are those of the published test vectors",
+  async () => {
+    for (const [directory, vectors] of [
+      ["gpt2", "gpt-2"], // tokenizer.json
+      ["qwen2.5", "qwen2"], // vocab.json and merges.txt
+    ]) {
+      const tokenizer = await loadTokenizer(diskDirectory(shared(`tokenizers/${directory}`)));
+      const file = (ending: string): Promise<string> =>
+        readFile(shared(`tokenizers/vectors/ggml-vocab-${vectors}.gguf.${ending}`), "utf8");
+      const texts = (await file("inp")).split("\n__ggml_vocab_test__\n");
+      const lines = (await file("out")).split("\n");
+      expect(texts).toHaveLength(47);
+      for (const [i, text] of texts.entries()) {
+        const ids = (lines[i] ?? "").trim().split(/\s+/).filter(Boolean).map(Number);
+        expect(tokenizer.encode(text, { addSpecialTokens: false }), JSON.stringify(text)).toEqual(ids);
+      }
+    }
+  },
+);
+
+test.skipIf(!hasShared)(
+  "text goes through SmolLM's and Qwen2's tokenizers and back, special tokens as they are",
+  async () => {
+    const texts = [
+      "Hello, world!",
+      "  two  spaces\n\n\ttab",
+      "naïve café 北京 🚀🏳️‍🌈",
+      "<|im_start|>user\nHi<|im_end|>\n",
+      "1234567 − 0.5",
+    ];
+    for (const directory of ["smollm", "qwen2.5"]) {
+      const tokenizer = await loadTokenizer(diskDirectory(shared(`tokenizers/${directory}`)));
+      for (const text of texts) {
+        const ids = tokenizer.encode(text, { addSpecialTokens: false });
+        expect(tokenizer.decode(ids, { skipSpecialTokens: false })).toBe(text);
+      }
+      const chat = tokenizer.encode("<|im_start|>user<|im_end|>", { addSpecialTokens: false });
+      expect(chat).toHaveLength(3);
+      expect(tokenizer.decode(chat)).toBe("user");
+      expect(tokenizer.eosId).toBeDefined();
+    }
+  },
+);
+
+test("a vocabulary and its merges are a tokenizer, of GPT-2's or Qwen2's kind", async () => {
+  const vocab = Object.fromEntries(["a", "b", "c", "Ġ", "1", "2", "ab", "Ġab", "12"].map((token, id) => [token, id]));
+  const files = { "vocab.json": JSON.stringify(vocab), "merges.txt": "#version: 0.2\na b\nĠ ab\n1 2\n" };
+  const gpt2 = await loadTokenizer(memoryDirectory("m", files));
+  expect(gpt2.encode("ab abc12")).toEqual([6, 7, 2, 8]);
+  expect(gpt2.decode([6, 7, 2, 8])).toBe("ab abc12");
+  const config = {
+    tokenizer_class: "Qwen2Tokenizer",
+    eos_token: "<end>",
+    added_tokens_decoder: { 9: { content: "<end>", special: true, normalized: false, lstrip: false, rstrip: false } },
+  };
+  const qwen = await loadTokenizer(memoryDirectory("m", { ...files, "tokenizer_config.json": JSON.stringify(config) }));
+  expect(qwen.encode("ab12<end>")).toEqual([6, 4, 5, 9]); // digits one by one
+  expect(qwen.eosId).toBe(9);
+  await expect(
+    loadTokenizer(memoryDirectory("m", { ...files, "tokenizer_config.json": '{"tokenizer_class":"MarianTokenizer"}' })),
+  ).rejects.toThrow(FormatError);
 });
 
 test("a model without a tokenizer, or with one that is no tokenizer, is told apart", async () => {
   await expect(loadTokenizer(memoryDirectory("m", {}))).rejects.toThrow(
     new FormatError(
-      "m/tokenizer.json: must be there to turn text into ids, got no such file. Copy it from the model, or train on rows of input_ids",
+      "m/tokenizer.json: must be there to turn text into ids, or vocab.json and merges.txt of GPT-2 or Qwen2, got neither. Copy it from the model, or train on rows of input_ids",
     ),
   );
   await expect(loadTokenizer(memoryDirectory("m", { "tokenizer.json": "{}" }))).rejects.toThrow(
