@@ -1,0 +1,68 @@
+"""Trains an adapter of every variant with the command line and loads each into real PEFT: no missing or unexpected key, the same logits.
+
+    python scripts/golden/check_variants.py [name ...]
+
+Models and rows are those of test/golden/models; see check_adapter.py for what is compared. Exit code 1 if one of them fails.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LOWRANK = ["node", "--import", "tsx", "--import", "./scripts/wgsl.mjs", "src/cli/main.ts"]
+TRAIN = ["--steps", "3", "--batch-size", "2", "--rank", "4", "--alpha", "8", "--learning-rate", "0.05"]
+
+VARIANTS = {
+    "lora": ("qwen2", []),
+    "dropout, LoRA+": ("qwen2", ["--dropout", "0.1", "--loraplus-lr-ratio", "16"]),
+    "rslora": ("qwen3", ["--use-rslora"]),
+    "dora": ("qwen2", ["--use-dora"]),
+    "dora of Conv1D": ("gpt2", ["--use-dora"]),
+    "dora and rslora of fused layers": ("phi3", ["--use-dora", "--use-rslora"]),
+    "some layers": (
+        "gemma2",
+        ["--target-modules", "q_proj,up_proj", "--layers-to-transform", "1", "--exclude-modules", "up_proj"],
+    ),
+    "regular expression": ("smollm3", ["--target-modules", r"/.*\.[02]\..*_proj/"]),
+    "pissa": ("qwen2", ["--init", "pissa"]),
+    "pissa by power iterations": ("mistral", ["--init", "pissa_niter_8"]),
+    "olora and rslora": ("gemma2", ["--init", "olora", "--use-rslora"]),
+    "olora and dora": ("granite", ["--init", "olora", "--use-dora"]),
+    "orthogonal": ("olmo2", ["--init", "orthogonal"]),
+    "gaussian": ("gemma3", ["--init", "gaussian"]),
+}
+
+
+def run(*command: object) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return done.stdout.strip().splitlines()[-2] if "OK" in done.stdout else ""
+
+
+def check(base: str, options: list[str]) -> str:
+    model = ROOT / "test" / "golden" / "models" / base
+    given = json.loads((model / "expected.json").read_text())
+    with tempfile.TemporaryDirectory() as directory:
+        rows, adapter, logits = (Path(directory) / name for name in ("rows.jsonl", "adapter", "logits.safetensors"))
+        pairs = zip(given["input_ids"], given["labels"])
+        rows.write_text("".join(json.dumps({"input_ids": ids, "labels": labels}) + "\n" for ids, labels in pairs))
+        run(*LOWRANK, "train", "--model", model, "--data", rows, "--out", adapter, *TRAIN, *options)
+        run(*LOWRANK, "logits", "--model", model, "--adapter", adapter, "--data", rows, "--row", 0, "--out", logits)
+        script = Path(__file__).with_name("check_adapter.py")
+        return run(sys.executable, "-W", "ignore", script, model, adapter, rows, 0, logits)
+
+
+failed = 0
+for name, (base, options) in VARIANTS.items():
+    if len(sys.argv) > 1 and name not in sys.argv[1:]:
+        continue
+    try:
+        print(f"{name} ({base}): {check(base, options)}", flush=True)
+    except RuntimeError as error:
+        failed += 1
+        print(f"{name} ({base}): FAILED: {error}", flush=True)
+sys.exit(1 if failed else 0)
