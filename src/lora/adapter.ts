@@ -113,8 +113,8 @@ export class LoraAdapter {
     this.saved = saved;
     this.#flat = flat;
     this.#groups = new Map(groups.flatMap((group) => this.#linearGroup(group)));
-    this.#takeSquares();
     this.enable();
+    this.#takeSquares();
   }
 
   /** The trainable tensors: every A and B, and what else there is. */
@@ -159,19 +159,22 @@ export class LoraAdapter {
     this.#demand("start", "enabled");
     if (this.#beginnings.size > 0 || this.#factor !== 1)
       throw new ShapeError("start: an adapter starts once, at its own scale, got one that did. Attach a fresh one");
-    for (const [name, { A, B }] of values) {
+    const started = [...values].map(([name, { A, B }]) => {
       const pair = this.pairs.get(name);
       if (!pair) throw new ShapeError(`start: modules must be the adapter's, got ${name}`);
-      const { gpu } = pair.A;
-      gpu.write(pair.A, A);
-      gpu.write(pair.B, B);
-      if (!takesFromBase) continue;
-      const { layer } = pair;
-      const original = layer.weight;
-      if (isPacked(original))
+      const original = pair.layer.weight;
+      if (takesFromBase && isPacked(original))
         throw new ShapeError(
           `start: a part of the base is taken from f32 weights, got ${original.format}. Load it as f32`,
         );
+      return { pair, A, B, original };
+    });
+    for (const { pair, A, B, original } of started) {
+      const { layer } = pair;
+      const { gpu } = pair.A;
+      gpu.write(pair.A, A);
+      gpu.write(pair.B, B);
+      if (!takesFromBase || isPacked(original)) continue;
       const residual = gpu.scope(() => axpy(1, original, -1, matmul(pair.B, pair.A, "nn", { scale: pair.scale })));
       const [A0, B0] = [scaled(pair.A, 1), scaled(pair.B, 1)];
       this.#beginnings.set(pair, { A: A0, B: B0, residual, original });
@@ -192,7 +195,7 @@ export class LoraAdapter {
     return this.#factor * settingsOf({ ...this.config, rankPattern: {}, alphaPattern: {} }, "").scale;
   }
 
-  /** Multiplies the adapter's effect: 0 is the base model, 1 the adapter as trained. Not while merged. */
+  /** Multiplies s: 1 is the adapter as trained, 0 leaves B·A out (magnitudes, biases and what was taken from the base stay). Not while merged. */
   setScale(factor: number): void {
     if (!Number.isFinite(factor)) throw new ShapeError(`setScale: the factor must be a finite number, got ${factor}`);
     this.#demand("setScale", "enabled", "disabled");
@@ -442,7 +445,12 @@ export function attachPairs(
   });
   const fanInFanOut = modules.some(({ name }) => model.isTransposed?.(`${name}.weight`));
   const { taskType = "CAUSAL_LM" } = model;
-  return new LoraAdapter({ ...config, fanInFanOut, taskType }, new Map(pairs), flat, stacked, new Map(saved));
+  try {
+    return new LoraAdapter({ ...config, fanInFanOut, taskType }, new Map(pairs), flat, stacked, new Map(saved));
+  } catch (error) {
+    gpu.release(flat);
+    throw error;
+  }
 }
 
 function copyOf({ layer: { weight, bias } }: { readonly layer: Linear }): SavedParts {

@@ -166,6 +166,19 @@ test("what does not fit an adapter's state is refused", async () => {
   expect(() => adapter.enable()).toThrow(new ShapeError("enable: the adapter must be disabled, got detached"));
 });
 
+test("an adapter that cannot be attached, for another one is there, leaves nothing behind", async () => {
+  const { model } = await twoLayers();
+  const gpu = await testGpu();
+  const config = { r: 2, alpha: 4, targetModules: "all-linear", useDora: true };
+  const first = attachLora(model, config);
+  const before = gpu.counters().bytesLive;
+  expect(() => attachLora(model, config)).toThrow(
+    new ShapeError("enable: a layer takes one enabled adapter, got a second on layers.0.q_proj. Disable the first"),
+  );
+  expect(gpu.counters().bytesLive).toBe(before);
+  first.detach();
+});
+
 test("settings out of range name the rule and the value", async () => {
   const { model } = await twoLayers();
   const attach =
