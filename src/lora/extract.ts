@@ -1,7 +1,5 @@
 /** An adapter out of two checkpoints: what a full fine-tune changed, as far as a rank holds it. */
-import { decodeFloats } from "../io/dtype.ts";
-import { FormatError } from "../io/errors.ts";
-import { type Checkpoint, storedDtype, storedName } from "../nn/checkpoint.ts";
+import { type Checkpoint, readMatrix, storedName } from "../nn/checkpoint.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { type Matrix as Dense, matrix, randomizedSvd } from "../tensor/linalg.ts";
 import { Random } from "../tensor/random.ts";
@@ -49,7 +47,8 @@ export async function extractAdapter(base: Checkpoint, tuned: Checkpoint, option
   for (const [name, [N, K]] of linears) {
     if (!matchesModule(targetModules, name)) continue;
     const key = `${name}.weight`;
-    const of = (checkpoint: Checkpoint): Promise<Float32Array> => valuesOf(checkpoint, key, N, K, isTransposed(key));
+    const of = (checkpoint: Checkpoint): Promise<Float32Array> =>
+      readMatrix(checkpoint, storedName(checkpoint, key), [N, K], isTransposed(key));
     const [before, after] = [await of(base), await of(tuned)];
     const delta = matrix(
       N,
@@ -94,23 +93,4 @@ function filled(rows: number, columns: number, of: (i: number, j: number) => num
 function turned({ rows, columns, values }: Matrix): Matrix {
   const y = Float32Array.from(values, (_, i) => values[(i % rows) * columns + Math.floor(i / rows)] ?? 0);
   return { rows: columns, columns: rows, values: y };
-}
-
-/** The weight as [N,K], f32. */
-async function valuesOf(
-  checkpoint: Checkpoint,
-  key: string,
-  N: number,
-  K: number,
-  isTransposed: boolean,
-): Promise<Float32Array> {
-  const name = storedName(checkpoint, key);
-  const dtype = storedDtype(checkpoint, name);
-  const file = checkpoint.tensors.get(name);
-  const want = isTransposed ? [K, N] : [N, K];
-  const shape = file?.tensors.get(name)?.shape ?? [];
-  if (!file || `${shape}` !== `${want}`)
-    throw new FormatError(`${checkpoint.name}: tensor "${name}" must be [${want}], got [${shape}]`);
-  const values = decodeFloats(dtype, await file.read(name));
-  return isTransposed ? turned({ rows: K, columns: N, values }).values : values;
 }

@@ -46,6 +46,8 @@ interface Block {
 interface Rope {
   readonly settings: RopeSettings;
   readonly tables: { readonly cos: Tensor; readonly sin: Tensor };
+  /** "longrope": those of rows beyond the original length, which are the same for all. */
+  readonly long: Rope["tables"] | undefined;
 }
 
 /** Where the norms of a block are, and what they go by. */
@@ -80,12 +82,14 @@ export class Decoder extends CausalModel<DecoderConfig> {
   constructor(gpu: Gpu, config: DecoderConfig, weights: WeightMap) {
     const all = new Weights(weights);
     const tables = all.pieces("model.embed_tokens.weight");
-    const [whole, windowed = whole] = [config.rope, ...(config.windowRope ? [config.windowRope] : [])].map(
-      (settings) => ({
-        settings,
-        tables: ropeTables(gpu, config.rotaryDim ?? config.headDim, config.contextLength, settings),
-      }),
-    );
+    const ropeOf = (settings: RopeSettings): Rope => {
+      const of = (length: number) =>
+        ropeTables(gpu, config.rotaryDim ?? config.headDim, config.contextLength, settings, length);
+      const isLong = settings.type === "longrope" && dependsOnLength(settings, config.contextLength);
+      return { settings, tables: of(0), long: isLong ? of(config.contextLength) : undefined };
+    };
+    const whole = ropeOf(config.rope);
+    const windowed = config.windowRope ? ropeOf(config.windowRope) : whole;
     const blocks = Array.from({ length: config.layers }, (_, i) => {
       const window = config.windows?.[i];
       const hasRope = !config.isWithoutRope?.[i];
@@ -97,7 +101,7 @@ export class Decoder extends CausalModel<DecoderConfig> {
     this.#embedding = tables;
     this.#blocks = blocks;
     this.#norm = norm;
-    this.#ropes = [...new Set([whole, windowed])].filter((one) => one !== undefined);
+    this.#ropes = [...new Set([whole, windowed])];
   }
 
   hidden(ids: Tensor, options: HiddenOptions = {}): Tensor {
@@ -128,7 +132,8 @@ export class Decoder extends CausalModel<DecoderConfig> {
 
   override destroy(): void {
     super.destroy();
-    this.gpu.release(...this.#ropes.flatMap(({ tables }) => [tables.cos, tables.sin]));
+    const tables = this.#ropes.flatMap((one) => [one.tables, ...(one.long ? [one.long] : [])]);
+    this.gpu.release(...tables.flatMap(({ cos, sin }) => [cos, sin]));
   }
 
   #normed(x: Tensor, weight: Tensor): Tensor {
@@ -175,8 +180,9 @@ export class Decoder extends CausalModel<DecoderConfig> {
   }
 
   /** Those of rows that end before position `end`. */
-  #tables({ settings, tables }: Rope, end: number): Rope["tables"] {
+  #tables({ settings, tables, long }: Rope, end: number): Rope["tables"] {
     if (!dependsOnLength(settings, end)) return tables;
+    if (long) return long;
     return ropeTables(this.gpu, this.config.rotaryDim ?? this.config.headDim, end, settings, end);
   }
 

@@ -6,6 +6,7 @@ import {
   type Checkpoint,
   loadPacked,
   loadTensor,
+  readMatrix,
   sliceName,
   sliceOf,
   storedDtype,
@@ -14,7 +15,7 @@ import {
 import type { Linear } from "../nn/linear.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { isPacked, type PackedFormat, type PackedMatrix, tensorsIn } from "../tensor/packed.ts";
-import { empty, read, type Tensor } from "../tensor/tensor.ts";
+import { empty, type Tensor } from "../tensor/tensor.ts";
 
 /** What a device can bind. */
 export type Limits = Pick<GPUSupportedLimits, "maxBufferSize" | "maxStorageBufferBindingSize">;
@@ -162,12 +163,12 @@ export async function loadWeights(
         weights.set(key, await loadPacked(gpu, checkpoint, stored, shape));
         continue;
       }
-      const fileShape = whole.map.get(name) ?? shape;
-      const loaded = isTransposed(name)
-        ? await loadTurned(gpu, checkpoint, stored, shape)
-        : await loadTensor(gpu, checkpoint, stored, fileShape, first, shape[0]);
-      weights.set(key, loaded);
-      if (isPackable && format !== "stored") weights.set(key, await quantised(loaded, format));
+      const [N = 0, K = 0] = shape;
+      if (isPackable && format !== "stored") {
+        const values = await readMatrix(checkpoint, stored, [N, K], isTransposed(name));
+        weights.set(key, packMatrix(gpu, values, [N, K], format, format === "nf4" ? { doubleQuant: true } : {}));
+      } else if (isTransposed(name)) weights.set(key, await loadTurned(gpu, checkpoint, stored, shape));
+      else weights.set(key, await loadTensor(gpu, checkpoint, stored, whole.map.get(name) ?? shape, first, shape[0]));
     }
   } catch (error) {
     gpu.release(...tensorsOf(weights));
@@ -184,15 +185,6 @@ async function loadTurned(gpu: Gpu, checkpoint: Checkpoint, name: string, shape:
   const y = transpose(turned);
   gpu.release(turned);
   return y;
-}
-
-/** NF4 has its scales quantised, too. The f32 values are released. */
-async function quantised(W: Tensor, format: "int8" | "nf4"): Promise<PackedMatrix> {
-  const [N = 0, K = 0] = W.shape;
-  const values = Float32Array.from(await read(W));
-  const packed = packMatrix(W.gpu, values, [N, K], format, format === "nf4" ? { doubleQuant: true } : {});
-  W.gpu.release(W);
-  return packed;
 }
 
 /** Weights of undefined content, in the format: what a dry run is planned with. `stored` says which are in 16 bits in the file. */

@@ -1,7 +1,7 @@
 /** Tensors out of and into safetensors files, whole or in shards. */
 import type { Gpu } from "../gpu/gpu.ts";
 import type { Directory } from "../io/bytes.ts";
-import { encodeFloats, type FloatDtype } from "../io/dtype.ts";
+import { decodeFloats, encodeFloats, type FloatDtype } from "../io/dtype.ts";
 import { FormatError } from "../io/errors.ts";
 import { isObject, readJson } from "../io/json.ts";
 import { openSafetensors, type SafetensorsFile, type TensorToWrite } from "../io/safetensors.ts";
@@ -119,6 +119,20 @@ export async function loadTensor(
   const wide = widen16(target, taken, dtype === "F16" ? "f16" : "bf16");
   gpu.release(target);
   return wide;
+}
+
+/** A matrix [N,K] on the host, as f32; `isTransposed` where the file has it as [K,N]. Errors as in `loadTensor`. */
+export async function readMatrix(
+  checkpoint: Checkpoint,
+  name: string,
+  [N, K]: readonly [N: number, K: number],
+  isTransposed: boolean,
+): Promise<Float32Array> {
+  const dtype = storedDtype(checkpoint, name);
+  expectStored(checkpoint, name, isTransposed ? [K, N] : [N, K]);
+  const values = decodeFloats(dtype, (await checkpoint.tensors.get(name)?.read(name)) ?? new Uint8Array());
+  if (!isTransposed) return values;
+  return Float32Array.from(values, (_, i) => values[(i % K) * N + Math.floor(i / K)] ?? Number.NaN);
 }
 
 /** Loads a matrix [N,K] that is stored in 16 bits as it is. Errors as in `loadTensor`; K must be a multiple of 4. */

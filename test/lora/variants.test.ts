@@ -6,10 +6,11 @@ import { memoryDirectory } from "../../src/io/bytes.ts";
 import { decodeFloats } from "../../src/io/dtype.ts";
 import { diskDirectory, fileSource } from "../../src/io/files.ts";
 import { openSafetensors } from "../../src/io/safetensors.ts";
-import type { LoraAdapter } from "../../src/lora/adapter.ts";
+import { attachLora, type LoraAdapter } from "../../src/lora/adapter.ts";
 import { loadPeft, savePeft } from "../../src/lora/peft.ts";
 import type { CausalModel } from "../../src/models/causal.ts";
 import { loadModel } from "../../src/models/load.ts";
+import { ShapeError } from "../../src/tensor/errors.ts";
 import { read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { collate } from "../../src/train/batches.ts";
 import { batchInputs, batchLoss } from "../../src/train/loss.ts";
@@ -172,4 +173,18 @@ describe.each(NAMES)("%s", (name) => {
     adapter.detach();
     model.destroy();
   });
+});
+
+test("a bias of B cannot be merged into a layer without a bias, and nothing is merged then", async () => {
+  const gpu = await testGpu();
+  const model = await loadModel(gpu, diskDirectory("test/golden/models/qwen2"));
+  const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: ["q_proj", "o_proj"], loraBias: true });
+  expect(() => adapter.merge()).toThrow(
+    new ShapeError(
+      "merge: a bias needs a layer with one, got model.layers.0.self_attn.o_proj without. Keep the adapter apart",
+    ),
+  );
+  expect(adapter.state).toBe("enabled");
+  adapter.detach();
+  model.destroy();
 });
