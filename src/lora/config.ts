@@ -1,6 +1,6 @@
 /** The settings of an adapter, in PEFT's meaning, and what they say of one module. */
 import { ShapeError } from "../tensor/errors.ts";
-import { matchesModule, matchModules, type TargetModules } from "./target-modules.ts";
+import { isAllLinear, matchesModule, matchModules, type TargetModules } from "./target-modules.ts";
 
 export interface LoraConfig {
   /** Rank of the update. */
@@ -111,7 +111,7 @@ export function checkConfig(config: LoraConfig): void {
     }
   if (!(dropout >= 0 && dropout < 1))
     throw new ShapeError(`lora: dropout must be at least 0 and below 1, got ${dropout}`);
-  if (layersToTransform && typeof targetModules === "string")
+  if (layersToTransform && typeof targetModules === "string" && !isAllLinear(targetModules))
     throw new ShapeError(
       `lora: layers_to_transform needs target modules as a list, got "${targetModules}". Say in the expression which layers`,
     );

@@ -11,7 +11,7 @@ import { ShapeError } from "../tensor/errors.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
 import { attachPairs, type HasLinears, type LoraAdapter, type LoraParts, savedModulesOf } from "./adapter.ts";
 import { CLASSIFIER_HEADS, checkConfig, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
-import type { TargetModules } from "./target-modules.ts";
+import { isAllLinear, type TargetModules } from "./target-modules.ts";
 
 export const PREFIX = "base_model.model.";
 export const CONFIG = "adapter_config.json";
@@ -63,7 +63,6 @@ export function savePeft(adapter: LoraAdapter, baseModel: string): AdapterFiles 
 export function encodeConfig(settings: LoraConfig, modules: readonly string[], baseModel: string): string {
   const { targetModules } = settings;
   const leaves = [...new Set(modules.map((name) => name.split(".").at(-1)))].sort();
-  const isAll = typeof targetModules === "string" && targetModules.toLowerCase() === "all-linear";
   const config = {
     alpha_pattern: settings.alphaPattern ?? {},
     auto_mapping: null,
@@ -83,7 +82,7 @@ export function encodeConfig(settings: LoraConfig, modules: readonly string[], b
     r: settings.r,
     rank_pattern: settings.rankPattern ?? {},
     revision: null,
-    target_modules: isAll ? leaves : targetModules,
+    target_modules: isAllLinear(targetModules) ? leaves : targetModules,
     task_type: settings.taskType ?? "CAUSAL_LM",
     use_dora: settings.useDora ?? false,
     use_rslora: settings.useRslora ?? false,

@@ -6,10 +6,14 @@ export type TargetModules = readonly string[] | string;
 
 const fits = (entry: string, name: string): boolean => name === entry || name.endsWith(`.${entry}`);
 
+/** Whether it stands for every linear layer. */
+export const isAllLinear = (target: TargetModules): boolean =>
+  typeof target === "string" && target.toLowerCase() === "all-linear";
+
 /** Whether a specification names this module, by PEFT's rules: see `matchModules`. Throws ShapeError for a bad regular expression. */
 export function matchesModule(target: TargetModules, name: string): boolean {
   if (typeof target !== "string") return target.some((entry) => fits(entry, name));
-  if (target.toLowerCase() === "all-linear") return true;
+  if (isAllLinear(target)) return true;
   try {
     return new RegExp(`^(?:${target})$`).test(name);
   } catch {

@@ -3,7 +3,6 @@ import { readFileSync } from "node:fs";
 import { describe, expect, test } from "vitest";
 import { backward } from "../../src/autograd/engine.ts";
 import { memoryDirectory } from "../../src/io/bytes.ts";
-import { decodeFloats } from "../../src/io/dtype.ts";
 import { diskDirectory, fileSource } from "../../src/io/files.ts";
 import { openSafetensors } from "../../src/io/safetensors.ts";
 import { attachLora, type LoraAdapter } from "../../src/lora/adapter.ts";
@@ -15,6 +14,7 @@ import { read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { collate } from "../../src/train/batches.ts";
 import { batchInputs, batchLoss } from "../../src/train/loss.ts";
 import { TrainingStep } from "../../src/train/step.ts";
+import { expectRelative, valuesOf } from "../golden/files.ts";
 import { expectClose, testGpu } from "../harness.ts";
 
 const NAMES = [
@@ -36,22 +36,6 @@ interface Expected {
 }
 
 const json = <T>(path: string): T => JSON.parse(readFileSync(`test/golden/${path}`, "utf8")) as T;
-
-async function valuesOf(path: string): Promise<Map<string, Float32Array>> {
-  const opened = await openSafetensors(await fileSource(path), path);
-  const entries = [...opened.tensors.keys()].map(
-    async (key) => [key, decodeFloats("F32", await opened.read(key))] as const,
-  );
-  return new Map(await Promise.all(entries));
-}
-
-/** Differences relative to the largest of what is expected. */
-function expectRelative(got: ArrayLike<number>, want: Float32Array, tolerance: number, what: string): void {
-  const largest = want.reduce((most, v) => Math.max(most, Math.abs(v)), 0);
-  expect(largest, what).toBeGreaterThan(0);
-  const relative = (values: ArrayLike<number>): number[] => Array.from(values, (v) => v / largest);
-  expectClose(relative(got), relative(want), tolerance, what);
-}
 
 const KEYS = {
   A: "lora_A.weight",
@@ -173,6 +157,19 @@ describe.each(NAMES)("%s", (name) => {
     adapter.detach();
     model.destroy();
   });
+});
+
+test("layers of all-linear are those layers, and PEFT is told so by names", async () => {
+  const gpu = await testGpu();
+  const model = await loadModel(gpu, diskDirectory("test/golden/models/qwen2"));
+  const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: "all-linear", layersToTransform: [1] });
+  expect([...adapter.pairs.keys()]).toEqual([...model.linears.keys()].filter((name) => name.includes(".layers.1.")));
+  expect(JSON.parse(savePeft(adapter, "qwen2")["adapter_config.json"])).toMatchObject({
+    ...{ layers_to_transform: [1] },
+    target_modules: ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+  });
+  adapter.detach();
+  model.destroy();
 });
 
 test("a bias of B cannot be merged into a layer without a bias, and nothing is merged then", async () => {

@@ -3,7 +3,6 @@ import { existsSync, readFileSync } from "node:fs";
 import { describe, expect, test } from "vitest";
 import { backward } from "../../src/autograd/engine.ts";
 import { memoryDirectory } from "../../src/io/bytes.ts";
-import { decodeFloats } from "../../src/io/dtype.ts";
 import { diskDirectory, fileSource } from "../../src/io/files.ts";
 import { openSafetensors } from "../../src/io/safetensors.ts";
 import { loadPeft } from "../../src/lora/peft.ts";
@@ -14,6 +13,7 @@ import { read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { collate } from "../../src/train/batches.ts";
 import { batchInputs, batchLoss } from "../../src/train/loss.ts";
 import { TrainingStep } from "../../src/train/step.ts";
+import { expectRelative, valuesOf } from "../golden/files.ts";
 import { expectClose, testGpu } from "../harness.ts";
 
 const NAMES = [
@@ -51,35 +51,14 @@ const batchOf = ({ input_ids, labels }: Expected) =>
     0,
   );
 
-async function valuesOf(name: string, file: string): Promise<Map<string, Float32Array>> {
-  const path = `${folder(name)}/${file}`;
-  const opened = await openSafetensors(await fileSource(path), path);
-  const entries = [...opened.tensors.keys()].map(
-    async (key) => [key, decodeFloats("F32", await opened.read(key))] as const,
-  );
-  return new Map(await Promise.all(entries));
-}
-
-/** Differences relative to the largest of what is expected, as gradients of one tensor differ much in size. */
-function expectRelative(got: ArrayLike<number>, want: Float32Array, tolerance: number, what: string): void {
-  const largest = want.reduce((most, v) => Math.max(most, Math.abs(v)), 0);
-  expect(largest, what).toBeGreaterThan(0);
-  expectClose(
-    Array.from(got, (v) => v / largest),
-    Array.from(want, (v) => v / largest),
-    tolerance,
-    what,
-  );
-}
-
 describe.each(NAMES)("%s", (name) => {
   test("logits, losses and gradients of all but the linear layers equal transformers'", async () => {
     const gpu = await testGpu();
     const model = await loadModel(gpu, diskDirectory(folder(name)));
     const expected = expectedOf(name);
     const batch = batchOf(expected);
-    const golden = await valuesOf(name, "expected.safetensors");
-    const full = await valuesOf(name, "expected-full.safetensors");
+    const golden = await valuesOf(`${folder(name)}/expected.safetensors`);
+    const full = await valuesOf(`${folder(name)}/expected-full.safetensors`);
     const biases = [...model.linears].flatMap(([module, { bias }]) =>
       bias ? [[`${module}.bias`, bias] as const] : [],
     );
@@ -108,7 +87,7 @@ describe.each(NAMES)("%s", (name) => {
     const adapter = await loadPeft(model, diskDirectory(`${folder(name)}/adapter`));
     const expected = expectedOf(name);
     const batch = batchOf(expected);
-    const golden = await valuesOf(name, "expected.safetensors");
+    const golden = await valuesOf(`${folder(name)}/expected.safetensors`);
     const keyed = [...adapter.pairs].flatMap(([module, { A, B }]) => [
       [`base_model.model.${module}.lora_A.weight`, A] as const,
       [`base_model.model.${module}.lora_B.weight`, B] as const,
@@ -154,7 +133,7 @@ describe.each(NAMES)("%s", (name) => {
     const of = (part: readonly number[]): Tensor => tensor(gpu, Int32Array.from(part), [1, part.length]);
     const whole = gpu.scope(() => model.logits(of(ids), { lastOnly: true }));
     const cache = model.cache(1, ids.length);
-    const short = (await valuesOf(name, "expected.safetensors")).get("short.logits"); // of rows within the original context
+    const short = (await valuesOf(`${folder(name)}/expected.safetensors`)).get("short.logits"); // of rows within the original context
     if (short) {
       const rows = expectedOf(name).input_ids.map((row) => row.slice(0, short.length / (2 * model.config.vocabSize)));
       const got = gpu.scope(() => model.logits(tensor(gpu, Int32Array.from(rows.flat()), [2, rows[0]?.length ?? 0])));

@@ -3,7 +3,6 @@ import { readFileSync } from "node:fs";
 import { describe, expect, test } from "vitest";
 import { backward } from "../../src/autograd/engine.ts";
 import { type Directory, memoryDirectory, memorySource } from "../../src/io/bytes.ts";
-import { decodeFloats } from "../../src/io/dtype.ts";
 import { FormatError } from "../../src/io/errors.ts";
 import { diskDirectory, fileSource } from "../../src/io/files.ts";
 import { encodeSafetensors, openSafetensors } from "../../src/io/safetensors.ts";
@@ -18,6 +17,7 @@ import { ShapeError } from "../../src/tensor/errors.ts";
 import { read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { type ClassificationRow, classificationTask, collateClassification } from "../../src/train/classify.ts";
 import { TrainingStep } from "../../src/train/step.ts";
+import { expectRelative, valuesOf } from "../golden/files.ts";
 import { expectClose, testGpu } from "../harness.ts";
 
 interface Expected {
@@ -41,26 +41,10 @@ const rowsOf = ({ input_ids, attention_mask, token_type_ids, labels }: Expected)
     ...(token_type_ids && { tokenTypeIds: token_type_ids[i] ?? [] }),
   }));
 
-async function valuesOf(path: string): Promise<Map<string, Float32Array>> {
-  const opened = await openSafetensors(await fileSource(path), path);
-  const entries = [...opened.tensors.keys()].map(
-    async (key) => [key, decodeFloats("F32", await opened.read(key))] as const,
-  );
-  return new Map(await Promise.all(entries));
-}
-
 async function bytesOf(content: AsyncIterable<Uint8Array> | undefined): Promise<Buffer> {
   const parts: Uint8Array[] = [];
   for await (const part of content ?? []) parts.push(part);
   return Buffer.concat(parts);
-}
-
-/** Differences relative to the largest of what is expected, as gradients of one tensor differ much in size. */
-function expectRelative(got: ArrayLike<number>, want: Float32Array | undefined, tolerance: number, what: string): void {
-  const largest = want?.reduce((most, v) => Math.max(most, Math.abs(v)), 0) ?? 0;
-  expect(largest, what).toBeGreaterThan(0);
-  const part = (values: ArrayLike<number>): number[] => Array.from(values, (v) => v / largest);
-  expectClose(part(got), part(want ?? []), tolerance, what);
 }
 
 /** The adapter's tensors by the names that PEFT gives them. */

@@ -3,10 +3,8 @@ import { describe, expect, test } from "vitest";
 import { add, mul, sum } from "../../src/autograd/basic-ops.ts";
 import { backward } from "../../src/autograd/engine.ts";
 import { memoryDirectory } from "../../src/io/bytes.ts";
-import { decodeFloats } from "../../src/io/dtype.ts";
 import { FormatError } from "../../src/io/errors.ts";
-import { diskDirectory, fileSource } from "../../src/io/files.ts";
-import { openSafetensors } from "../../src/io/safetensors.ts";
+import { diskDirectory } from "../../src/io/files.ts";
 import { loadPeft } from "../../src/lora/peft.ts";
 import type { CausalModel } from "../../src/models/causal.ts";
 import { readConfig } from "../../src/models/config.ts";
@@ -17,6 +15,7 @@ import { ShapeError } from "../../src/tensor/errors.ts";
 import { read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { collate } from "../../src/train/batches.ts";
 import { batchInputs, batchLoss } from "../../src/train/loss.ts";
+import { valuesOf } from "../golden/files.ts";
 import { expectClose, testGpu } from "../harness.ts";
 import { writeTinyModel } from "../tiny-model.ts";
 
@@ -37,14 +36,6 @@ const batchOf = ({ input_ids, labels }: Expected) =>
     input_ids.map((inputIds, i) => ({ inputIds, labels: labels[i] ?? [] })),
     0,
   );
-
-async function valuesOf(path: string): Promise<Map<string, Float32Array>> {
-  const file = await openSafetensors(await fileSource(path), path);
-  const entries = [...file.tensors.keys()].map(
-    async (name) => [name, decodeFloats("F32", await file.read(name))] as const,
-  );
-  return new Map(await Promise.all(entries));
-}
 
 describe.each(VARIANTS)("%s", (name) => {
   test("logits and loss equal transformers", async () => {
