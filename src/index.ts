@@ -93,6 +93,16 @@ export {
 export { type ClassificationMetrics, classificationMetrics } from "./train/metrics.ts";
 export { type MemoryPlan, type PlanOptions, planTraining } from "./train/plan.ts";
 export {
+  evaluatePreferences,
+  type PreferenceBatch,
+  type PreferenceEvaluation,
+  type PreferencePair,
+  type PreferenceRow,
+  type PreferenceSettings,
+  preferenceTask,
+  withReference,
+} from "./train/preference.ts";
+export {
   byKernel,
   chromeTrace,
   type KernelProfile,
@@ -100,6 +110,16 @@ export {
   profileTable,
 } from "./train/profile.ts";
 export { type Schedule, scheduleFactor } from "./train/schedule.ts";
+export {
+  type Dimension,
+  gridPoints,
+  randomPoint,
+  type SearchPoint,
+  type SearchSpace,
+  type Setting,
+  suggestPoint,
+  type Trial,
+} from "./train/search.ts";
 export { type HasTrainingMode, type StepResult, TrainingStep, type TrainingStepOptions } from "./train/step.ts";
 export { type Loaded, languageTask, type RowTask, type Task } from "./train/task.ts";
 export { type StepMetrics, type TrainOptions, type TrainTaskOptions, train, trainTask } from "./train/trainer.ts";
