@@ -116,9 +116,9 @@ export {
   randomPoint,
   type SearchPoint,
   type SearchSpace,
+  type SearchTrial,
   type Setting,
   suggestPoint,
-  type Trial,
 } from "./train/search.ts";
 export { type HasTrainingMode, type StepResult, TrainingStep, type TrainingStepOptions } from "./train/step.ts";
 export { type Loaded, languageTask, type RowTask, type Task } from "./train/task.ts";

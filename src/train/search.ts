@@ -14,7 +14,7 @@ export type SearchSpace = Readonly<Record<string, Dimension>>;
 export type SearchPoint = Readonly<Record<string, Setting>>;
 
 /** What came of a point; less is better. A value that is not finite counts as the worst there is. */
-export interface Trial {
+export interface SearchTrial {
   readonly point: SearchPoint;
   readonly value: number;
 }
@@ -68,7 +68,7 @@ export function randomPoint(space: SearchSpace, random: Random): SearchPoint {
  * expected improvement under a Gaussian process with a Matérn 5/2 kernel (J. Snoek, H. Larochelle, R. P. Adams, arXiv:1206.2944). The first four are random. No point
  * is proposed twice as long as there are others. Throws ShapeError as `checkSpace`.
  */
-export function suggestPoint(space: SearchSpace, trials: readonly Trial[], random: Random): SearchPoint {
+export function suggestPoint(space: SearchSpace, trials: readonly SearchTrial[], random: Random): SearchPoint {
   const tried = new Set(trials.map(({ point }) => keyOf(point)));
   const around = trials
     .filter(({ value }) => Number.isFinite(value))

@@ -14,8 +14,8 @@ import {
   randomPoint,
   type SearchPoint,
   type SearchSpace,
+  type SearchTrial,
   suggestPoint,
-  type Trial,
 } from "../../src/train/search.ts";
 
 const seed = Math.floor(Math.random() * 2 ** 32);
@@ -91,9 +91,9 @@ const loss = ({ rate, rank, targets }: SearchPoint): number =>
 
 describe("search", () => {
   test("by Bayesian optimisation comes nearer than at random, with as many trials", () => {
-    const run = (next: (trials: readonly Trial[], random: Random) => SearchPoint, i: number): number => {
+    const run = (next: (trials: readonly SearchTrial[], random: Random) => SearchPoint, i: number): number => {
       const random = new Random(1, i);
-      const trials: Trial[] = [];
+      const trials: SearchTrial[] = [];
       while (trials.length < 20) {
         const point = next(trials, random);
         trials.push({ point, value: loss(point) });
@@ -110,7 +110,7 @@ describe("search", () => {
   test("never proposes a point twice while there are others, and counts failures as the worst", () => {
     const space: SearchSpace = { a: { values: [1, 2, 3] }, b: { values: ["x", "y"] } };
     const random = new Random(seed);
-    const trials: Trial[] = [];
+    const trials: SearchTrial[] = [];
     for (let i = 0; i < 6; i++) {
       const point = suggestPoint(space, trials, random);
       trials.push({ point, value: i === 2 ? Number.NaN : i });
