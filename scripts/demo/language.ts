@@ -1,6 +1,6 @@
 /**
- * The demo's three little languages, all told from the same seeded scenes: animal stories (what the base model learns),
- * and pirate tales and letters (what adapters teach it). A row of either new domain starts as a story does.
+ * The demo's four little languages, all told from the same seeded scenes: animal stories (what the base model learns),
+ * and pirate tales, letters and notices (what adapters teach it). A row of a new domain starts as a story does.
  */
 
 export type Split = "train" | "valid";
@@ -195,6 +195,14 @@ const LETTER = [
   "\nYour [good|best|old] friend, {name}.",
 ];
 
+const NOTICE = [
+  "\nWe lost {some} {look} {thing}!",
+  "Last seen {spot}, on a {day} day.",
+  "[{name} is sad without {them}|{name} cannot sleep without {them}|The {friend} is looking, too].",
+  "[Three coins|A warm cake|Ten berries] for [the finder|good news]!",
+  "\nAsk for {name} the {kind}, [at the red door|next to the well|behind the old mill].",
+];
+
 /** A seeded stream of choices (mulberry32). */
 class Chooser {
   private state: number;
@@ -287,6 +295,11 @@ export function pirateTales(seed: number, count: number, split: Split = "train")
 /** `count` openings of a story, each followed by a letter from its hero. */
 export function letters(seed: number, count: number, split: Split = "train"): Row[] {
   return rows(seed, count, split, (slots, chooser) => tell(LETTER, slots, chooser));
+}
+
+/** `count` openings of a story, each followed by a notice of what its hero has lost. */
+export function notices(seed: number, count: number, split: Split = "train"): Row[] {
+  return rows(seed, count, split, (slots, chooser) => tell(NOTICE, slots, chooser));
 }
 
 /** The pronoun that every text uses for `name`, or undefined for a stranger. */

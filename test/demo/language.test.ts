@@ -2,7 +2,7 @@ import { readFileSync } from "node:fs";
 import { Tokenizer } from "@huggingface/tokenizers";
 import { describe, expect, test } from "vitest";
 import { dataFiles } from "../../scripts/demo/data.ts";
-import { baseStories, letters, pirateTales, pronounOf, type Row } from "../../scripts/demo/language.ts";
+import { baseStories, letters, notices, pirateTales, pronounOf, type Row } from "../../scripts/demo/language.ts";
 import { byteAlphabet, tokenizerFiles, trainBpe } from "../../scripts/demo/tokenizer.ts";
 
 const COUNT = 400;
@@ -11,6 +11,7 @@ const languages: readonly (readonly [name: string, tell: typeof baseStories])[] 
   ["baseStories", baseStories],
   ["pirateTales", (...args) => joined(pirateTales(...args))],
   ["letters", (...args) => joined(letters(...args))],
+  ["notices", (...args) => joined(notices(...args))],
 ];
 const committed = (path: string): string => readFileSync(new URL(`../../demo/${path}`, import.meta.url), "utf8");
 const words = (text: string): string[] => text.match(/[A-Za-z]+/g) ?? [];
