@@ -10,6 +10,7 @@ import { inspectCommand } from "./inspect.ts";
 import { logitsCommand } from "./logits.ts";
 import { mergeCommand } from "./merge.ts";
 import { planCommand } from "./plan.ts";
+import { withConfig } from "./run-config.ts";
 import { say } from "./session.ts";
 import { trainCommand } from "./train.ts";
 import { version } from "./version.ts";
@@ -37,7 +38,11 @@ const program = new Command("lowrank")
 process.stdout.on("error", (error: NodeJS.ErrnoException) => process.exit(error.code === "EPIPE" ? 0 : 1));
 
 try {
-  await program.parseAsync();
+  const [name = "", ...args] = process.argv.slice(2);
+  const command = program.commands.find((one) => one.name() === name);
+  await program.parseAsync(command ? [name, ...(await withConfig(command, args))] : process.argv.slice(2), {
+    from: "user",
+  });
 } catch (error) {
   say(`error: ${error instanceof Error ? error.message : String(error)}`);
   if (process.env.LOWRANK_DEBUG === "1" && error instanceof Error) say(error.stack ?? "");

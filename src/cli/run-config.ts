@@ -1,0 +1,135 @@
+/** A command's options in a YAML file, by their names: read before those of the command line, which count more, and written beside what a run made. */
+import { type Command, Option } from "commander";
+import { LineCounter, parseDocument, stringify } from "yaml";
+import { FormatError } from "../io/errors.ts";
+import { readTextFile } from "./session.ts";
+
+export const configOption = (): Option =>
+  new Option(
+    "--config <file>",
+    "YAML file of these options by their names, without the dashes; what is said on the command line counts more",
+  );
+
+/** How an option was said: its values as they were written, or true for a flag. */
+type Said = Map<Option, readonly string[] | true>;
+
+/**
+ * The arguments of a command with what its `--config` file says put in front. Options of the file that contradict one of the command line are
+ * left out. Throws FormatError naming file and line for what is not YAML, no option of the command, or no value for it.
+ */
+export async function withConfig(command: Command, args: readonly string[]): Promise<string[]> {
+  const said = optionsIn(command, args);
+  const [, file] = [...said].find(([option]) => option.long === "--config") ?? [];
+  const path = Array.isArray(file) ? file.at(-1) : undefined;
+  if (path === undefined) return [...args];
+  const settings = readSettings(command, path, await readTextFile(path));
+  const isFree = (option: Option): boolean =>
+    ![...said.keys()].some((other) => other !== option && (excludes(other, option) || excludes(option, other)));
+  return [...settings.filter(({ option }) => isFree(option)).flatMap(({ words }) => words), ...args];
+}
+
+const excludes = (a: Option, b: Option): boolean =>
+  ((a as Option & { conflictsWith?: string[] }).conflictsWith ?? []).includes(b.attributeName());
+
+interface Setting {
+  readonly option: Option;
+  /** As on the command line. */
+  readonly words: readonly string[];
+}
+
+function readSettings(command: Command, path: string, text: string): Setting[] {
+  const lines = new LineCounter();
+  const document = parseDocument(text, { lineCounter: lines, uniqueKeys: true });
+  const [problem] = document.errors;
+  if (problem)
+    throw new FormatError(`${path}:${lines.linePos(problem.pos[0]).line}: must be YAML, ${firstLine(problem.message)}`);
+  const values: unknown = document.toJS({ maxAliasCount: 10 });
+  if (typeof values !== "object" || values === null || Array.isArray(values))
+    throw new FormatError(`${path}: must have one option per line, such as "rank: 8", got ${JSON.stringify(values)}`);
+  return Object.entries(values).flatMap(([key, value]) => {
+    const node = document.get(key, true) as { readonly range?: readonly [number, number, number] } | undefined;
+    const where = node?.range ? `${path}:${lines.linePos(node.range[0]).line}` : path;
+    const name = kebab(key);
+    const option = optionNamed(command, name);
+    if (!option || name === "config") throw unknown(command, where, key);
+    return value === null ? [] : [{ option, words: wordsOf(option, key, value, where) }];
+  });
+}
+
+const firstLine = (text: string): string => `got: ${text.split("\n")[0]}`;
+
+/** "batchSize" and "batch_size" are "batch-size". */
+const kebab = (key: string): string =>
+  key.replaceAll("_", "-").replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
+
+const optionNamed = (command: Command, name: string): Option | undefined =>
+  command.options.find(({ long }) => long === `--${name}` || long === `--no-${name}`);
+
+function wordsOf(option: Option, key: string, value: unknown, where: string): string[] {
+  const isFlag = !option.required && !option.optional;
+  const wrong = (rule: string): FormatError =>
+    new FormatError(`${where}: "${key}" must be ${rule}, got ${JSON.stringify(value)}`);
+  if (isFlag) {
+    if (typeof value !== "boolean") throw wrong("true or false");
+    return value === option.negate ? [] : [String(option.long)];
+  }
+  const all: unknown[] = Array.isArray(value) ? value : [value];
+  if (all.length === 0 || !all.every((one) => typeof one === "string" || typeof one === "number"))
+    throw wrong("a text, a number or a list of such");
+  return option.variadic ? all.map((one) => `${option.long}=${one}`) : [`${option.long}=${all.join(",")}`];
+}
+
+function unknown(command: Command, where: string, key: string): FormatError {
+  const names = command.options
+    .map((option) => String(option.long).replace(/^--(no-)?/, ""))
+    .filter((name) => name !== "config");
+  const distances = names.map((name) => ({ name, distance: editDistance(name, kebab(key)) }));
+  const nearest = distances.reduce((a, b) => (b.distance < a.distance ? b : a));
+  const hint = nearest.distance <= 1 + key.length / 3 ? `. Did you mean "${nearest.name}"?` : "";
+  return new FormatError(`${where}: a key must be an option of ${command.name()}, got "${key}"${hint}`);
+}
+
+/** Letters to be put in, taken out or replaced (Levenshtein). */
+export function editDistance(a: string, b: string): number {
+  let row = Array.from({ length: b.length + 1 }, (_, j) => j);
+  for (const [i, letter] of [...a].entries()) {
+    const next = [i + 1];
+    for (let j = 1; j <= b.length; j++) {
+      const replaced = (row[j - 1] ?? 0) + Number(letter !== b[j - 1]);
+      next.push(Math.min((row[j] ?? 0) + 1, (next[j - 1] ?? 0) + 1, replaced));
+    }
+    row = next;
+  }
+  return row[b.length] ?? 0;
+}
+
+/** The options that these arguments say, of a repeated one all values. */
+function optionsIn(command: Command, args: readonly string[]): Said {
+  const said: Said = new Map();
+  for (let i = 0; i < args.length; i++) {
+    const [name, ...rest] = (args[i] ?? "").split("=");
+    const option = command.options.find(({ long }) => long === name);
+    if (!option) continue;
+    if (!option.required && !option.optional) said.set(option, true);
+    else {
+      const before = said.get(option);
+      const value = rest.length > 0 ? rest.join("=") : (args[++i] ?? "");
+      said.set(option, [...(Array.isArray(before) ? before : []), value]);
+    }
+  }
+  return said;
+}
+
+/** Every option of a command as it was said, or by default: a file for `--config` that makes the same run. */
+export function resolvedConfig(command: Command, args: readonly string[]): string {
+  const said = optionsIn(command, args);
+  const entries = command.options.flatMap((option): [string, unknown][] => {
+    const name = String(option.long).replace(/^--(no-)?/, "");
+    if (["config", "json", "help", "resume"].includes(name)) return [];
+    const value = said.get(option);
+    if (value === true) return [[name, !option.negate]];
+    if (value) return [[name, option.variadic ? value : value.at(-1)]];
+    return option.defaultValue === undefined || option.negate ? [] : [[name, option.defaultValue]];
+  });
+  return stringify(Object.fromEntries(entries));
+}
