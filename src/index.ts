@@ -61,7 +61,8 @@ export { type ClassifierOptions, loadClassifier } from "./models/load-classifier
 export type { WeightFormat, WeightMap } from "./models/weights.ts";
 export { type Linear, type LinearAdapter, linear } from "./nn/linear.ts";
 export { inverseFrequencies, type RopeSettings, ropeTables } from "./nn/rope.ts";
-export { type GenerateOptions, generate } from "./serve/generate.ts";
+export { type GenerateOptions, generate, generateTokens } from "./serve/generate.ts";
+export type { SampledToken, SamplingOptions, ScoredToken } from "./serve/sampling.ts";
 export { ShapeError } from "./tensor/errors.ts";
 export { isPacked, type PackedFormat, type PackedMatrix } from "./tensor/packed.ts";
 export { Random } from "./tensor/random.ts";

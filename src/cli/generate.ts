@@ -1,13 +1,13 @@
-import { Command } from "commander";
+import { Command, type Option } from "commander";
 import type { Tokenizer } from "../io/tokenizer.ts";
 import { diskDirectory } from "../node.ts";
 import { generate } from "../serve/generate.ts";
 import { loadTokenizer } from "../tokenizer.ts";
 import {
   adapterOption,
-  amount,
   jsonOption,
   modelOption,
+  numeric,
   quantizeOption,
   revisionOption,
   weightFormat,
@@ -23,7 +23,12 @@ interface GenerateArguments {
   readonly adapter?: string;
   readonly prompt: string;
   readonly maxTokens: number;
-  readonly temperature: number;
+  readonly temperature?: number;
+  readonly topK?: number;
+  readonly topP?: number;
+  readonly minP?: number;
+  readonly repetitionPenalty?: number;
+  readonly stop?: readonly string[];
   readonly seed: number;
   readonly json?: boolean;
 }
@@ -42,15 +47,49 @@ export function generateCommand(): Command {
     .addOption(adapterOption())
     .requiredOption("--prompt <text>", "text to continue")
     .addOption(whole("generate", "--max-tokens <n>", "stop after so many tokens", 0, 128))
-    .addOption(amount("generate", "--temperature <t>", "0: always the likeliest token; above: drawn at random", 0))
+    .addOption(
+      numeric(
+        "generate",
+        "--temperature <t>",
+        "0: always the likeliest token; above: drawn at random (default: 0, or 1 with an option that limits the draw)",
+        {
+          rule: "a number of at least 0",
+          holds: (x) => x >= 0 && Number.isFinite(x),
+        },
+      ),
+    )
+    .addOption(whole("generate", "--top-k <n>", "draw among so many of the likeliest tokens", 1))
+    .addOption(
+      share("--top-p <p>", "draw among the likeliest tokens that together have this share", (x) => x > 0 && x <= 1),
+    )
+    .addOption(
+      share(
+        "--min-p <p>",
+        "draw tokens of at least this share of the likeliest one's probability",
+        (x) => x >= 0 && x <= 1,
+      ),
+    )
+    .addOption(
+      numeric("generate", "--repetition-penalty <x>", "make tokens that were there less likely (above 1)", {
+        rule: "a number above 0",
+        holds: (x) => x > 0 && Number.isFinite(x),
+      }),
+    )
+    .option("--stop <text...>", "end before any of these texts")
     .addOption(whole("generate", "--seed <n>", "seed of the random draws", 0, 0))
     .addOption(jsonOption())
     .addHelpText("after", EXAMPLES)
     .action(run);
 }
 
+const share = (flags: string, description: string, holds: (x: number) => boolean): Option =>
+  numeric("generate", flags, description, {
+    rule: holds(0) ? "a number from 0 to 1" : "a number above 0 and at most 1",
+    holds,
+  });
+
 async function run(options: GenerateArguments): Promise<void> {
-  const { model: path, adapter, prompt, json, maxTokens, temperature, seed } = await located(options);
+  const { model: path, adapter, prompt, json, stop = [], ...settings } = await located(options);
   const tokenizer = await loadTokenizer(diskDirectory(path));
   const promptIds = tokenizer.encode(prompt);
   await withGpu(async (gpu) => {
@@ -61,15 +100,35 @@ async function run(options: GenerateArguments): Promise<void> {
       if (!json && soFar.length > shown) process.stdout.write(soFar.slice(shown));
       shown = Math.max(shown, soFar.length);
     };
-    for await (const id of generate(model, { promptIds, maxTokens, temperature, seed })) {
+    let end: number | undefined;
+    const isDrawn = [settings.topK, settings.topP, settings.minP].some((limit) => limit !== undefined);
+    for await (const id of generate(model, { temperature: isDrawn ? 1 : 0, ...settings, promptIds })) {
       if (id === tokenizer.eosId) break;
       ids.push(id);
-      show(continuation(tokenizer, promptIds, ids).replace(/\ufffd+$/, "")); // may be a character still in pieces
+      const soFar = continuation(tokenizer, promptIds, ids);
+      end = firstOf(stop, soFar);
+      if (end !== undefined) break;
+      show(settled(soFar, stop));
     }
-    const text = continuation(tokenizer, promptIds, ids);
+    const text = continuation(tokenizer, promptIds, ids).slice(0, end);
     show(text);
     result(json ? JSON.stringify({ prompt, text, prompt_ids: promptIds, ids }) : "");
   });
+}
+
+/** Where the first of the stops begins, if there is one. */
+const firstOf = (stops: readonly string[], text: string): number | undefined => {
+  const places = stops.map((stop) => text.indexOf(stop)).filter((at) => at >= 0);
+  return places.length > 0 ? Math.min(...places) : undefined;
+};
+
+/** The text without an end that may change: a character still in pieces, or what a stop may begin with. */
+function settled(text: string, stops: readonly string[]): string {
+  const known = text.replace(/\ufffd+$/, "");
+  const isOpen = (at: number): boolean => stops.some((stop) => stop.startsWith(known.slice(at)));
+  for (let at = Math.max(0, known.length - Math.max(0, ...stops.map((stop) => stop.length))); at < known.length; at++)
+    if (isOpen(at)) return known.slice(0, at);
+  return known;
 }
 
 /** The text that `ids` add to the prompt: decoded with it, for a decoder may drop a space at the start of a text. */
