@@ -67,8 +67,9 @@ export { ShapeError } from "./tensor/errors.ts";
 export { isPacked, type PackedFormat, type PackedMatrix } from "./tensor/packed.ts";
 export { Random } from "./tensor/random.ts";
 export { type DType, empty, read, readAll, type Shape, slice, Tensor, tensor, view } from "./tensor/tensor.ts";
-export { AdamW, type AdamWSettings } from "./train/adamw.ts";
+export { AdamW, type AdamWSettings, type AdamWState } from "./train/adamw.ts";
 export { type Batch, batchIndices, collate } from "./train/batches.ts";
+export { decodeState, encodeState, type TrainingState } from "./train/checkpoint.ts";
 export {
   type ClassificationBatch,
   type ClassificationRow,
@@ -122,5 +123,15 @@ export {
   suggestPoint,
 } from "./train/search.ts";
 export { type HasTrainingMode, type StepResult, TrainingStep, type TrainingStepOptions } from "./train/step.ts";
+
+  type HasTrainingMode,
+  type StepResult,
+  TrainingStep,
+  type TrainingStepOptions,
+  type TrainingStepState,
+} from "./train/step.ts";
+
+export type { StepMetrics } from "./train/step-metrics.ts";
 export { type Loaded, languageTask, type RowTask, type Task } from "./train/task.ts";
-export { type StepMetrics, type TrainOptions, type TrainTaskOptions, train, trainTask } from "./train/trainer.ts";
+export { type TrainOptions, type TrainTaskOptions, train, trainTask } from "./train/trainer.ts";
+export type { BestSoFar, Evaluated, Validation } from "./train/validation.ts";

@@ -1,5 +1,5 @@
 import type { HubProgress } from "../hub.ts";
-import type { StepMetrics } from "../train/trainer.ts";
+import type { StepMetrics } from "../train/step-metrics.ts";
 import { bytes, duration, number, say } from "./session.ts";
 
 /** Shows a training run: one line that renews itself on a terminal, about twenty lines on a pipe. */

@@ -16,7 +16,8 @@ import { batchesPerEpoch, longest } from "../train/batches.ts";
 import { byKernel, chromeTrace, type ProfiledDispatch, profileTable } from "../train/profile.ts";
 import { profilePage } from "../train/profile-page.ts";
 import type { Schedule } from "../train/schedule.ts";
-import { type StepMetrics, train } from "../train/trainer.ts";
+import type { StepMetrics } from "../train/step-metrics.ts";
+import { train } from "../train/trainer.ts";
 import {
   amount,
   dataOption,

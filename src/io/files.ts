@@ -1,9 +1,11 @@
 /** Files on a disk, in Node and Deno. The only place in `io` that imports `node:`. */
-import { constants, statSync } from "node:fs";
-import { access, appendFile, mkdir, open, rename, rm, stat } from "node:fs/promises";
+import { createHash } from "node:crypto";
+import { constants, createReadStream, statSync } from "node:fs";
+import { access, appendFile, mkdir, open, readdir, rename, rm, stat } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { type ByteSource, checkFileName, checkRange, type Directory } from "./bytes.ts";
 import { FormatError } from "./errors.ts";
+import type { Digest, Disk } from "./snapshots.ts";
 
 /** A file on disk, opened anew for each read, so that nothing has to be closed. Throws a FormatError if it cannot be read. */
 export async function fileSource(path: string): Promise<ByteSource> {
@@ -61,14 +63,7 @@ export async function writeFileAtomic(
   const temporary = `${path}.${crypto.randomUUID()}.tmp`;
   try {
     await onDisk(path, "must be a file that can be written", async () => {
-      const file = await open(temporary, "wx");
-      try {
-        for await (const piece of pieces(content))
-          for (let done = 0; done < piece.byteLength; ) done += (await file.write(piece, done)).bytesWritten;
-        await file.sync();
-      } finally {
-        await file.close();
-      }
+      await writeSynced(temporary, content);
       await rename(temporary, path);
     });
   } catch (error) {
@@ -78,12 +73,72 @@ export async function writeFileAtomic(
   await syncDirectory(dirname(path));
 }
 
+/** Writes a file that is not there yet, and syncs it. */
+async function writeSynced(
+  path: string,
+  content: string | Uint8Array | AsyncIterable<Uint8Array>,
+  onPiece: (piece: Uint8Array) => void = () => {},
+): Promise<void> {
+  const file = await open(path, "wx");
+  try {
+    for await (const piece of pieces(content)) {
+      onPiece(piece);
+      for (let done = 0; done < piece.byteLength; ) done += (await file.write(piece, done)).bytesWritten;
+    }
+    await file.sync();
+  } finally {
+    await file.close();
+  }
+}
+
 const pieces = (content: string | Uint8Array | AsyncIterable<Uint8Array>): AsyncIterable<Uint8Array> | Uint8Array[] =>
   typeof content === "string" ? [new TextEncoder().encode(content)] : ArrayBuffer.isView(content) ? [content] : content;
 
 /** Appends one line, for a log that grows by the step. */
 export async function appendLine(path: string, line: string): Promise<void> {
   await onDisk(path, "must be a file that can be written", () => appendFile(path, `${line}\n`));
+}
+
+/** Makes durable what was appended to a file, if it is there. */
+export async function syncFile(path: string): Promise<void> {
+  if (!statSync(path, { throwIfNoEntry: false })) return;
+  await onDisk(path, "must be a file that can be written", async () => {
+    const file = await open(path, "r+");
+    await file.sync().finally(() => file.close());
+  });
+}
+
+/** This machine's disk, for snapshots. */
+export const disk: Disk = {
+  list: async (path) => (statSync(path, { throwIfNoEntry: false })?.isDirectory() ? await readdir(path) : []),
+  makeDirectory: ensureWritableDirectory,
+  write: (path, content) =>
+    onDisk(path, "must be a file that can be written", async () => {
+      const hash = createHash("sha256");
+      let bytes = 0;
+      await writeSynced(path, content, (piece) => {
+        bytes += piece.byteLength;
+        hash.update(piece);
+      });
+      return { bytes, sha256: hash.digest("hex") };
+    }),
+  digest: (path) => onDisk(path, "must be a file that can be read", () => digest(path)),
+  rename: (from, to) => onDisk(to, "must be a path that can be written", () => rename(from, to)),
+  remove: (path) =>
+    onDisk(path, "must be a path that can be removed", () => rm(path, { recursive: true, force: true })),
+  syncDirectory,
+  directory: diskDirectory,
+};
+
+async function digest(path: string): Promise<Digest | undefined> {
+  if (!statSync(path, { throwIfNoEntry: false })) return undefined;
+  const hash = createHash("sha256");
+  let bytes = 0;
+  for await (const piece of createReadStream(path) as AsyncIterable<Uint8Array>) {
+    bytes += piece.byteLength;
+    hash.update(piece);
+  }
+  return { bytes, sha256: hash.digest("hex") };
 }
 
 /** Creates the directory and its parents where missing. Throws a FormatError that names path and reason if it cannot be written. */

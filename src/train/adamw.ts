@@ -5,7 +5,7 @@ import { addInto } from "../kernels/axpy.ts";
 import { copyTo } from "../kernels/copy-rows.ts";
 import { globalNorm } from "../kernels/global-norm.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { slice, Tensor, tensor, VIEW_ALIGNMENT } from "../tensor/tensor.ts";
+import { readAll, slice, Tensor, tensor, VIEW_ALIGNMENT } from "../tensor/tensor.ts";
 
 export interface AdamWSettings {
   readonly beta1?: number;
@@ -16,6 +16,13 @@ export interface AdamWSettings {
   readonly maxGradNorm?: number;
   /** What the learning rate is multiplied by for some of the parameters: see `LoraAdapter.rates`. */
   readonly rates?: ReadonlyMap<Tensor, number> | undefined;
+}
+
+/** An optimizer on the host, to the last bit. */
+export interface AdamWState {
+  readonly stepCount: number;
+  /** Parameters and moments of each run of neighbours, with what alignment puts between them. */
+  readonly runs: readonly Readonly<Record<"p" | "m" | "v", Float32Array>>[];
 }
 
 /** Parameters that lie side by side in one buffer, and as one tensor each: they, their gradient and its two moments. */
@@ -118,11 +125,43 @@ export class AdamW {
       adamwStep(p, g, m, v, { ...options, learningRate: () => rate * uniformValue(learningRate) });
   }
 
+  /** What the next steps depend on besides their gradients, once all that was sent is done. */
+  async state(): Promise<AdamWState> {
+    const values = await readAll(this.#runs.flatMap(({ p, m, v }) => [p, m, v]));
+    const runs = this.#runs.map((_, i) => {
+      const [p = NONE, m = NONE, v = NONE] = values.slice(3 * i, 3 * i + 3);
+      return { p, m, v };
+    });
+    return { stepCount: this.stepCount, runs };
+  }
+
+  /** Goes on from a state of an optimizer of the same parameters. Throws ShapeError, before anything is changed, where sizes differ. */
+  restore({ stepCount, runs }: AdamWState): void {
+    const sizes = this.#runs.map(({ p }) => p.size);
+    const given = runs.map(({ p, m, v }) => Math.max(p.length, m.length, v.length));
+    const fits = runs.every((run, i) => [run.p, run.m, run.v].every(({ length }) => length === sizes[i]));
+    if (runs.length !== sizes.length || !fits)
+      throw new ShapeError(`AdamW: a state must have runs of [${sizes}] elements, got [${given}]`);
+    this.stepCount = stepCount;
+    for (const [i, { p, m, v }] of this.#runs.entries()) {
+      const run = runs[i];
+      if (!run) continue;
+      for (const [to, values] of [
+        [p, run.p],
+        [m, run.m],
+        [v, run.v],
+      ] as const)
+        to.gpu.write(to, values);
+    }
+  }
+
   /** Frees moments and gradients. */
   destroy(): void {
     for (const { g, m, v, more } of this.#runs) g.gpu.release(g, m, v, ...(more ? [more] : []));
   }
 }
+
+const NONE = new Float32Array();
 
 /** Parameters of one rate in runs that follow one another in a buffer, with no more between them than alignment asks for. */
 function sideBySide(parameters: readonly Tensor[], rateOf: (p: Tensor) => number): Tensor[][] {

@@ -7,8 +7,8 @@ import { addInto } from "../kernels/axpy.ts";
 import { copyTo, putColumns } from "../kernels/copy-rows.ts";
 import { recordStep, ringSize, slotSize } from "../kernels/record-step.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { empty, type Tensor, tensor, view } from "../tensor/tensor.ts";
-import { AdamW, type AdamWSettings } from "./adamw.ts";
+import { empty, read, type Tensor, tensor, view } from "../tensor/tensor.ts";
+import { AdamW, type AdamWSettings, type AdamWState } from "./adamw.ts";
 import type { Batch } from "./batches.ts";
 import type { LanguageModel } from "./loss.ts";
 import { type ProfiledDispatch, profiled } from "./profile.ts";
@@ -49,6 +49,15 @@ export interface StepResult {
   readonly gradNorm: number;
   /** False where the update was not made because loss or norm were not finite. */
   readonly updated: boolean;
+}
+
+/** All that the next steps depend on besides their batches and learning rates. */
+export interface TrainingStepState {
+  readonly optimizer: AdamWState;
+  /** Batches so far: dropout masks are made from their number and the seed. */
+  readonly batchCount: number;
+  /** Steps in a row, up to the last, that were not finite. */
+  readonly badSteps: number;
 }
 
 /** Steps whose results the device keeps until they are read. */
@@ -167,6 +176,20 @@ export class TrainingStep<B = Batch> {
         ...(this.#parts.length > 0 && { losses }),
       };
     });
+  }
+
+  /** Between two steps: what lets another `TrainingStep` of the same options go on from here, bit for bit. */
+  async state(): Promise<TrainingStepState> {
+    const [badSteps = 0] = await read(this.#ring);
+    return { optimizer: await this.optimizer.state(), batchCount: this.#batchCount, badSteps };
+  }
+
+  /** Goes on from `state`, parameters included. Throws ShapeError where it is of other parameters. */
+  restore({ optimizer, batchCount, badSteps }: TrainingStepState): void {
+    this.optimizer.restore(optimizer);
+    this.#read = optimizer.stepCount;
+    this.#batchCount = batchCount;
+    this.#gpu.write(this.#ring, Int32Array.of(badSteps));
   }
 
   /** Frees plans, workspace and optimizer. */

@@ -4,12 +4,15 @@ import { ShapeError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { AdamWSettings } from "./adamw.ts";
 import { batchIndices, longest } from "./batches.ts";
+import type { TrainingState } from "./checkpoint.ts";
 import type { Row } from "./data.ts";
 import type { LanguageModel } from "./loss.ts";
 import type { ProfiledDispatch } from "./profile.ts";
 import { type Schedule, scheduleFactor } from "./schedule.ts";
-import { type HasTrainingMode, MOST_BAD_STEPS, type StepResult, TrainingStep } from "./step.ts";
+import { type HasTrainingMode, type StepResult, TrainingStep } from "./step.ts";
+import { type Sent, StepCounts, type StepMetrics } from "./step-metrics.ts";
 import { languageTask, type RowTask } from "./task.ts";
+import { EarlyStopping, type Validation } from "./validation.ts";
 
 export interface TrainOptions extends RunOptions<Row> {
   readonly model: LanguageModel;
@@ -58,26 +61,16 @@ interface RunOptions<R> extends AdamWSettings {
   readonly profile?:
     | { readonly step: number; readonly onProfile: (dispatches: ProfiledDispatch[]) => void }
     | undefined;
+  /** Evaluates now and then: see `Validation`. The parameters are those of that step when its metrics come. */
+  readonly validation?: Validation | undefined;
+  /** Gives the run's state after every so many steps, and where it ends before its last step; after the metrics of that step. */
+  readonly checkpoint?:
+    | { readonly every?: number | undefined; readonly save: (state: TrainingState) => void | Promise<void> }
+    | undefined;
+  /** Goes on from here: the parameters become those of the state, and the steps that follow what they would have been, bit for bit. */
+  readonly from?: TrainingState | undefined;
   /** Stops after the steps in progress. */
   readonly signal?: AbortSignal | undefined;
-}
-
-/** One row of `metrics.jsonl`. */
-export interface StepMetrics {
-  /** From 1. */
-  readonly step: number;
-  /** Mean over all target tokens of the optimizer step, in nats, or over what else the task has. */
-  readonly loss: number;
-  /** See `StepResult`. */
-  readonly losses?: Readonly<Record<string, number>>;
-  readonly learning_rate: number;
-  /** Global norm of the gradient, before clipping. */
-  readonly grad_norm: number;
-  /** Tokens that went through the model, padding not counted. */
-  readonly tokens: number;
-  readonly tokens_per_second: number;
-  /** True where loss or norm were not finite and the update was not made. */
-  readonly skipped: boolean;
 }
 
 /** Submits on their way to the device at a time. */
@@ -97,91 +90,86 @@ export const train = ({ model, padId, ...options }: TrainOptions): AsyncGenerato
 export async function* trainTask<R extends HasIds, B>(
   options: TrainTaskOptions<R, B>,
 ): AsyncGenerator<StepMetrics, void, undefined> {
-  const { task, rows, steps, batchSize, gradAccumulation = 1, schedule = "linear" } = options;
-  const { readEvery = 10, pauseEvery = 0 } = options;
+  const { task, rows, batchSize, gradAccumulation = 1, from } = options;
   checkOptions(options);
-  const { gpu } = task;
-  if (options.tune) {
-    const chosen = rows.slice(0, batchSize);
-    const inputs = task.load(task.collate(chosen, longest(chosen)));
-    const step = (): void => inputs.losses(1).forEach((loss) => void backward(loss));
-    await gpu.tuner.tune(step, options.onTuned);
-    gpu.release(...inputs.tensors);
-  }
-  const batches = batchIndices({ rows: rows.length, batchSize, seed: options.shuffleSeed });
+  const watch = new EarlyStopping(options.validation, from?.best);
+  if (options.tune) await tuneFor(options);
   const training = new TrainingStep<B>({ ...options, accumulates: gradAccumulation > 1 });
-  const counts = new StepCounts();
-  const most = longest(rows);
-  training.reserve(new Array(gradAccumulation).fill(task.largest(Math.min(batchSize, rows.length), most)));
   try {
-    let readAt = performance.now();
-    let pending: Promise<StepResult[]> | undefined;
-    let step = 0;
-    while (step < steps && !options.signal?.aborted) {
-      step++;
-      const chosen = Array.from({ length: gradAccumulation }, () => batches.next().value.map((i) => rows[i] as R));
-      const rate = options.learningRate * scheduleFactor(schedule, step - 1, steps, options.warmupSteps ?? 0);
-      const micro = chosen.map((part) => task.collate(part, most));
-      if (step === options.profile?.step) options.profile.onProfile(await training.profile(micro, rate));
-      else training.run(micro, rate);
-      counts.sent(
-        rate,
-        chosen.flat().reduce((sum, row) => sum + row.inputIds.length, 0),
-      );
-      await gpu.throttle(IN_FLIGHT);
-      const elapsed = performance.now() - readAt;
-      if (step % readEvery !== 0 && elapsed < READ_EVERY_MS && !(pauseEvery && step % pauseEvery === 0)) continue;
-      readAt = performance.now();
-      if (pending) yield* counts.metrics(await pending);
-      pending = training.read();
-      const isSlow = elapsed >= READ_EVERY_MS; // a device that has enough to do anyway
-      if (readEvery > 1 && !isSlow && !(pauseEvery && step % pauseEvery === 0)) continue;
-      yield* counts.metrics(await pending);
-      pending = undefined;
-    }
-    if (pending) yield* counts.metrics(await pending);
-    yield* counts.metrics(await training.read());
+    training.reserve(new Array(gradAccumulation).fill(task.largest(Math.min(batchSize, rows.length), longest(rows))));
+    if (from) training.restore(from);
+    yield* allSteps(training, watch, options);
   } finally {
-    await gpu.throttle(1).catch(() => {}); // a lost device has its own error
+    await task.gpu.throttle(1).catch(() => {}); // a lost device has its own error
     training.destroy();
   }
 }
 
-/** Puts together what was known of each step when it was sent and what the device made of it. */
-class StepCounts {
-  readonly #sent: { readonly rate: number; readonly tokens: number }[] = [];
-  #since = performance.now();
-  #bad = 0;
+/** Times the ways to compute this model's products on rows of the run. */
+async function tuneFor<R extends HasIds, B>({ task, rows, batchSize, onTuned }: TrainTaskOptions<R, B>): Promise<void> {
+  const chosen = rows.slice(0, batchSize);
+  const inputs = task.load(task.collate(chosen, longest(chosen)));
+  await task.gpu.tuner.tune(() => inputs.losses(1).forEach((loss) => void backward(loss)), onTuned);
+  task.gpu.release(...inputs.tensors);
+}
 
-  sent(rate: number, tokens: number): void {
-    this.#sent.push({ rate, tokens });
+/** Sends step after step and reads their metrics when they are due. */
+async function* allSteps<R extends HasIds, B>(
+  training: TrainingStep<B>,
+  watch: EarlyStopping,
+  options: TrainTaskOptions<R, B>,
+): AsyncGenerator<StepMetrics, void, undefined> {
+  const { task, steps, readEvery = 10, pauseEvery, checkpoint, signal, from } = options;
+  const { gpu } = task;
+  const counts = new StepCounts(from?.badSteps);
+  const send = sender(training, options);
+  const savesAt = (k: number): boolean => k % (checkpoint?.every ?? Number.POSITIVE_INFINITY) === 0;
+  const save = async (): Promise<void> => checkpoint?.save({ ...(await training.state()), best: watch.best });
+  let readAt = performance.now();
+  let pending: Promise<StepResult[]> | undefined;
+  let step = from?.optimizer.stepCount ?? 0;
+  let saved = step;
+  while (step < steps && !signal?.aborted && !watch.isOver) {
+    step++;
+    counts.sent(await send(step));
+    await gpu.throttle(IN_FLIGHT);
+    const isEvaluated = watch.isDue(step, steps);
+    const pauses = isEvaluated || savesAt(step) || step % (pauseEvery || Number.POSITIVE_INFINITY) === 0;
+    const elapsed = performance.now() - readAt;
+    if (step % readEvery !== 0 && elapsed < READ_EVERY_MS && !pauses) continue;
+    readAt = performance.now();
+    if (pending) yield* counts.metrics(await pending);
+    pending = training.read();
+    const isSlow = elapsed >= READ_EVERY_MS; // a device that has enough to do anyway
+    if (readEvery > 1 && !isSlow && !pauses) continue;
+    yield* counts.metrics(await pending, isEvaluated ? () => watch.evaluate(step) : undefined);
+    pending = undefined;
+    if (!savesAt(step)) continue;
+    await save();
+    saved = step;
   }
+  if (pending) yield* counts.metrics(await pending);
+  yield* counts.metrics(await training.read());
+  if (step < steps && saved < step) await save();
+}
 
-  /** Throws ShapeError at the last of too many steps in a row that were not finite. */
-  *metrics(results: readonly StepResult[]): Generator<StepMetrics> {
-    const now = performance.now();
-    const sent = this.#sent.splice(0, results.length);
-    const perSecond = sent.reduce((sum, { tokens }) => sum + tokens, 0) / ((now - this.#since) / 1000);
-    this.#since = now;
-    for (const [i, { step, loss, losses, gradNorm, updated }] of results.entries()) {
-      const { rate = 0, tokens = 0 } = sent[i] ?? {};
-      yield {
-        step,
-        loss,
-        ...(losses && { losses }),
-        learning_rate: rate,
-        grad_norm: gradNorm,
-        tokens,
-        tokens_per_second: perSecond,
-        skipped: !updated,
-      };
-      this.#bad = updated ? 0 : this.#bad + 1;
-      if (this.#bad === MOST_BAD_STEPS)
-        throw new ShapeError(
-          `train: loss and gradient norm must stay finite, got ${loss} and ${gradNorm} at step ${step}, the last of ${MOST_BAD_STEPS} such steps in a row. The parameters are those of step ${step - MOST_BAD_STEPS}. Use a lower learning rate or a maxGradNorm`,
-        );
-    }
-  }
+/** Sends the k-th step; those before it must have been sent, by this run or the one it goes on from. */
+function sender<R extends HasIds, B>(
+  training: TrainingStep<B>,
+  options: TrainTaskOptions<R, B>,
+): (step: number) => Promise<Sent> {
+  const { task, rows, steps, batchSize, gradAccumulation = 1, schedule = "linear", warmupSteps = 0, profile } = options;
+  const sampling = { rows: rows.length, batchSize, seed: options.shuffleSeed };
+  const batches = batchIndices(sampling, options.from?.batchCount);
+  const most = longest(rows);
+  return async (step) => {
+    const chosen = Array.from({ length: gradAccumulation }, () => batches.next().value.map((i) => rows[i] as R));
+    const rate = options.learningRate * scheduleFactor(schedule, step - 1, steps, warmupSteps);
+    const micro = chosen.map((part) => task.collate(part, most));
+    if (step === profile?.step) profile.onProfile(await training.profile(micro, rate));
+    else training.run(micro, rate);
+    return { rate, tokens: chosen.flat().reduce((sum, row) => sum + row.inputIds.length, 0) };
+  };
 }
 
 function checkOptions({
@@ -193,8 +181,10 @@ function checkOptions({
   parameters,
   maxGradNorm = 0,
   weightDecay = 0,
+  checkpoint,
 }: RunOptions<HasIds>): void {
-  for (const [name, n] of Object.entries({ steps, batchSize, gradAccumulation, readEvery }))
+  const counts = { steps, batchSize, gradAccumulation, readEvery, "every of the checkpoint": checkpoint?.every ?? 1 };
+  for (const [name, n] of Object.entries(counts))
     if (!Number.isInteger(n) || n < 1)
       throw new ShapeError(`train: ${name} must be a whole number of at least 1, got ${n}`);
   for (const [name, x] of Object.entries({ learningRate, maxGradNorm, weightDecay }))

@@ -16,7 +16,8 @@ import {
   type WeightedLoss,
 } from "../../src/train/classify.ts";
 import { classificationMetrics } from "../../src/train/metrics.ts";
-import { type StepMetrics, trainTask } from "../../src/train/trainer.ts";
+import type { StepMetrics } from "../../src/train/step-metrics.ts";
+import { trainTask } from "../../src/train/trainer.ts";
 import { expectClose, testGpu } from "../harness.ts";
 
 const LIMITS = { vocabSize: 64, tokenTypes: 2, padId: 0, labels: ["no", "yes", "maybe"] };

@@ -12,7 +12,8 @@ import type { Row } from "../../src/train/data.ts";
 import { evaluate } from "../../src/train/loss.ts";
 import { type MemoryPlan, planTraining } from "../../src/train/plan.ts";
 import { scheduleFactor } from "../../src/train/schedule.ts";
-import { type StepMetrics, type TrainOptions, train } from "../../src/train/trainer.ts";
+import type { StepMetrics } from "../../src/train/step-metrics.ts";
+import { type TrainOptions, train } from "../../src/train/trainer.ts";
 import { expectClose, testGpu } from "../harness.ts";
 import { writeTinyModel } from "../tiny-model.ts";
 
