@@ -1,12 +1,23 @@
 /** `lowrank/node`: models, adapters and data on a disk, in Node and Deno. */
 import { join } from "node:path";
 import type { Gpu } from "./gpu/gpu.ts";
-import { diskDirectory, ensureWritableDirectory, writeFileAtomic } from "./io/files.ts";
+import { disk, diskDirectory, ensureWritableDirectory, writeFileAtomic } from "./io/files.ts";
+import { readText } from "./io/json.ts";
 import type { HasLinears, LoraAdapter } from "./lora/adapter.ts";
 import { loadPeft, savePeft } from "./lora/peft.ts";
 import type { CausalModel } from "./models/causal.ts";
 import { type LoadOptions, loadModel } from "./models/load.ts";
 
+export {
+  changedSettings,
+  checkpointSteps,
+  openCheckpoint,
+  type RunNotes,
+  type RunSettings,
+  type SavedCheckpoint,
+  saveCheckpoint,
+  startAsIn,
+} from "./checkpoints.ts";
 export { appendLine, diskDirectory, ensureWritableDirectory, fileSource, writeFileAtomic } from "./io/files.ts";
 export { profilePage } from "./train/profile-page.ts";
 
@@ -18,10 +29,19 @@ export const loadModelFrom = async (gpu: Gpu, path: string, options?: LoadOption
 export const loadPeftFrom = async (model: HasLinears, path: string): Promise<LoraAdapter> =>
   loadPeft(model, diskDirectory(path));
 
-/** Saves the adapter as a PEFT directory. Each file is replaced whole or not at all; the weights go first. */
+/**
+ * Saves the adapter as a PEFT directory. Each file is replaced whole or not at all, the weights first; where another configuration is there it goes
+ * before them: cut off at any moment, there is the old adapter, the new one or none, and never the weights of one with the settings of another.
+ */
 export async function savePeftTo(adapter: LoraAdapter, path: string, baseModel: string): Promise<void> {
   await ensureWritableDirectory(path);
   const files = savePeft(adapter, baseModel);
+  const config = join(path, "adapter_config.json");
+  const there = await readText(diskDirectory(path), "adapter_config.json").catch(() => "unreadable");
+  if (there !== undefined && there !== files["adapter_config.json"]) {
+    await disk.remove(config);
+    await disk.syncDirectory(path);
+  }
   await writeFileAtomic(join(path, "adapter_model.safetensors"), files["adapter_model.safetensors"]);
-  await writeFileAtomic(join(path, "adapter_config.json"), files["adapter_config.json"]);
+  await writeFileAtomic(config, files["adapter_config.json"]);
 }

@@ -42,6 +42,20 @@ export function amount(command: string, flags: string, description: string, pres
   return numeric(command, flags, description, { rule: "a number of at least 0", holds, preset });
 }
 
+/** A time such as 90s, 20m or 1.5h, given in milliseconds. */
+export function timeOption(command: string, flags: string, description: string): Option {
+  const option = new Option(flags, description);
+  return option.argParser((text: string) => {
+    const [, amountOf = "", unit = ""] = /^(\d+(?:\.\d+)?)(s|m|h)$/.exec(text.trim()) ?? [];
+    const timeMs = Number(amountOf) * ({ s: 1e3, m: 60e3, h: 3600e3 }[unit] ?? 0);
+    if (!(timeMs > 0))
+      throw new ShapeError(
+        `${command}: ${option.long} must be a time such as 90s, 20m or 1.5h, got ${text || "nothing"}`,
+      );
+    return timeMs;
+  });
+}
+
 export const modelOption = (): Option =>
   new Option(
     "--model <place>",

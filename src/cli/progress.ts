@@ -7,17 +7,24 @@ export class Progress {
   readonly #steps: number;
   readonly #every: number;
   readonly #started: number = performance.now();
+  readonly #done: number;
 
-  constructor(steps: number) {
+  /** `done`: steps of the run that it goes on from. */
+  constructor(steps: number, done = 0) {
     this.#steps = steps;
+    this.#done = done;
     this.#every = Math.max(1, Math.ceil(steps / 20));
   }
 
-  show({ step, loss, tokens_per_second, skipped }: StepMetrics): void {
-    const left = ((performance.now() - this.#started) / 1000 / step) * (this.#steps - step);
-    const line = `step ${step}/${this.#steps}  loss ${loss.toFixed(4)}  ${number(tokens_per_second)} tokens/s  ${duration(left)} left${skipped ? ", not finite: no update" : ""}`;
-    if (process.stderr.isTTY) process.stderr.write(`\r\x1b[K${line}`);
-    else if (skipped || step === 1 || step % this.#every === 0 || step === this.#steps) say(line);
+  show({ step, loss, tokens_per_second, skipped, validation }: StepMetrics): void {
+    const left = ((performance.now() - this.#started) / 1000 / (step - this.#done)) * (this.#steps - step);
+    const valid = validation
+      ? `  validation loss ${validation.loss.toFixed(4)}${validation.best ? ", the best so far" : ""}`
+      : "";
+    const line = `step ${step}/${this.#steps}  loss ${loss.toFixed(4)}${valid}  ${number(tokens_per_second)} tokens/s  ${duration(left)} left${skipped ? ", not finite: no update" : ""}`;
+    if (process.stderr.isTTY) process.stderr.write(`\r\x1b[K${line}${validation ? "\n" : ""}`);
+    else if (skipped || validation || step === this.#done + 1 || step % this.#every === 0 || step === this.#steps)
+      say(line);
   }
 
   /** Leaves the line as it stands; what is said next starts below it. */

@@ -1,23 +1,15 @@
-import { join } from "node:path";
 import { Command, Option } from "commander";
 import type { Gpu } from "../gpu/gpu.ts";
 import { attachLora, type LoraAdapter } from "../lora/adapter.ts";
 import { initLora, takesFromBase } from "../lora/init.ts";
+import { loadPeft } from "../lora/peft.ts";
 import type { CausalModel } from "../models/causal.ts";
-import {
-  appendLine,
-  ensureWritableDirectory,
-  loadModelFrom,
-  loadPeftFrom,
-  savePeftTo,
-  writeFileAtomic,
-} from "../node.ts";
+import { ensureWritableDirectory, loadModelFrom, loadPeftFrom, type SavedCheckpoint, startAsIn } from "../node.ts";
+import { ShapeError } from "../tensor/errors.ts";
 import { batchesPerEpoch, longest } from "../train/batches.ts";
-import { byKernel, chromeTrace, type ProfiledDispatch, profileTable } from "../train/profile.ts";
-import { profilePage } from "../train/profile-page.ts";
+import type { Row } from "../train/data.ts";
+import { evaluate } from "../train/loss.ts";
 import type { Schedule } from "../train/schedule.ts";
-import type { StepMetrics } from "../train/step-metrics.ts";
-import { train } from "../train/trainer.ts";
 import {
   amount,
   dataOption,
@@ -32,13 +24,17 @@ import {
   quantizeOption,
   revisionOption,
   stepOptions,
+  timeOption,
   weightFormat,
   whole,
 } from "./options.ts";
 import { located } from "./places.ts";
 import { budgetOption, demandFit } from "./plan.ts";
-import { Progress } from "./progress.ts";
-import { bytes, dataLine, deviceName, number, readData, result, say, withGpu } from "./session.ts";
+import { bytes, dataLine, number, readData, say, withGpu } from "./session.ts";
+import { report } from "./train-report.ts";
+import { begin, keptSettings } from "./train-resume.ts";
+import { runTraining } from "./train-run.ts";
+import { version } from "./version.ts";
 
 interface TrainArguments extends LoraArguments {
   readonly model: string;
@@ -64,6 +60,12 @@ interface TrainArguments extends LoraArguments {
   readonly checkpointing?: boolean;
   readonly budget?: number;
   readonly saveEvery?: number;
+  readonly keep: number;
+  readonly resume?: boolean;
+  readonly validData?: string;
+  readonly validEvery?: number;
+  readonly patience?: number;
+  readonly timeBudget?: number;
   readonly profile?: boolean;
   readonly json?: boolean;
 }
@@ -76,7 +78,12 @@ Examples:
   $ lowrank train --model models/base --data train.jsonl --out adapters/qv --target-modules q_proj,v_proj --rank 8 --alpha 16
   $ lowrank train --model models/base --data train.jsonl --out adapters/top --target-modules '/model\\.layers\\.[23]\\..*/'
 
-Ctrl-C ends training after the step in progress and saves the adapter; a second one quits at once.`;
+  $ lowrank train --model models/base --data train.jsonl --out adapters/pirate --save-every 50 --resume
+  $ lowrank train --model models/base --data train.jsonl --out adapters/pirate --valid-data valid.jsonl --patience 3
+
+Ctrl-C ends training after the step in progress, saves the adapter and writes a checkpoint; a second one quits at once. The same command with
+--resume goes on from the newest whole checkpoint in --out, bit for bit. Its settings must be the same; with --schedule constant, --steps
+may be others. With --valid-data, --out has the adapter of the last step and --out/best that of the lowest validation loss.`;
 
 export function trainCommand(): Command {
   const name = "train";
@@ -120,7 +127,13 @@ export function trainCommand(): Command {
         "go on from this adapter: a directory, or org/name[@revision] on the Hub",
       ).conflicts(LORA_OPTIONS),
     )
-    .addOption(whole(name, "--save-every <n>", "save the adapter after every so many steps, too", 1))
+    .addOption(whole(name, "--save-every <n>", "save the adapter and a checkpoint after every so many steps, too", 1))
+    .addOption(whole(name, "--keep <n>", "checkpoints that are kept", 1, 2))
+    .option("--resume", "go on from the newest checkpoint in --out")
+    .option("--valid-data <file>", "evaluate on this file now and then, written as --data")
+    .addOption(whole(name, "--valid-every <n>", "steps between evaluations (default: a tenth of the steps)", 1))
+    .addOption(whole(name, "--patience <n>", "stop after so many evaluations in a row without a lower loss", 1))
+    .addOption(timeOption(name, "--time-budget <time>", "stop and save after 90s, 20m or 1.5h"))
     .option(
       "--profile",
       "time the kernels of step 3 (or the last) and write profile.txt, .html and .trace.json to --out",
@@ -135,12 +148,13 @@ async function run(given: TrainArguments): Promise<void> {
   const options = await located(given);
   const { rows, stats, maxLength } = await readData(options.model, options.data, options.maxLength);
   say(dataLine(stats, maxLength));
-  const { batchSize, gradAccumulation, seed } = options;
+  const { batchSize, gradAccumulation, seed, checkpointing = false } = options;
   const perEpoch = batchesPerEpoch({ rows: rows.length, batchSize });
   const steps = options.steps ?? Math.ceil(((options.epochs ?? 1) * perEpoch) / gradAccumulation);
-
-  const { checkpointing = false, saveEvery } = options;
-  const adapterPlan = options.initAdapter ?? loraConfig(options);
+  const warmupSteps = Math.ceil(options.warmup * steps);
+  const valid = await readValidation(options, maxLength);
+  const settings = await keptSettings(options, { steps, warmupSteps, rows });
+  const saved = await begin(options.out, options.resume ?? false, settings, version());
   const size = {
     batchSize: Math.min(batchSize, rows.length),
     gradAccumulation,
@@ -151,91 +165,28 @@ async function run(given: TrainArguments): Promise<void> {
   };
 
   const work = async (gpu: Gpu): Promise<void> => {
-    const plan = await demandFit(gpu, options.model, adapterPlan, size, options.budget);
+    const started = performance.now();
+    const plan = await demandFit(gpu, options.model, options.initAdapter ?? loraConfig(options), size, options.budget);
     say(`memory: at most ${bytes(plan.peak)} of the GPU's, ${bytes(plan.weights)} of it weights`);
     const model = await loadModelFrom(gpu, options.model, { weights: size.weights });
     model.checkpointing = checkpointing;
-    const adapter = await startAdapter(model, options);
-    const { parameters } = adapter;
-    const trainable = parameters.reduce((sum, p) => sum + p.size, 0);
+    const adapter = await startAdapter(model, options, saved);
+    const trainable = adapter.parameters.reduce((sum, p) => sum + p.size, 0);
     say(`adapter: rank ${adapter.config.r} on ${adapter.pairs.size} layers, ${number(trainable)} parameters to train`);
-    const metricsFile = join(options.out, "metrics.jsonl");
-    await writeFileAtomic(metricsFile, "");
-
-    const started = performance.now();
-    const progress = new Progress(steps);
-    const stop = new AbortController();
-    // Once: a second Ctrl-C finds the default again, which quits.
-    const onInterrupt = (): void => {
-      progress.end();
-      say("stopping after the step in progress; Ctrl-C again quits at once without saving");
-      stop.abort();
-    };
-    process.once("SIGINT", onInterrupt);
-    let first: StepMetrics | undefined;
-    let last: StepMetrics | undefined;
-    let saved: number | undefined;
-    const profiles: ProfiledDispatch[] = [];
-    let good: number | undefined;
-    let skipped = 0;
-    const save = async (): Promise<string> => {
-      if (!good) return "no step is known to be done: no adapter was saved";
-      await savePeftTo(adapter, options.out, options.baseModel);
-      return `the adapter of step ${good} is saved in ${options.out}`;
-    };
-    try {
-      const training = train({
-        model,
-        parameters,
-        adapter,
-        seed,
-        rows,
-        steps,
-        batchSize,
-        gradAccumulation,
-        learningRate: options.learningRate,
-        schedule: options.schedule,
-        warmupSteps: Math.ceil(options.warmup * steps),
-        weightDecay: options.weightDecay,
-        rates: options.loraplusLrRatio === undefined ? undefined : adapter.rates(options.loraplusLrRatio),
-        maxGradNorm: options.maxGradNorm,
-        shuffleSeed: options.shuffle ? seed : undefined,
-        signal: stop.signal,
-        pauseEvery: saveEvery,
-        profile: options.profile
-          ? { step: Math.min(3, steps), onProfile: (found) => void profiles.push(...found) }
-          : undefined,
-        tune: options.tune ?? false,
-        onTuned: ({ key, chosen, timesMs }) =>
-          say(`tuned ${key}: ${chosen}, ${timesMs[chosen]?.toPrecision(2)} ms, of ${Object.keys(timesMs).length} ways`),
-      });
-      for await (const metrics of training) {
-        first ??= metrics;
-        last = metrics;
-        await appendLine(metricsFile, JSON.stringify(metrics));
-        progress.show(metrics);
-        if (metrics.skipped) skipped++;
-        else good = metrics.step;
-        if (saveEvery && metrics.step % saveEvery === 0 && metrics.step < steps) {
-          await savePeftTo(adapter, options.out, options.baseModel);
-          saved = metrics.step;
-        }
-      }
-      progress.end();
-      say(await save());
-      if (options.profile) await writeProfile(profiles, options.out, deviceName(gpu.info));
-    } catch (error) {
-      progress.end();
-      say(await save().catch(() => lost(saved, options.out)));
-      throw error;
-    } finally {
-      process.off("SIGINT", onInterrupt);
-    }
-
-    const interrupted = (last?.step ?? 0) < steps;
+    const { first, last, interrupted, skipped } = await runTraining({
+      ...options,
+      ...{ model, adapter, rows, steps, warmupSteps, settings, saved },
+      rates: options.loraplusLrRatio === undefined ? undefined : adapter.rates(options.loraplusLrRatio),
+      shuffleSeed: options.shuffle ? seed : undefined,
+      validation: valid && {
+        every: options.validEvery ?? Math.ceil(steps / 10),
+        evaluate: () => evaluate(model, valid, batchSize),
+        patience: options.patience,
+      },
+    });
     if (interrupted) process.exitCode = 130;
-    report(gpu, options, {
-      steps: last?.step ?? 0,
+    report(gpu, options.json ?? false, {
+      steps: last?.step ?? saved?.step ?? 0,
       loss_first: first?.loss ?? null,
       loss_last: last?.loss ?? null,
       out: options.out,
@@ -254,54 +205,26 @@ async function run(given: TrainArguments): Promise<void> {
   await withGpu(work, options.budget === undefined ? {} : { budgetBytes: options.budget });
 }
 
-async function writeProfile(profile: readonly ProfiledDispatch[], out: string, device: string): Promise<void> {
-  const kernels = byKernel(profile);
-  const table = profileTable(kernels);
-  await writeFileAtomic(join(out, "profile.txt"), `${table}\n`);
-  await writeFileAtomic(join(out, "profile.trace.json"), chromeTrace(profile));
-  await writeFileAtomic(join(out, "profile.html"), profilePage(kernels, `A training step on ${device}`));
-  say(`${table}\nthe profile is in ${join(out, "profile.txt")}, .html and .trace.json`);
+async function readValidation(
+  { model, validData, validEvery, patience }: TrainArguments,
+  maxLength: number,
+): Promise<readonly Row[] | undefined> {
+  if (validData !== undefined) return (await readData(model, validData, maxLength)).rows;
+  if (validEvery !== undefined || patience !== undefined)
+    throw new ShapeError("train: --valid-every and --patience need --valid-data, got none");
+  return undefined;
 }
 
-/** What is left when the device is gone, and how to go on. */
-const lost = (saved: number | undefined, out: string): string =>
-  saved === undefined
-    ? "the adapter could not be saved: what was trained is lost. Use --save-every to keep some of it"
-    : `the adapter of step ${saved} is in ${out}, whole. Go on from it with --init-adapter ${out}`;
-
-async function startAdapter(model: CausalModel, options: TrainArguments): Promise<LoraAdapter> {
+/** As it begins; one that goes on gets the values of its parameters from the checkpoint's state. */
+async function startAdapter(
+  model: CausalModel,
+  options: TrainArguments,
+  saved: SavedCheckpoint | undefined,
+): Promise<LoraAdapter> {
   const { initAdapter, init, seed } = options;
-  if (initAdapter !== undefined) return loadPeftFrom(model, initAdapter);
+  if (initAdapter !== undefined) return saved ? loadPeft(model, saved.directory) : loadPeftFrom(model, initAdapter);
   const adapter = attachLora(model, loraConfig(options), seed);
-  if (init !== undefined) await initLora(adapter, init, seed);
+  if (saved && takesFromBase(init)) await startAsIn(saved, adapter);
+  else if (init !== undefined) await initLora(adapter, init, seed);
   return adapter;
-}
-
-interface Outcome {
-  readonly steps: number;
-  readonly loss_first: number | null;
-  readonly loss_last: number | null;
-  readonly out: string;
-  readonly interrupted: boolean;
-  readonly rows: number;
-  readonly truncated: number;
-  readonly dropped: number;
-  /** Of the data, once through. */
-  readonly tokens: number;
-  readonly trainable_parameters: number;
-  readonly peak_bytes: number;
-  readonly planned_bytes: number;
-  /** Steps whose loss or gradient was not finite. */
-  readonly skipped_steps: number;
-  readonly seconds: number;
-}
-
-function report(gpu: Gpu, { json }: TrainArguments, outcome: Outcome): void {
-  if (json) {
-    result(JSON.stringify({ ...outcome, device: deviceName(gpu.info), software: gpu.isSoftware }));
-    return;
-  }
-  const { steps, loss_first, loss_last, seconds, peak_bytes } = outcome;
-  const course = `loss ${loss_first?.toFixed(4) ?? "none"} → ${loss_last?.toFixed(4) ?? "none"}`;
-  result(`${number(steps)} steps in ${number(seconds, 1)} s, ${course}, at most ${bytes(peak_bytes)} of GPU memory`);
 }

@@ -315,12 +315,14 @@ describe("a device that is lost in the middle", () => {
 
   test("leaves the last adapter that was saved, whole, and says how to go on", async () => {
     loseDevice(4);
-    await expect(train("--steps", "9", "--save-every", "2")).rejects.toThrow(gone);
+    const settings = ["--steps", "9", "--save-every", "2", "--out", at("lost")];
+    await expect(train(...settings)).rejects.toThrow(gone);
     expect(said()).toContain(
-      `the adapter of step 2 is in ${at("out")}, whole. Go on from it with --init-adapter ${at("out")}\n`,
+      `the adapter of step 2 is in ${at("lost")}, whole. The same command with --resume goes on from it\n`,
     );
     restore();
-    await train("--init-adapter", at("out"), "--steps", "1");
+    await train("--init-adapter", at("lost"), "--steps", "1");
+    await train(...settings, "--resume");
   });
 
   test("says what would have kept some of it where none was saved", async () => {

@@ -1,0 +1,47 @@
+/** What a training run says and leaves behind at its end. */
+import { join } from "node:path";
+import type { Gpu } from "../gpu/gpu.ts";
+import { writeFileAtomic } from "../node.ts";
+import { byKernel, chromeTrace, type ProfiledDispatch, profileTable } from "../train/profile.ts";
+import { profilePage } from "../train/profile-page.ts";
+import { bytes, deviceName, number, result, say } from "./session.ts";
+
+export interface Outcome {
+  readonly steps: number;
+  readonly loss_first: number | null;
+  readonly loss_last: number | null;
+  readonly out: string;
+  readonly interrupted: boolean;
+  readonly rows: number;
+  readonly truncated: number;
+  readonly dropped: number;
+  /** Of the data, once through. */
+  readonly tokens: number;
+  readonly trainable_parameters: number;
+  readonly peak_bytes: number;
+  readonly planned_bytes: number;
+  /** Steps whose loss or gradient was not finite. */
+  readonly skipped_steps: number;
+  readonly seconds: number;
+}
+
+/** The outcome as a line for people or as JSON. */
+export function report(gpu: Gpu, json: boolean, outcome: Outcome): void {
+  if (json) {
+    result(JSON.stringify({ ...outcome, device: deviceName(gpu.info), software: gpu.isSoftware }));
+    return;
+  }
+  const { steps, loss_first, loss_last, seconds, peak_bytes } = outcome;
+  const course = `loss ${loss_first?.toFixed(4) ?? "none"} → ${loss_last?.toFixed(4) ?? "none"}`;
+  result(`${number(steps)} steps in ${number(seconds, 1)} s, ${course}, at most ${bytes(peak_bytes)} of GPU memory`);
+}
+
+/** The profile of a step as text, page and trace. */
+export async function writeProfile(profile: readonly ProfiledDispatch[], out: string, device: string): Promise<void> {
+  const kernels = byKernel(profile);
+  const table = profileTable(kernels);
+  await writeFileAtomic(join(out, "profile.txt"), `${table}\n`);
+  await writeFileAtomic(join(out, "profile.trace.json"), chromeTrace(profile));
+  await writeFileAtomic(join(out, "profile.html"), profilePage(kernels, `A training step on ${device}`));
+  say(`${table}\nthe profile is in ${join(out, "profile.txt")}, .html and .trace.json`);
+}

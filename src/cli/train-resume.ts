@@ -1,0 +1,112 @@
+/** How a training run begins: anew, or from the newest checkpoint in its directory. */
+import { existsSync } from "node:fs";
+import { readFile } from "node:fs/promises";
+import { join } from "node:path";
+import { FormatError } from "../io/errors.ts";
+import { disk } from "../io/files.ts";
+import { removeLeftovers } from "../io/snapshots.ts";
+import {
+  changedSettings,
+  checkpointSteps,
+  openCheckpoint,
+  type RunSettings,
+  type SavedCheckpoint,
+  writeFileAtomic,
+} from "../node.ts";
+import { ShapeError } from "../tensor/errors.ts";
+import type { Row } from "../train/data.ts";
+import { say } from "./session.ts";
+
+/** What every step depends on, besides steps, warmup, model and data. Options that are not here may be others when a run goes on. */
+const KEPT = [
+  ...[
+    "rank",
+    "alpha",
+    "dropout",
+    "targetModules",
+    "excludeModules",
+    "layersToTransform",
+    "init",
+    "useDora",
+    "useRslora",
+  ],
+  ...["initAdapter", "quantize", "batchSize", "gradAccumulation", "learningRate", "schedule", "weightDecay"],
+  ...["loraplusLrRatio", "maxGradNorm", "seed", "shuffle"],
+];
+
+interface RunPlan {
+  readonly steps: number;
+  readonly warmupSteps: number;
+  readonly rows: readonly Row[];
+}
+
+/**
+ * The settings that a run has to keep, by flag. A run of a constant learning rate may be made longer; else every step depends on how many there
+ * are. Model and data count by content: its config.json, and the ids and labels.
+ */
+export async function keptSettings(
+  options: { readonly model: string; readonly schedule: string },
+  { steps, warmupSteps, rows }: RunPlan,
+): Promise<RunSettings> {
+  const given = options as unknown as Readonly<Record<string, unknown>>;
+  const flag = (name: string): string => `--${name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)}`;
+  return {
+    "--model": await hash(await readFile(join(options.model, "config.json"))),
+    "--data": await hash(new TextEncoder().encode(rows.map((row) => JSON.stringify(row)).join("\n"))),
+    ...Object.fromEntries(KEPT.filter((name) => given[name] !== undefined).map((name) => [flag(name), given[name]])),
+    ...(options.schedule !== "constant" && { "--steps": steps }),
+    "warmup steps": warmupSteps,
+  };
+}
+
+async function hash(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
+  return `sha256:${Buffer.from(await crypto.subtle.digest("SHA-256", bytes)).toString("hex")}`;
+}
+
+/**
+ * Clears what a run that was cut off left in `out`, and prepares metrics.jsonl: empty, or with the steps up to the checkpoint that `resume`
+ * finds, which is given back. Throws FormatError where there is none, ShapeError where its settings differ or `out` has another run's.
+ */
+export async function begin(
+  out: string,
+  resume: boolean,
+  settings: RunSettings,
+  version: string,
+): Promise<SavedCheckpoint | undefined> {
+  const steps = await checkpointSteps(out);
+  if (!resume && steps.length > 0)
+    throw new ShapeError(
+      `train: --out must have no checkpoints of another run, got ${steps.length} in ${join(out, "checkpoints")}. Go on from them with --resume, delete them, or choose another --out`,
+    );
+  const saved = resume ? await openSaved(out, settings, version) : undefined;
+  await removeLeftovers(disk, out);
+  const metrics = join(out, "metrics.jsonl");
+  await writeFileAtomic(metrics, saved && existsSync(metrics) ? upTo(await readFile(metrics, "utf8"), saved.step) : "");
+  if (saved) say(`going on from the checkpoint of step ${saved.step}`);
+  return saved;
+}
+
+async function openSaved(out: string, settings: RunSettings, version: string): Promise<SavedCheckpoint> {
+  const saved = await openCheckpoint(out, (wrong) => say(`a checkpoint is left out: ${wrong}`)).catch((error) => {
+    throw error instanceof FormatError ? new FormatError(`${error.message}. Begin without --resume`) : error;
+  });
+  const changed = changedSettings(saved.settings, settings);
+  if (changed.length > 0)
+    throw new ShapeError(
+      `train: --resume must have the settings of the run, got ${changed.join(", ")}. Repeat the command that began it, or begin in another --out`,
+    );
+  if (saved.madeBy.lowrank !== version)
+    say(
+      `the run was begun by lowrank ${saved.madeBy.lowrank}, this is ${version}: numbers may differ in their last bits`,
+    );
+  return saved;
+}
+
+/** The lines of steps up to this one. The last line of a run that was killed may be half a line. */
+function upTo(lines: string, step: number): string {
+  const kept = lines.split("\n").filter((line) => {
+    const [, of] = /^\{"step":(\d+),.*\}$/.exec(line) ?? [];
+    return of !== undefined && Number(of) <= step;
+  });
+  return kept.map((line) => `${line}\n`).join("");
+}
