@@ -11,6 +11,7 @@ export interface AdamWSettings {
   readonly beta1?: number;
   readonly beta2?: number;
   readonly eps?: number;
+  /** Of matrices alone: what has one axis, such as biases and magnitudes, does not decay. */
   readonly weightDecay?: number;
   /** Gradients are scaled down to this global norm; 0 leaves them as they are. */
   readonly maxGradNorm?: number;
@@ -33,6 +34,7 @@ interface Run {
   readonly v: Tensor;
   /** Factor on the learning rate. */
   readonly rate: number;
+  readonly weightDecay: number;
   /** Where gradients of a further batch go before they are added to g. */
   readonly more: Tensor | undefined;
   readonly members: readonly { readonly parameter: Tensor; readonly first: number }[];
@@ -57,14 +59,16 @@ export class AdamW {
     const { beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weightDecay = 0, maxGradNorm = 0 } = settings;
     this.#settings = { beta1, beta2, eps, weightDecay, maxGradNorm };
     const rateOf = (p: Tensor): number => settings.rates?.get(p) ?? 1;
-    this.#runs = sideBySide(parameters, rateOf).map((members) => {
+    const decayOf = ({ shape }: Tensor): number => (shape.length > 1 ? weightDecay : 0);
+    const isAlike = (p: Tensor, q: Tensor): boolean => rateOf(p) === rateOf(q) && decayOf(p) === decayOf(q);
+    this.#runs = sideBySide(parameters, isAlike).map((members) => {
       const [one] = members as [Tensor];
       const first = one.offsetBytes;
       const size = members.reduce((end, p) => Math.max(end, (p.offsetBytes - first) / 4 + p.size), 0);
       const zeros = (): Tensor => tensor(one.gpu, new Float32Array(size), [size]);
       return {
         p: new Tensor(one.gpu, one.buffer, [size], "f32", first),
-        rate: rateOf(one),
+        ...{ rate: rateOf(one), weightDecay: decayOf(one) },
         ...{ g: zeros(), m: zeros(), v: zeros(), more: accumulates ? zeros() : undefined },
         members: members.map((parameter) => ({ parameter, first: (parameter.offsetBytes - first) / 4 })),
       };
@@ -121,8 +125,8 @@ export class AdamW {
   /** Changes the parameters by the gradients it took, as of step `stepCount`. In a traced step both scalars are asked anew in each run. */
   update(clip: Tensor, learningRate: Uniform): void {
     const options = { ...this.#settings, step: () => this.stepCount, clip };
-    for (const { p, g, m, v, rate } of this.#runs)
-      adamwStep(p, g, m, v, { ...options, learningRate: () => rate * uniformValue(learningRate) });
+    for (const { p, g, m, v, rate, weightDecay } of this.#runs)
+      adamwStep(p, g, m, v, { ...options, weightDecay, learningRate: () => rate * uniformValue(learningRate) });
   }
 
   /** What the next steps depend on besides their gradients, once all that was sent is done. */
@@ -163,8 +167,8 @@ export class AdamW {
 
 const NONE = new Float32Array();
 
-/** Parameters of one rate in runs that follow one another in a buffer, with no more between them than alignment asks for. */
-function sideBySide(parameters: readonly Tensor[], rateOf: (p: Tensor) => number): Tensor[][] {
+/** Parameters that are alike in runs that follow one another in a buffer, with no more between them than alignment asks for. */
+function sideBySide(parameters: readonly Tensor[], isAlike: (p: Tensor, q: Tensor) => boolean): Tensor[][] {
   const buffers = new Map<GPUBuffer, Tensor[]>();
   for (const p of new Set(parameters)) buffers.set(p.buffer, [...(buffers.get(p.buffer) ?? []), p]);
   return [...buffers.values()].flatMap((views) => {
@@ -172,7 +176,7 @@ function sideBySide(parameters: readonly Tensor[], rateOf: (p: Tensor) => number
     let end = Number.NaN;
     for (const p of views.toSorted((a, b) => a.offsetBytes - b.offsetBytes)) {
       const before = runs.at(-1)?.[0];
-      if (before && p.offsetBytes === end && rateOf(p) === rateOf(before)) runs.at(-1)?.push(p);
+      if (before && p.offsetBytes === end && isAlike(p, before)) runs.at(-1)?.push(p);
       else runs.push([p]);
       end = Math.ceil((p.offsetBytes + p.sizeBytes) / VIEW_ALIGNMENT) * VIEW_ALIGNMENT;
     }

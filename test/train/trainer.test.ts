@@ -6,7 +6,7 @@ import { attachLora } from "../../src/lora/adapter.ts";
 import { readConfig } from "../../src/models/config.ts";
 import { loadModel, makeModel, weightShapes } from "../../src/models/load.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
-import { empty, readAll, slice, type Tensor, tensor } from "../../src/tensor/tensor.ts";
+import { empty, readAll, slice, type Tensor, tensor, view } from "../../src/tensor/tensor.ts";
 import { AdamW } from "../../src/train/adamw.ts";
 import type { Row } from "../../src/train/data.ts";
 import { evaluate } from "../../src/train/loss.ts";
@@ -286,6 +286,17 @@ describe("AdamW", () => {
     }
     expect(await readAll(together)).toEqual(await readAll(apart));
     for (const one of [optimizer, ...alone]) one.destroy();
+  });
+
+  test("lets matrices decay, and nothing that has one axis", async () => {
+    const gpu = await testGpu();
+    const flat = tensor(gpu, new Float32Array(128).fill(2), [128]);
+    const [matrix, vector] = [slice(flat, 0, [4, 16]), slice(flat, 64, [64])];
+    const optimizer = new AdamW([matrix, vector], { weightDecay: 0.5 });
+    const still = tensor(gpu, new Float32Array(64), [64]);
+    optimizer.step(new Map([matrix, vector].map((p) => [p, view(still, p.shape)])), 0.5);
+    expect(await readAll([matrix, vector])).toEqual([new Float32Array(64).fill(1.5), new Float32Array(64).fill(2)]);
+    optimizer.destroy();
   });
 
   test("refuses a parameter without a gradient", async () => {
