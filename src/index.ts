@@ -83,6 +83,7 @@ export {
   type WeightedLoss,
 } from "./train/classify.ts";
 export { type DataLimits, type DataStats, IGNORED, type Row, readRows } from "./train/data.ts";
+export { findLearningRate, type Sweep, type SweepOptions, type SweepPoint } from "./train/find-learning-rate.ts";
 export {
   batchInputs,
   batchLoss,
