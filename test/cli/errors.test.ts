@@ -321,7 +321,6 @@ describe("a device that is lost in the middle", () => {
       `the adapter of step 2 is in ${at("lost")}, whole. The same command with --resume goes on from it\n`,
     );
     restore();
-    await train("--init-adapter", at("lost"), "--steps", "1");
     await train(...settings, "--resume");
   });
 
