@@ -83,7 +83,7 @@ export {
   type WeightedLoss,
 } from "./train/classify.ts";
 export { type DataLimits, type DataStats, IGNORED, type Row, readRows } from "./train/data.ts";
-export { findLearningRate, type Sweep, type SweepOptions, type SweepPoint } from "./train/find-learning-rate.ts";
+export { findLearningRate, type RatePoint, type RateSweep, type RateSweepOptions } from "./train/find-learning-rate.ts";
 export {
   batchInputs,
   batchLoss,
@@ -123,16 +123,15 @@ export {
   type Setting,
   suggestPoint,
 } from "./train/search.ts";
-export { type HasTrainingMode, type StepResult, TrainingStep, type TrainingStepOptions } from "./train/step.ts";
-
+export {
   type HasTrainingMode,
   type StepResult,
   TrainingStep,
   type TrainingStepOptions,
   type TrainingStepState,
 } from "./train/step.ts";
-
 export type { StepMetrics } from "./train/step-metrics.ts";
+export { type SweepOptions, type SweepStrategy, type SweepTrial, sweep } from "./train/sweep.ts";
 export { type Loaded, languageTask, type RowTask, type Task } from "./train/task.ts";
 export { type TrainOptions, type TrainTaskOptions, train, trainTask } from "./train/trainer.ts";
 export type { BestSoFar, Evaluated, Validation } from "./train/validation.ts";

@@ -5,7 +5,7 @@ import { TrainingStep } from "./step.ts";
 import { languageTask } from "./task.ts";
 import type { TrainOptions } from "./trainer.ts";
 
-export interface SweepOptions
+export interface RateSweepOptions
   extends Omit<TrainOptions, "steps" | "learningRate" | "gradAccumulation" | "from" | "checkpoint" | "validation"> {
   /** The first rate and the last; 1e-7 and 1 unless given. */
   readonly lowest?: number;
@@ -14,14 +14,14 @@ export interface SweepOptions
   readonly steps?: number;
 }
 
-export interface SweepPoint {
+export interface RatePoint {
   readonly learningRate: number;
   /** The mean of the losses so far, the latest weighing most. */
   readonly loss: number;
 }
 
-export interface Sweep {
-  readonly points: readonly SweepPoint[];
+export interface RateSweep {
+  readonly points: readonly RatePoint[];
   /** Where the loss falls most steeply over the logarithm of the rate; undefined where it never falls. */
   readonly suggestion: number | undefined;
 }
@@ -35,7 +35,7 @@ const DIVERGED = 4;
  * The range test of Smith (arXiv:1506.01186, in the exponential form of fastai): steps at ever higher rates, until the loss runs away. What is
  * trained is afterwards what it was, to the last bit. Throws ShapeError for rates or steps out of range.
  */
-export async function findLearningRate(options: SweepOptions): Promise<Sweep> {
+export async function findLearningRate(options: RateSweepOptions): Promise<RateSweep> {
   const { model, rows, batchSize, shuffleSeed, lowest = 1e-7, highest = 1, steps = 100 } = options;
   if (!(lowest > 0 && highest > lowest && Number.isFinite(highest)) || !Number.isInteger(steps) || steps < 2)
     throw new ShapeError(
@@ -44,7 +44,7 @@ export async function findLearningRate(options: SweepOptions): Promise<Sweep> {
   const task = languageTask(model, options.padId);
   const training = new TrainingStep({ ...options, task });
   const before = await training.state();
-  const points: SweepPoint[] = [];
+  const points: RatePoint[] = [];
   let [sum, best] = [0, Number.POSITIVE_INFINITY];
   try {
     for (const indices of batchIndices({ rows: rows.length, batchSize, seed: shuffleSeed })) {
@@ -67,7 +67,7 @@ export async function findLearningRate(options: SweepOptions): Promise<Sweep> {
 }
 
 /** The rate at which a loss falls most steeply from the point before to the one after. */
-function steepest(points: readonly SweepPoint[]): number | undefined {
+function steepest(points: readonly RatePoint[]): number | undefined {
   let [at, most]: [number | undefined, number] = [undefined, 0];
   for (const [i, { learningRate }] of points.entries()) {
     const [left, right] = [points[i - 1], points[i + 1]];
