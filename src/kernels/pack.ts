@@ -4,6 +4,7 @@ import { encodeFloats } from "../io/dtype.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import type { PackedFormat, PackedMatrix } from "../tensor/packed.ts";
 import { empty, type Tensor, tensor } from "../tensor/tensor.ts";
+import { absmax, BLOCK, packScales, quantizeScales, scaleWords, toNf4 } from "./nf4.ts";
 
 export interface PackOptions {
   /** int8: elements along a row that share a scale, a power of two that divides the columns; a whole row unless given. */
@@ -23,7 +24,7 @@ interface Codes {
  *
  * int8: symmetric, scale = absmax / 127 of a row or group, code = value / scale to nearest, ties to even.
  * nf4: the 16 levels of QLoRA's NormalFloat for each 64 elements and their absmax, whatever the rows; arXiv:2305.14314, §3,
- * decided as bitsandbytes does, save that a block of zeros stays zeros.
+ * decided as bitsandbytes does, save that with `doubleQuant` a block of zeros stays zeros.
  *
  * Throws ShapeError if shape, format and options do not fit, or if a value to be quantised is not finite.
  */
@@ -63,23 +64,20 @@ export function packMatrix(
   };
 }
 
-/** A packed matrix of undefined content: what `packMatrix` would take of the device. */
+/** A packed matrix of undefined content: what `packMatrix` would take of the device. A file's nf4 may have another group than 64. */
 export function emptyPacked(
   gpu: Gpu,
   shape: readonly [rows: number, columns: number],
   format: PackedFormat,
-  { doubleQuant = false }: Pick<PackOptions, "doubleQuant"> = {},
+  { group = format === "nf4" ? BLOCK : shape[1] & -shape[1], doubleQuant = false }: PackOptions = {},
 ): PackedMatrix {
-  const [rows, columns] = shape;
-  const size = rows * columns;
-  const group = format === "nf4" ? BLOCK : columns & -columns;
+  const size = shape[0] * shape[1];
   const bits = { f16: 16, bf16: 16, int8: 8, nf4: 4 }[format];
   const scales = Math.ceil(size / group);
   const words = (count: number): Tensor => empty(gpu, [count], "packed", "i32");
-  const scaleWords = doubleQuant ? 257 + 65 * Math.ceil(scales / OUTER_BLOCK) : scales;
   return {
     ...{ gpu, format, shape, group, doubleQuant, words: words(Math.ceil((size * bits) / 32)) },
-    ...((format === "int8" || format === "nf4") && { scales: words(scaleWords) }),
+    ...((format === "int8" || format === "nf4") && { scales: words(doubleQuant ? scaleWords(scales) : scales) }),
   };
 }
 
@@ -92,8 +90,8 @@ function encode(values: Float32Array, format: PackedFormat, group: number, span:
     case "int8":
       return toInt8(values, group, span);
     case "nf4": {
-      const { words, scales } = toNf4(values);
-      return { words, scales: doubleQuant ? quantizeScales(scales) : scales };
+      const { words, scales } = toNf4(values, doubleQuant);
+      return { words, scales: doubleQuant ? packScales(quantizeScales(scales)) : scales };
     }
   }
 }
@@ -116,99 +114,3 @@ function toInt8(values: Float32Array, group: number, span: number): Codes {
 }
 
 const WHOLE = 1.5 * 2 ** 52;
-
-/** The element of a pair that comes first is in the high half of a byte. */
-function toNf4(values: Float32Array): { readonly words: Int32Array; readonly scales: Float32Array } {
-  const scales = absmax(values, BLOCK);
-  const codes = quantize(values, scales, BLOCK, NF4_BOUNDS);
-  const bytes = new Uint8Array(4 * Math.ceil(codes.length / 8));
-  for (let i = 0; i < codes.length; i += 2) bytes[i / 2] = ((codes[i] ?? 0) << 4) | (codes[i + 1] ?? 0);
-  return { words: new Int32Array(bytes.buffer), scales };
-}
-
-/** Quantises scales around their mean, in the layout of `parts/double-quant.wgsl`. */
-function quantizeScales(scales: Float32Array): Int32Array {
-  const offset = Math.fround(scales.reduce((sum, scale) => sum + scale, 0) / scales.length);
-  const centred = scales.map((scale) => scale - offset);
-  const outer = absmax(centred, OUTER_BLOCK);
-  const codes = quantize(centred, outer, OUTER_BLOCK, MAP_BOUNDS);
-  const words = new Int32Array(257 + 65 * outer.length);
-  const floats = new Float32Array(words.buffer);
-  const bytes = new Uint8Array(words.buffer);
-  floats.set(MAP);
-  floats[256] = offset;
-  outer.forEach((scale, i) => {
-    const at = 257 + 65 * i;
-    floats[at] = scale;
-    bytes.set(codes.subarray(OUTER_BLOCK * i, OUTER_BLOCK * (i + 1)), 4 * (at + 1));
-  });
-  return words;
-}
-
-/** The largest |value| of every block; the last one may be short. */
-function absmax(values: Float32Array, block: number): Float32Array<ArrayBuffer> {
-  const most = new Float32Array(Math.ceil(values.length / block));
-  for (let i = 0; i < most.length; i++) {
-    let best = 0;
-    const end = Math.min(values.length, (i + 1) * block);
-    for (let j = i * block; j < end; j++) best = Math.max(best, Math.abs(values[j] ?? 0));
-    most[i] = best;
-  }
-  return most;
-}
-
-/** The level nearest to every value · (1 / its block's absmax), in f32; the lower one if it lies in the middle of two. */
-function quantize(values: Float32Array, most: Float32Array, block: number, bounds: Float32Array): Uint8Array {
-  const codes = new Uint8Array(values.length);
-  for (let i = 0; i < codes.length; i++) {
-    const value = values[i] ?? 0;
-    const inverse = Math.fround(1 / (most[Math.floor(i / block)] ?? 0));
-    const x = value === 0 ? 0 : Math.fround(value * inverse); // not 0 · ∞
-    let low = 0;
-    for (let high = bounds.length; low < high; ) {
-      const at = (low + high) >> 1;
-      if (x > (bounds[at] ?? 0)) low = at + 1;
-      else high = at;
-    }
-    codes[i] = low;
-  }
-  return codes;
-}
-
-/** Where one level ends and the next begins. */
-function boundaries(levels: Float32Array): Float32Array {
-  return Float32Array.from(levels.subarray(1), (level, i) => (level + (levels[i] ?? 0)) / 2);
-}
-
-/**
- * The levels of 8-bit dynamic quantisation, ascending, and the bits that bitsandbytes has for them: Dettmers et al.,
- * arXiv:2110.02861, §2. 0, 1, and for each decade 10⁰, 10⁻¹ … 10⁻⁶ plus and minus the middles of 2⁶, 2⁵ … 1 equal pieces of
- * [0.1, 1] times it.
- */
-function dynamicMap(): Float32Array {
-  const { fround } = Math;
-  const levels = [0, 1];
-  for (let e = 0; e < 7; e++) {
-    const pieces = 2 ** e;
-    const start = fround(0.1);
-    const step = fround((1 - start) / pieces);
-    const edge = (i: number): number => fround(i < pieces / 2 ? start + i * step : 1 - (pieces - i) * step);
-    for (let i = 0; i < pieces; i++) {
-      const level = fround(fround((edge(i) + edge(i + 1)) / 2) * fround(10 ** (e - 6)));
-      levels.push(level, -level);
-    }
-  }
-  return Float32Array.from(levels).sort();
-}
-
-const BLOCK = 64;
-const OUTER_BLOCK = 256;
-/** As in `parts/weight-nf4.wgsl`. */
-const NF4 = Float32Array.of(
-  ...[-1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334],
-  ...[-0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224],
-  ...[0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1],
-);
-const NF4_BOUNDS = boundaries(NF4);
-const MAP = dynamicMap();
-const MAP_BOUNDS = boundaries(MAP);

@@ -7,6 +7,7 @@ import { Random } from "../tensor/random.ts";
 import { tensor } from "../tensor/tensor.ts";
 import { BertClassifier, bertShapes, isOfHead, unnamed } from "./bert.ts";
 import { readClassifierConfig } from "./config.ts";
+import { readQuantization } from "./quantization.ts";
 import { type Limits, loadWeights } from "./weights.ts";
 
 export interface ClassifierOptions {
@@ -30,6 +31,7 @@ export async function loadClassifier(
   if (newClasses !== undefined && !(Number.isInteger(newClasses) && newClasses >= 2))
     throw new ShapeError(`loadClassifier: newClasses must be a whole number of at least 2, got ${newClasses}`);
   const stored = await readClassifierConfig(directory);
+  await readQuantization(directory);
   const config = newClasses === undefined ? stored : { ...stored, labels: unnamed(newClasses) };
   const checkpoint = await openCheckpoint(directory, "model");
   const shapes = bertShapes(config, limits);
@@ -40,7 +42,13 @@ export async function loadClassifier(
     );
   const isMade = (key: string): boolean => newClasses !== undefined && isOfHead(key);
   const isTransposed = (): boolean => false;
-  const asked = { shapes: shapes.without(isMade), whole: bertShapes(config), format: "f32", isTransposed } as const;
+  const asked = {
+    shapes: shapes.without(isMade),
+    whole: bertShapes(config),
+    format: "f32",
+    doubleQuant: true,
+    isTransposed,
+  } as const;
   const weights = await loadWeights(gpu, checkpoint, asked);
   const random = new Random(seed);
   for (const [key, shape] of shapes.map) {

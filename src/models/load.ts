@@ -1,12 +1,22 @@
 import type { Gpu } from "../gpu/gpu.ts";
 import type { Directory } from "../io/bytes.ts";
-import { readJson } from "../io/json.ts";
+import type { FloatDtype } from "../io/dtype.ts";
+import { isDoubleQuantized, isQuantized } from "../nn/bitsandbytes.ts";
 import { openCheckpoint, storedDtype, storedName } from "../nn/checkpoint.ts";
 import type { CausalModel } from "./causal.ts";
 import { type ModelConfig, readConfig } from "./config.ts";
 import { Decoder, decoderShapes } from "./decoder.ts";
 import { Gpt2, type Gpt2Config, gpt2Shapes, isConv1D } from "./gpt2.ts";
-import { emptyWeights, type Limits, loadWeights, type Shapes, type WeightFormat, type WeightMap } from "./weights.ts";
+import { readQuantization } from "./quantization.ts";
+import {
+  emptyWeights,
+  type Kept,
+  type Limits,
+  loadWeights,
+  type Shapes,
+  type WeightFormat,
+  type WeightMap,
+} from "./weights.ts";
 
 /**
  * Name and shape of every weight of a model, in the order of its layers.
@@ -34,8 +44,10 @@ export const makeModel = (gpu: Gpu, config: ModelConfig, weights: WeightMap): Ca
 const isGpt2 = (config: ModelConfig): config is Gpt2Config => config.modelType === "gpt2";
 
 export interface LoadOptions {
-  /** How the weights of linear layers are kept; "f32" unless given. Packed ones are frozen. */
+  /** How the weights of linear layers are kept; "f32" unless given, or NF4 where they are stored so. Packed ones are frozen. */
   readonly weights?: WeightFormat;
+  /** nf4: quantise the scales, too; true unless given. */
+  readonly doubleQuant?: boolean;
   /** May be narrower than the device's. */
   readonly limits?: Limits;
 }
@@ -43,40 +55,46 @@ export interface LoadOptions {
 /**
  * Loads a model from a Hugging Face directory: `config.json` and `model.safetensors`, or its shards with their index.
  *
- * Weights are frozen: they require no gradient unless you set `requiresGrad`. Throws FormatError naming file and tensor for an
- * architecture that is not supported, a missing tensor or shard, or a wrong shape.
+ * Weights that bitsandbytes quantised to NF4 stay as they are. Weights are frozen: they require no gradient unless you set `requiresGrad`.
+ * Throws FormatError naming file and tensor for an architecture or a quantisation that is not supported, a missing tensor or shard, or a
+ * wrong shape.
  */
 export async function loadModel(gpu: Gpu, directory: Directory, options: LoadOptions = {}): Promise<CausalModel> {
-  const { weights: format = "f32", limits = gpu.limits } = options;
+  const { weights: format = "f32", doubleQuant = true, limits = gpu.limits } = options;
   const config = await readConfig(directory);
+  await readQuantization(directory);
   const checkpoint = await openCheckpoint(directory, "model");
   const isTransposed = (name: string): boolean => isTurned(config, name);
-  const asked = { shapes: shapesOf(config, limits), whole: shapesOf(config), format, isTransposed };
+  const asked = { shapes: shapesOf(config, limits), whole: shapesOf(config), format, doubleQuant, isTransposed };
   return makeModel(gpu, config, await loadWeights(gpu, checkpoint, asked));
 }
 
-/** In which 16 bits a weight is stored: by the weights themselves where they are there, else by what `config.json` says of all. */
-async function storedFormats(directory: Directory): Promise<(name: string) => "f16" | "bf16" | undefined> {
+/** What each weight is stored in: by the weights themselves where they are there, else by what `config.json` says of all. */
+async function storedFormats(directory: Directory): Promise<(name: string) => Kept | undefined> {
+  const { dtype, doubleQuant } = await readQuantization(directory);
   const files = ["model.safetensors", "model.safetensors.index.json"].map((file) => directory.open(file));
-  if ((await Promise.all(files)).some((file) => file !== undefined)) {
-    const checkpoint = await openCheckpoint(directory, "model");
-    return (name) => packedAs(storedDtype(checkpoint, storedName(checkpoint, name)));
-  }
-  const json = await readJson(directory, "config.json");
-  const format = packedAs({ float16: "F16", bfloat16: "BF16" }[String(json?.dtype ?? json?.torch_dtype)]);
-  return () => format;
+  if ((await Promise.all(files)).every((file) => file === undefined))
+    return () => (doubleQuant === undefined ? keptAs(dtype) : { format: "nf4", doubleQuant });
+  const checkpoint = await openCheckpoint(directory, "model");
+  return (name) => {
+    const stored = storedName(checkpoint, name);
+    return isQuantized(checkpoint, stored)
+      ? { format: "nf4", doubleQuant: isDoubleQuantized(checkpoint, stored) }
+      : keptAs(storedDtype(checkpoint, stored));
+  };
 }
 
-const packedAs = (dtype: string | undefined): "f16" | "bf16" | undefined =>
-  dtype === "F16" ? "f16" : dtype === "BF16" ? "bf16" : undefined;
+const keptAs = (dtype: FloatDtype | undefined): Kept | undefined =>
+  dtype === "F16" ? { format: "f16" } : dtype === "BF16" ? { format: "bf16" } : undefined;
 
 /** A model with weights of undefined content on a dry Gpu, of the size that `loadModel` would give: to plan with. */
 export async function emptyModel(dry: Gpu, directory: Directory, options: LoadOptions = {}): Promise<CausalModel> {
-  const { weights: format = "f32", limits = dry.limits } = options;
+  const { weights: format = "f32", doubleQuant = true, limits = dry.limits } = options;
   const config = await readConfig(directory);
-  const stored = format === "stored" ? await storedFormats(directory) : () => undefined;
-  const weights = emptyWeights(dry, shapesOf(config, limits), format, (name) =>
-    isTurned(config, name) ? undefined : stored(name),
-  );
+  const stored = await storedFormats(directory);
+  const weights = emptyWeights(dry, shapesOf(config, limits), { format, doubleQuant }, (name) => {
+    const kept = stored(name);
+    return kept?.format !== "nf4" && isTurned(config, name) ? undefined : kept;
+  });
   return makeModel(dry, config, weights);
 }

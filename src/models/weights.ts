@@ -1,7 +1,9 @@
 /** The weights of a model by name: their shapes, their way from a checkpoint, and who of them is a linear layer. */
 import type { Gpu } from "../gpu/gpu.ts";
+import { FormatError } from "../io/errors.ts";
 import { emptyPacked, packMatrix } from "../kernels/pack.ts";
 import { transpose } from "../kernels/transpose.ts";
+import { isQuantized, loadNf4 } from "../nn/bitsandbytes.ts";
 import {
   type Checkpoint,
   loadPacked,
@@ -132,7 +134,7 @@ export class Weights {
 
 /**
  * How the weights of linear layers are kept: as f32, as they are stored where that is in 16 bits, or quantised. What a kernel cannot read
- * packed, for its rows are not a multiple of 4 long, is f32 all the same.
+ * packed, for its rows are not a multiple of 4 long, is f32 all the same; what is stored as NF4 stays as it is.
  */
 export type WeightFormat = "f32" | "stored" | "int8" | "nf4";
 
@@ -143,38 +145,57 @@ export interface WeightsToLoad {
   /** The same, as the file has it. */
   readonly whole: Shapes;
   readonly format: WeightFormat;
+  /** nf4: whether the scales are quantised, too. */
+  readonly doubleQuant: boolean;
   /** Which matrices the file has the other way around. */
   readonly isTransposed: (name: string) => boolean;
 }
 
-/** Loads weights: those of linear layers in the format, all others as f32. Throws FormatError naming a tensor that is missing or has a wrong shape. */
+/**
+ * Loads weights: those of linear layers in the format, or as they are where they are stored as NF4, all others as f32. Throws FormatError naming a
+ * tensor that is missing or has a wrong shape, and where NF4 is to become int8.
+ */
 export async function loadWeights(
   gpu: Gpu,
   checkpoint: Checkpoint,
-  { shapes, whole, format, isTransposed }: WeightsToLoad,
+  asked: WeightsToLoad,
 ): Promise<Map<string, Tensor | PackedMatrix>> {
   const weights = new Map<string, Tensor | PackedMatrix>();
   try {
-    for (const [key, shape] of shapes.map) {
-      const { name, first } = sliceOf(key);
-      const stored = storedName(checkpoint, name);
-      const isPackable = format !== "f32" && shapes.isPackable(name);
-      if (isPackable && format === "stored" && !isTransposed(name) && storedDtype(checkpoint, stored) !== "F32") {
-        weights.set(key, await loadPacked(gpu, checkpoint, stored, shape));
-        continue;
-      }
-      const [N = 0, K = 0] = shape;
-      if (isPackable && format !== "stored") {
-        const values = await readMatrix(checkpoint, stored, [N, K], isTransposed(name));
-        weights.set(key, packMatrix(gpu, values, [N, K], format, format === "nf4" ? { doubleQuant: true } : {}));
-      } else if (isTransposed(name)) weights.set(key, await loadTurned(gpu, checkpoint, stored, shape));
-      else weights.set(key, await loadTensor(gpu, checkpoint, stored, whole.map.get(name) ?? shape, first, shape[0]));
-    }
+    for (const [key, shape] of asked.shapes.map) weights.set(key, await loadWeight(gpu, checkpoint, asked, key, shape));
   } catch (error) {
     gpu.release(...tensorsOf(weights));
     throw error;
   }
   return weights;
+}
+
+async function loadWeight(
+  gpu: Gpu,
+  checkpoint: Checkpoint,
+  { shapes, whole, format, doubleQuant, isTransposed }: WeightsToLoad,
+  key: string,
+  shape: readonly number[],
+): Promise<Tensor | PackedMatrix> {
+  const { name, first } = sliceOf(key);
+  const stored = storedName(checkpoint, name);
+  const [N = 0, K = 0] = shape;
+  if (shapes.linears.has(name.replace(/\.weight$/, "")) && isQuantized(checkpoint, stored)) {
+    if (format === "int8")
+      throw new FormatError(
+        `${checkpoint.name}: weights to be kept as int8 must be stored unquantised, got ${stored} in NF4. Keep them as they are`,
+      );
+    return loadNf4(gpu, checkpoint, stored, [N, K]);
+  }
+  const isPackable = format !== "f32" && shapes.isPackable(name);
+  if (isPackable && format === "stored" && !isTransposed(name) && storedDtype(checkpoint, stored) !== "F32")
+    return loadPacked(gpu, checkpoint, stored, shape);
+  if (isPackable && format !== "stored") {
+    const values = await readMatrix(checkpoint, stored, [N, K], isTransposed(name));
+    return packMatrix(gpu, values, [N, K], format, format === "nf4" ? { doubleQuant } : {});
+  }
+  if (isTransposed(name)) return loadTurned(gpu, checkpoint, stored, shape);
+  return loadTensor(gpu, checkpoint, stored, whole.map.get(name) ?? shape, first, shape[0]);
 }
 
 /** Every tensor of the weights, to be released. */
@@ -187,19 +208,50 @@ async function loadTurned(gpu: Gpu, checkpoint: Checkpoint, name: string, shape:
   return y;
 }
 
-/** Weights of undefined content, in the format: what a dry run is planned with. `stored` says which are in 16 bits in the file. */
+/** In what a file keeps a weight. */
+export interface Kept {
+  readonly format: PackedFormat;
+  readonly doubleQuant?: boolean;
+}
+
+/** Weights of undefined content, in the format: what a dry run is planned with. `stored` says which the file has in NF4 or 16 bits. */
 export function emptyWeights(
   gpu: Gpu,
   shapes: Shapes,
-  format: WeightFormat,
-  stored: (name: string) => PackedFormat | undefined = () => undefined,
+  { format, doubleQuant }: Pick<WeightsToLoad, "format" | "doubleQuant">,
+  stored: (name: string) => Kept | undefined,
 ): Map<string, Tensor | PackedMatrix> {
+  const keptAs = (name: string): Kept | undefined => {
+    const kept = stored(name);
+    if (kept?.format === "nf4" || format === "stored") return kept;
+    return format === "f32" ? undefined : { format, ...(format === "nf4" && { doubleQuant }) };
+  };
   const of = (name: string, shape: readonly number[]): Tensor | PackedMatrix => {
     const [N = 0, K = 0] = shape;
-    const kept = format === "stored" ? stored(name) : format === "f32" ? undefined : format;
-    return kept && shapes.isPackable(name)
-      ? emptyPacked(gpu, [N, K], kept, kept === "nf4" ? { doubleQuant: true } : {})
-      : empty(gpu, shape, name);
+    const kept = shapes.isPackable(name) ? keptAs(name) : undefined;
+    return kept ? emptyPacked(gpu, [N, K], kept.format, kept) : empty(gpu, shape, name);
   };
   return new Map([...shapes.map].map(([name, shape]) => [name, of(name, shape)]));
+}
+
+/** Anything with weights, such as a model. */
+interface HasBits {
+  readonly linears: ReadonlyMap<string, Linear>;
+  readonly weights: ReadonlyMap<string, Tensor>;
+  readonly packed: ReadonlyMap<string, PackedMatrix>;
+}
+
+/** Bits that a weight takes on the device, in the mean: of the linear layers, and of all; the scales of quantised ones count. */
+export function bitsPerWeight({ linears, weights, packed }: HasBits): {
+  readonly linears: number;
+  readonly all: number;
+} {
+  const mean = (list: readonly (Tensor | PackedMatrix)[]): number => {
+    const bytes = list.flatMap(tensorsIn).reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
+    return (8 * bytes) / list.reduce((sum, { shape }) => sum + shape.reduce((a, b) => a * b, 1), 0);
+  };
+  return {
+    linears: mean([...linears.values()].map(({ weight }) => weight)),
+    all: mean([...weights.values(), ...packed.values()]),
+  };
 }

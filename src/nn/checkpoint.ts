@@ -190,12 +190,17 @@ export function tensorToWrite(
 }
 
 /** As `tensorToWrite`, of a matrix that is made when its turn comes, and released after. */
-export function madeToWrite(name: string, shape: readonly [number, number], make: () => Tensor): TensorToWrite {
+export function madeToWrite(
+  name: string,
+  shape: readonly [number, number],
+  make: () => Tensor,
+  dtype: FloatDtype = "F32",
+): TensorToWrite {
   return {
-    ...{ name, dtype: "F32", shape, sizeBytes: 4 * shape[0] * shape[1] },
+    ...{ name, dtype, shape, sizeBytes: (dtype === "F32" ? 4 : 2) * shape[0] * shape[1] },
     data: async function* () {
       const made = make();
-      yield encodeFloats("F32", await read(made));
+      yield encodeFloats(dtype, await read(made));
       made.gpu.release(made);
     },
   };
