@@ -10,6 +10,7 @@ import { inspectCommand } from "./inspect.ts";
 import { logitsCommand } from "./logits.ts";
 import { mergeCommand } from "./merge.ts";
 import { planCommand } from "./plan.ts";
+import { quantizeCommand } from "./quantize.ts";
 import { withConfig } from "./run-config.ts";
 import { say } from "./session.ts";
 import { trainCommand } from "./train.ts";
@@ -23,6 +24,7 @@ const program = new Command("lowrank")
   .addCommand(evalCommand())
   .addCommand(generateCommand())
   .addCommand(mergeCommand())
+  .addCommand(quantizeCommand())
   .addCommand(combineCommand())
   .addCommand(convertCommand())
   .addCommand(extractCommand())

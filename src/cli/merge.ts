@@ -1,16 +1,14 @@
-import { realpathSync } from "node:fs";
-import { join, resolve } from "node:path";
+import { join } from "node:path";
 import { Command, Option } from "commander";
 import type { FloatDtype } from "../io/dtype.ts";
 import { FormatError } from "../io/errors.ts";
 import type { CausalModel } from "../models/causal.ts";
 import { saveModel } from "../models/save.ts";
 import { diskDirectory, ensureWritableDirectory, loadModelFrom, loadPeftFrom, writeFileAtomic } from "../node.ts";
-import { ShapeError } from "../tensor/errors.ts";
 import { Random } from "../tensor/random.ts";
 import { read, tensor } from "../tensor/tensor.ts";
 import { adapterOption, jsonOption, modelOption, revisionOption } from "./options.ts";
-import { located } from "./places.ts";
+import { demandAnother, located } from "./places.ts";
 import { result, say, withGpu } from "./session.ts";
 
 interface MergeArguments {
@@ -57,8 +55,7 @@ const TOLERANCES: Readonly<Record<FloatDtype | "NF4", number>> = { F32: 1e-4, F1
 const DTYPES = { f32: "F32", f16: "F16", bf16: "BF16" } as const;
 
 async function run(options: MergeArguments): Promise<void> {
-  if (realPath(options.out) === realPath(options.model))
-    throw new ShapeError(`merge: --out must be another directory than --model, got ${options.out} for both`);
+  demandAnother("merge", options);
   const { model: path, adapter: adapterPath, out, json } = await located(options);
   const source = diskDirectory(path);
   await ensureWritableDirectory(out);
@@ -109,11 +106,3 @@ async function probe(model: CausalModel): Promise<Float32Array> {
 
 /** The larger; NaN wins. */
 const worse = (a: number, b: number): number => (Number.isNaN(b) || b > a ? b : a);
-
-function realPath(path: string): string {
-  try {
-    return realpathSync(path);
-  } catch {
-    return resolve(path); // not there yet
-  }
-}

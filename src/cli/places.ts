@@ -1,8 +1,10 @@
 /** Where models and adapters are: directories of this machine, or ids of the Hugging Face Hub, which are downloaded. */
-import { existsSync } from "node:fs";
+import { existsSync, realpathSync } from "node:fs";
+import { resolve } from "node:path";
 import { FormatError } from "../io/errors.ts";
 import { diskDirectory } from "../io/files.ts";
 import { readConfig } from "../models/config.ts";
+import { readQuantization } from "../models/quantization.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { DownloadProgress } from "./progress.ts";
 
@@ -30,7 +32,9 @@ export async function located<T extends Places>(
   const progress = new DownloadProgress(place);
   let found = await find("--model", place, false, progress);
   if (weights && found.directory !== place) {
-    await readConfig(diskDirectory(found.directory)); // a model that cannot be read is refused before its weights come
+    // A model that cannot be read is refused before its weights come.
+    await readConfig(diskDirectory(found.directory));
+    await readQuantization(diskDirectory(found.directory));
     found = await find("--model", place, true, progress);
   }
   return {
@@ -70,5 +74,19 @@ export async function find(
   } finally {
     process.off("SIGINT", onInterrupt);
     progress.end();
+  }
+}
+
+/** Throws ShapeError where a command would write a model over the one that it reads. */
+export function demandAnother(command: string, { model, out }: { readonly model: string; readonly out: string }): void {
+  if (realPath(out) === realPath(model))
+    throw new ShapeError(`${command}: --out must be another directory than --model, got ${out} for both`);
+}
+
+function realPath(path: string): string {
+  try {
+    return realpathSync(path);
+  } catch {
+    return resolve(path); // not there yet
   }
 }

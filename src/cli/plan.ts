@@ -6,7 +6,7 @@ import { attachLora, type LoraAdapter } from "../lora/adapter.ts";
 import type { LoraConfig } from "../lora/config.ts";
 import { takesFromBase } from "../lora/init.ts";
 import { emptyModel } from "../models/load.ts";
-import type { WeightFormat } from "../models/weights.ts";
+import { bitsPerWeight, type WeightFormat } from "../models/weights.ts";
 import { diskDirectory, loadPeftFrom } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { type MemoryPlan, planTraining } from "../train/plan.ts";
@@ -23,7 +23,7 @@ import {
   weightFormat,
 } from "./options.ts";
 import { located } from "./places.ts";
-import { bytes, deviceName, number, openReader, result, withGpu } from "./session.ts";
+import { bitsLine, bytes, deviceName, number, openReader, result, withGpu } from "./session.ts";
 
 /** What the memory of a run depends on. */
 export interface RunSize {
@@ -79,12 +79,19 @@ export const budgetOption = (command: string): Option =>
 const budgetOf = (gpu: Gpu, asked: number | undefined): number | undefined =>
   asked ?? (gpu.isSoftware ? totalmem() : undefined);
 
+interface RunPlan extends MemoryPlan {
+  /** Of the base. */
+  readonly bits: ReturnType<typeof bitsPerWeight>;
+}
+
 /** Plans a run of this model; `adapter` is the settings of a new one, or the directory of one to go on from. */
-function planOf(gpu: Gpu, model: string, adapter: LoraConfig | string, size: RunSize): Promise<MemoryPlan> {
-  return planTraining(
+async function planOf(gpu: Gpu, model: string, adapter: LoraConfig | string, size: RunSize): Promise<RunPlan> {
+  let bits = { linears: Number.NaN, all: Number.NaN };
+  const plan = await planTraining(
     gpu,
     async (dry) => {
       const empty = await emptyModel(dry, diskDirectory(model), { weights: size.weights });
+      bits = bitsPerWeight(empty);
       empty.checkpointing = size.checkpointing;
       const attached = typeof adapter === "string" ? await loadPeftFrom(empty, adapter) : attachLora(empty, adapter);
       if (size.takesFromBase) attached.start(zeros(attached), true);
@@ -92,6 +99,7 @@ function planOf(gpu: Gpu, model: string, adapter: LoraConfig | string, size: Run
     },
     size,
   );
+  return { ...plan, bits };
 }
 
 const zeros = ({ pairs }: LoraAdapter): Map<string, Record<"A" | "B", Float32Array>> =>
@@ -104,7 +112,7 @@ export async function demandFit(
   adapter: LoraConfig | string,
   size: RunSize,
   asked: number | undefined,
-): Promise<MemoryPlan> {
+): Promise<RunPlan> {
   const budget = budgetOf(gpu, asked) ?? Number.POSITIVE_INFINITY;
   const tried = await attempt(gpu, model, adapter, size);
   if (typeof tried !== "string" && tried.peak <= budget) return tried;
@@ -121,7 +129,7 @@ async function attempt(
   model: string,
   adapter: LoraConfig | string,
   size: RunSize,
-): Promise<MemoryPlan | string> {
+): Promise<RunPlan | string> {
   try {
     return await planOf(gpu, model, adapter, size);
   } catch (error) {
@@ -171,12 +179,13 @@ async function run(given: PlanArguments): Promise<void> {
   const adapter = loraConfig(options);
   await withGpu(async (gpu) => {
     const budget = budgetOf(gpu, options.budget);
-    const plan = await planOf(gpu, options.model, adapter, size);
+    const { bits, ...plan } = await planOf(gpu, options.model, adapter, size);
     const fits = budget === undefined ? null : plan.peak <= budget;
     const advice = fits === false ? await wayOut(gpu, options.model, adapter, size, budget ?? 0) : null;
     if (fits === false) process.exitCode = 1;
     if (options.json) {
-      result(JSON.stringify({ ...plan, ...size, budget: budget ?? null, fits, advice, device: deviceName(gpu.info) }));
+      const device = deviceName(gpu.info);
+      result(JSON.stringify({ ...plan, bits_per_weight: bits, ...size, budget: budget ?? null, fits, advice, device }));
       return;
     }
     const lines = {
@@ -189,6 +198,7 @@ async function run(given: PlanArguments): Promise<void> {
       peak: plan.peak,
     };
     for (const [name, count] of Object.entries(lines)) result(`${name.padEnd(12)} ${bytes(count).padStart(12)}`);
+    result(bitsLine(bits));
     result(`${number(plan.dispatches)} dispatches a step of ${number(batchSize * maxLength)} tokens`);
     if (budget === undefined)
       result("WebGPU does not tell how much memory a device has: give --budget to know whether this fits");

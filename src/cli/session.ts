@@ -6,7 +6,7 @@ import { utf8 } from "../io/json.ts";
 import type { Tokenizer } from "../io/tokenizer.ts";
 import type { CausalModel } from "../models/causal.ts";
 import { type ModelConfig, readConfig } from "../models/config.ts";
-import type { WeightFormat } from "../models/weights.ts";
+import type { bitsPerWeight, WeightFormat } from "../models/weights.ts";
 import { loadModelFrom, loadPeftFrom } from "../node.ts";
 import { loadTokenizer } from "../tokenizer.ts";
 import { type DataStats, type Row, readRows } from "../train/data.ts";
@@ -99,6 +99,10 @@ export function bytes(count: number): string {
   const step = Math.min(3, Math.floor(Math.log2(Math.max(1, count)) / 10));
   return `${number(count / 1024 ** step, step === 0 ? 0 : 1)} ${["B", "KiB", "MiB", "GiB"][step]}`;
 }
+
+/** "4.13 bits a weight in the linear layers, 9.86 in the whole model" */
+export const bitsLine = ({ linears, all }: ReturnType<typeof bitsPerWeight>): string =>
+  `${number(linears, 2)} bits a weight in the linear layers, ${number(all, 2)} in the whole model`;
 
 /** "2h 05m", "3m 20s" or "12s" */
 export function duration(seconds: number): string {

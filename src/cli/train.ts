@@ -30,7 +30,7 @@ import {
 } from "./options.ts";
 import { located } from "./places.ts";
 import { budgetOption, demandFit } from "./plan.ts";
-import { bytes, dataLine, number, readData, say, withGpu } from "./session.ts";
+import { bitsLine, bytes, dataLine, number, readData, say, withGpu } from "./session.ts";
 import { report } from "./train-report.ts";
 import { begin, keptSettings } from "./train-resume.ts";
 import { runTraining } from "./train-run.ts";
@@ -167,7 +167,9 @@ async function run(given: TrainArguments): Promise<void> {
   const work = async (gpu: Gpu): Promise<void> => {
     const started = performance.now();
     const plan = await demandFit(gpu, options.model, options.initAdapter ?? loraConfig(options), size, options.budget);
-    say(`memory: at most ${bytes(plan.peak)} of the GPU's, ${bytes(plan.weights)} of it weights`);
+    say(
+      `memory: at most ${bytes(plan.peak)} of the GPU's, ${bytes(plan.weights)} of it weights, ${bitsLine(plan.bits)}`,
+    );
     const model = await loadModelFrom(gpu, options.model, { weights: size.weights });
     model.checkpointing = checkpointing;
     const adapter = await startAdapter(model, options, saved);

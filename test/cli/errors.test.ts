@@ -264,7 +264,7 @@ describe("memory", () => {
   test("plan says where it goes and whether it fits", async () => {
     await plan("--budget", "1GiB", "--rank", "4", "--batch-size", "2");
     expect(printed()).toMatch(
-      /^weights +[\d.]+ KiB\nadapter +[\d.]+ KiB\ngradients +[\d.]+ KiB\noptimizer +[\d.]+ KiB\nactivations +[\d.]+ .iB\nother +[\d.]+ KiB\npeak +[\d.]+ .iB\n\d+ dispatches a step of 128 tokens\nfits into 1\.0 GiB\n$/,
+      /^weights +[\d.]+ KiB\nadapter +[\d.]+ KiB\ngradients +[\d.]+ KiB\noptimizer +[\d.]+ KiB\nactivations +[\d.]+ .iB\nother +[\d.]+ KiB\npeak +[\d.]+ .iB\n32.00 bits a weight in the linear layers, 32.00 in the whole model\n\d+ dispatches a step of 128 tokens\nfits into 1\.0 GiB\n$/,
     );
     expect(process.exitCode).toBeUndefined();
   });
