@@ -413,6 +413,22 @@ test("a model is not merged onto itself", async () => {
   );
 });
 
+test("eval compares with unquantised weights only what is quantised", async () => {
+  await expect(evaluate("model", "--against-f32")).rejects.toThrow(
+    new ShapeError("eval: --against-f32 must go with --quantize, got none. There is nothing to compare"),
+  );
+  await evaluate("model", "--quantize", "nf4", "--against-f32", "--json");
+  const {
+    loss,
+    unquantized_loss: unquantized,
+    bits_per_weight: bits,
+  } = JSON.parse(String(vi.mocked(process.stdout.write).mock.lastCall?.[0]));
+  expect(unquantized).not.toBe(loss);
+  expect(Math.abs(unquantized / loss - 1)).toBeLessThan(0.2);
+  expect(bits.linears).toBeGreaterThan(4);
+  expect(bits.all).toBeGreaterThan(bits.linears);
+});
+
 test("generate needs a tokenizer", async () => {
   await expect(run(generateCommand(), "--model", at("model"), "--prompt", "Once")).rejects.toThrow(
     new FormatError(
