@@ -34,6 +34,8 @@ export interface Contest {
   readonly sizes?: Readonly<Record<string, number | string>>;
   /** The case that the peers' are compared with, if they have this work to do too. */
   readonly against?: string;
+  /** In place of the settings' own. */
+  readonly maxCaseMs?: number;
   readonly setup: (gpu: Gpu) => Prepared;
 }
 
@@ -54,6 +56,8 @@ export interface Settings {
   readonly peerPatienceMs?: number;
   /** A clock in milliseconds. */
   readonly now: () => number;
+  /** Milliseconds that all threads of the process have computed, where the adapter is a CPU and the runtime tells. */
+  readonly cpuNow?: () => number;
 }
 
 /** Of the repetitions: the middle one, and the ends of the middle 80 %. */
@@ -91,6 +95,8 @@ export interface CaseResult {
   readonly gbs: number;
   /** The baseline's time over this one's, repetition by repetition: above 1 is faster than the baseline. */
   readonly ratio: Spread;
+  /** The same of the CPU time of all threads, which hardly depends on what else the machine does. Absent where it is not known. */
+  readonly cpu?: { readonly ms: Spread; readonly ratio: Spread };
   /** Which peak bounds this work, by its operations per byte; and the share of that peak which it reached. */
   readonly limit?: "compute" | "memory";
   readonly shareOfPeak?: number;
@@ -123,6 +129,7 @@ interface Entrant {
   readonly batch: (n: number) => Promise<void>;
   readonly dispose?: PeerCase["dispose"];
   readonly times: number[];
+  readonly cpuTimes: number[];
   size: number;
   /** Why it is out. */
   error?: string;
@@ -155,9 +162,8 @@ export async function measure(
         theirs.push(entrant);
         await attempt(entrant, () => patient(settings, findBatch(entrant, settings)));
       }
-    await takeTurns([...ours, ...theirs], settings);
-    const baseline = ours[0]?.times ?? [];
-    return [...ours, ...theirs].map((entrant) => report(entrant, baseline, peaks));
+    await takeTurns([...ours, ...theirs], { ...settings, ...(contest.maxCaseMs && { maxCaseMs: contest.maxCaseMs }) });
+    return [...ours, ...theirs].map((entrant) => report(entrant, ours[0] ?? entrant, peaks));
   } finally {
     for (const { dispose } of theirs) await dispose?.();
     gpu.release(...inputs);
@@ -178,7 +184,15 @@ async function enter(gpu: Gpu, what: string, one: Case): Promise<Entrant> {
     await gpu.finish();
   };
   const peakBytes = (): number | undefined => one.peakBytes;
-  return { result: { name, flops, bytes, dispatches }, peakBytes, resultSizes, batch, times: [], size: 1 };
+  return {
+    result: { name, flops, bytes, dispatches },
+    peakBytes,
+    resultSizes,
+    batch,
+    times: [],
+    cpuTimes: [],
+    size: 1,
+  };
 }
 
 /** Has a peer do the work once and compares what it gives with the f64 values of our own case. */
@@ -206,6 +220,7 @@ async function enterPeer(
     // Counted for every peer's case: reported where ours is counted too.
     peakBytes: () => (model.peakBytes === undefined ? undefined : prepared?.peakBytes?.()),
     times: [],
+    cpuTimes: [],
     size: 1,
   };
   await attempt(entrant, async () => {
@@ -248,22 +263,26 @@ async function patient<T>({ peerPatienceMs }: Settings, promise: Promise<T>): Pr
 
 /** Times one batch of every case in every repetition; each goes first equally often. */
 async function takeTurns(entrants: readonly Entrant[], settings: Settings): Promise<void> {
-  const { repetitions, maxCaseMs = Number.POSITIVE_INFINITY, now } = settings;
+  const { repetitions, maxCaseMs = Number.POSITIVE_INFINITY, now, cpuNow } = settings;
   for (let repetition = 0; repetition < repetitions; repetition++)
     for (let turn = 0; turn < entrants.length; turn++) {
       const entrant = entrants[(turn + repetition) % entrants.length];
       if (!entrant || entrant.error !== undefined) continue;
-      const { times, size } = entrant;
+      const { times, cpuTimes, size } = entrant;
       if (times.length >= 3 && sum(times) * size >= maxCaseMs) continue;
-      const time = async (): Promise<void> => void times.push((await timeBatch(entrant, now)) / size);
+      const time = async (): Promise<void> => {
+        const cpuBefore = cpuNow?.() ?? Number.NaN;
+        times.push((await timeBatch(entrant, now)) / size);
+        if (cpuNow) cpuTimes.push((cpuNow() - cpuBefore) / size);
+      };
       if (entrant.result.peer === undefined) await time();
       else await attempt(entrant, () => patient(settings, time()));
     }
 }
 
 function report(
-  { result, peakBytes, times, size, error }: Entrant,
-  baseline: readonly number[],
+  { result, peakBytes, times, cpuTimes, size, error }: Entrant,
+  baseline: Entrant,
   peaks?: Peaks,
 ): CaseReport {
   if (error !== undefined) return { name: result.name, peer: result.name, error };
@@ -278,10 +297,14 @@ function report(
     ms,
     gflops,
     gbs,
-    ratio: spread(times.map((time, n) => (baseline[n] ?? Number.NaN) / time).filter((ratio) => !Number.isNaN(ratio))),
+    ratio: ratios(baseline.times, times),
+    ...(cpuTimes.length > 0 && { cpu: { ms: spread(cpuTimes), ratio: ratios(baseline.cpuTimes, cpuTimes) } }),
     ...(peaks && roofline(gflops, gbs, peaks)),
   };
 }
+
+const ratios = (baseline: readonly number[], times: readonly number[]): Spread =>
+  spread(times.map((time, n) => (baseline[n] ?? Number.NaN) / time).filter((ratio) => !Number.isNaN(ratio)));
 
 /**
  * Which peak bounds this work and the share of it that was reached: the larger of the two shares, for the work would meet that

@@ -58,14 +58,17 @@ function table(cases: readonly CaseReport[]): string[] {
   const range = ({ p10, p90 }: Spread): string => `[${short(p10)}–${short(p90)}]`;
   const counted = cases.some((one) => "peakBytes" in one);
   const head = ["", "ms", "p10–p90", "GFLOP/s", "GB/s", "of peak", "dispatches", "ratio", "p10–p90"];
+  const inCpuTime = cases.some((one) => "cpu" in one);
+  if (inCpuTime) head.push("CPU ratio", "p10–p90");
   if (counted) head.push("MB at most");
   const rows = cases.map((one) => {
     if ("error" in one) return [one.name, `  ${one.error}`];
-    const { name, dispatches, ms, gflops, gbs, ratio, limit, shareOfPeak } = one;
+    const { name, dispatches, ms, gflops, gbs, ratio, cpu, limit, shareOfPeak } = one;
     const share = shareOfPeak === undefined ? "" : `${(100 * shareOfPeak).toFixed(0)} % ${limit}`;
     const times = [short(ms.median), range(ms), short(gflops), short(gbs)];
+    const inCpu = inCpuTime ? [cpu?.ratio.median.toFixed(2) ?? "", cpu ? range(cpu.ratio) : ""] : [];
     const memory = counted ? [one.peakBytes === undefined ? "" : (one.peakBytes / 1e6).toFixed(1)] : [];
-    return [name, ...times, share, `${dispatches ?? ""}`, ratio.median.toFixed(2), range(ratio), ...memory];
+    return [name, ...times, share, `${dispatches ?? ""}`, ratio.median.toFixed(2), range(ratio), ...inCpu, ...memory];
   });
   return aligned([head, ...rows]);
 }

@@ -5,7 +5,8 @@ import { halfArithmetic, matrixUnits } from "./half.ts";
 import type { SizedContest } from "./inputs.ts";
 import { type LoraSizes, loraBackward, loraForward, loraStep } from "./lora.ts";
 import { LAYOUTS, linear, square } from "./matmul.ts";
-import { doraOverLora, llamaStep, loraOverFull } from "./step.ts";
+import { doraOverLora, llamaStep, loraOverFull, nf4OverF16 } from "./step.ts";
+import type { StepSizes } from "./step-work.ts";
 import { weightFormats } from "./weights.ts";
 
 export interface Scope {
@@ -33,6 +34,10 @@ const LAYERS: readonly (readonly [K: number, N: number])[] = [
   [14336, 4096],
 ];
 
+/** One layer: 1024 wide, or half of it where that would take seconds. */
+const WIDE: StepSizes = { layers: 1, hidden: 1024, inside: 2816, heads: 8, kvHeads: 4, vocab: 512, T: 256, r: 16 };
+const HALF_AS_WIDE: StepSizes = { ...WIDE, hidden: 512, inside: 1376 };
+
 export function contests({ quick, full, isSoftware }: Scope): SizedContest[] {
   if (quick) return quickContests();
   const patient = full || !isSoftware;
@@ -55,9 +60,10 @@ export function contests({ quick, full, isSoftware }: Scope): SizedContest[] {
     ...loraSizes.map(loraBackward),
     ...loraSizes.filter(({ r }) => patient || r === 16).map(loraStep),
     ...[1024, ...(patient ? [4096] : [])].flatMap((n) => [addition(n, n), rowSum(n, n)]),
-    llamaStep({ layers: 4, hidden: 256, inside: 688, heads: 8, kvHeads: 4, vocab: 1024, T: 256 }),
-    loraOverFull({ layers: 2, hidden: 512, inside: 1376, heads: 8, kvHeads: 4, vocab: 1024, T: 256 }),
-    doraOverLora({ layers: 1, hidden: 1024, inside: 2816, heads: 8, kvHeads: 4, vocab: 512, T: 256 }),
+    llamaStep({ layers: 4, hidden: 256, inside: 688, heads: 8, kvHeads: 4, vocab: 1024, T: 256, r: 8 }),
+    loraOverFull({ layers: 2, hidden: 512, inside: 1376, heads: 8, kvHeads: 4, vocab: 1024, T: 256, r: 8 }),
+    doraOverLora(patient ? WIDE : HALF_AS_WIDE),
+    nf4OverF16(patient ? WIDE : HALF_AS_WIDE),
     ...ladders(patient ? 2048 : 256),
   ];
   return all.filter(({ flops, group }) => flops <= limit * stepsOf(group));
@@ -68,7 +74,7 @@ const stepsOf = (group: string | undefined): number => LOW_RANK_SLACK * (group?.
 
 function quickContests(): SizedContest[] {
   const sizes = { M: 128, N: 128, K: 128, r: 16 };
-  const tiny = { layers: 2, hidden: 64, inside: 96, heads: 4, kvHeads: 2, vocab: 128, T: 32 };
+  const tiny = { layers: 2, hidden: 64, inside: 96, heads: 4, kvHeads: 2, vocab: 128, T: 32, r: 8 };
   return [
     ...LAYOUTS.map((layout) => square(layout, 128)),
     linear(1, 576, 576),
@@ -84,6 +90,7 @@ function quickContests(): SizedContest[] {
     llamaStep(tiny),
     loraOverFull(tiny),
     doraOverLora(tiny),
+    nf4OverF16(tiny),
     ...ladders(128),
   ];
 }

@@ -1,5 +1,5 @@
 /** A Llama's training step in f64 on the host, forward and backward written out: what the results of a step must be. */
-import type { HostMatrix, LlamaStep } from "../peers/peer.ts";
+import type { DoraMagnitude, HostMatrix, LlamaStep } from "../peers/peer.ts";
 
 /** Row-major. */
 interface M64 {
@@ -11,7 +11,7 @@ interface M64 {
 export interface StepValues {
   readonly loss: number;
   readonly gradNorm: number;
-  /** By "A of …" and "B of …", or by the names of the weights where those are trained. */
+  /** By "A of …", "B of …" and DoRA's "m of …", or by the names of the weights where those are trained. */
   readonly gradients: ReadonlyMap<string, Float64Array>;
 }
 
@@ -42,9 +42,12 @@ export function stepInF64(step: LlamaStep, trained: "adapter" | "weights"): Step
     const [A, B] = [widen(pair.A), widen(pair.B)];
     const u = product(x, A, "nt");
     addTo(y, scaled(product(u, B, "nt"), step.scale));
+    const gain = pair.magnitude && gainOf(y, pair.magnitude);
     return {
-      y,
-      back: (dy) => {
+      y: gain?.y ?? y,
+      back: (outer) => {
+        if (gain) gradients.set(`m of ${module}`, gain.dm(outer));
+        const dy = gain?.back(outer) ?? outer;
         const v = scaled(product(dy, B, "nn"), step.scale);
         gradients.set(`A of ${module}`, product(v, x, "tn").values);
         gradients.set(`B of ${module}`, scaled(product(dy, u, "tn"), step.scale).values);
@@ -149,6 +152,22 @@ export function stepInF64(step: LlamaStep, trained: "adapter" | "weights"): Step
 interface Node {
   readonly y: M64;
   readonly back: (dy: M64) => M64;
+}
+
+/** DoRA's (m/n)∘z, each column by its own factor; n takes no gradient. */
+function gainOf(
+  z: M64,
+  { m, norms }: DoraMagnitude,
+): { y: M64; back: (dy: M64) => M64; dm: (dy: M64) => Float64Array } {
+  const by = (x: M64): M64 =>
+    make(x.rows, x.columns, (t, j) => (at(x, t, j) * (m.values[j] ?? 0)) / (norms[j] ?? Number.NaN));
+  const dm = (dy: M64): Float64Array =>
+    norms.map((n, j) => {
+      let sum = 0;
+      for (let t = 0; t < z.rows; t++) sum += at(dy, t, j) * at(z, t, j);
+      return sum / n;
+    });
+  return { y: by(z), back: by, dm };
 }
 
 /** The mean over all tokens but the last one's; the logits become their gradient. */

@@ -19,6 +19,19 @@ interface Layer {
   readonly scale: number;
 }
 
+/** What trains a linear layer; with a magnitude it is DoRA's. */
+export interface LlamaPair {
+  readonly A: HostMatrix;
+  readonly B: HostMatrix;
+  readonly magnitude?: DoraMagnitude;
+}
+
+/** m, a row, and the norms that it is divided by, to which no gradient goes. */
+export interface DoraMagnitude {
+  readonly m: HostMatrix;
+  readonly norms: Float64Array;
+}
+
 /**
  * One training step of LoRA on a Llama of which everything else is frozen, from given A and B and with moments that are zero: the mean
  * cross-entropy of the next token, its gradients by A and B, their global norm, and AdamW without decay. Causal, one row of T tokens,
@@ -36,7 +49,7 @@ export interface LlamaStep {
   /** By Hugging Face name; a norm's is a row. */
   readonly weights: ReadonlyMap<string, HostMatrix>;
   /** A [r,K] and B [N,r] of every linear layer, by the name of its module. */
-  readonly adapter: ReadonlyMap<string, { readonly A: HostMatrix; readonly B: HostMatrix }>;
+  readonly adapter: ReadonlyMap<string, LlamaPair>;
   /** What B·A is multiplied by. */
   readonly scale: number;
   /** [T] */

@@ -36,15 +36,33 @@ function small(): LlamaStep {
   };
 }
 
-test.each(["adapter", "weights"] as const)("the f64 step's gradients are its differences, %s trained", (trained) => {
+/** The same with magnitudes, and norms that are constants to the gradient. */
+function smallDora(): LlamaStep {
   const step = small();
+  const random = new Random(4);
+  const positive = (n: number) => Float32Array.from({ length: n }, () => random.uniform(0.5, 1.5));
+  const adapter = new Map(
+    [...step.adapter].map(([name, { A, B }]) => {
+      const m = { rows: 1, columns: B.rows, values: positive(B.rows) };
+      return [name, { A, B, magnitude: { m, norms: Float64Array.from(positive(B.rows)) } }] as const;
+    }),
+  );
+  return { ...step, adapter };
+}
+
+test.each([
+  ["adapter", "adapter", small()],
+  ["adapter with magnitudes", "adapter", smallDora()],
+  ["weights", "weights", small()],
+] as const)("the f64 step's gradients are its differences, %s trained", (_, trained, step) => {
   const { gradients } = stepInF64(step, trained);
   const trainable = new Map<string, HostMatrix>(
     trained === "weights"
       ? step.weights
-      : [...step.adapter].flatMap(([name, { A, B }]) => [
-          [`A of ${name}`, A],
-          [`B of ${name}`, B],
+      : [...step.adapter].flatMap(([name, { A, B, magnitude }]) => [
+          [`A of ${name}`, A] as const,
+          [`B of ${name}`, B] as const,
+          ...(magnitude ? [[`m of ${name}`, magnitude.m] as const] : []),
         ]),
   );
   expect(new Set(gradients.keys())).toEqual(new Set(trainable.keys()));
