@@ -66,13 +66,18 @@ export function gain(z: Tensor, g: Tensor, bias?: Tensor): Tensor {
   return y;
 }
 
-/** dz = dy∘g and dg [N] of `gain`, in one pass over dy and z and a sum of what its chunks of rows gave, in a fixed order. */
-export function gainBackward(dy: Tensor, z: Tensor, g: Tensor): { dz: Tensor; dg: Tensor } {
+/**
+ * dz = dy∘g and dm = h∘Σ dy∘z [N], in one pass over dy and z and a sum of what its chunks of rows gave, in a fixed order. With g = m∘h, as
+ * of `doraNorms`, that is what goes back through `gain`.
+ *
+ * dy and z [...,N], g and h [N].
+ */
+export function gainBackward(dy: Tensor, z: Tensor, g: Tensor, h: Tensor): { dz: Tensor; dm: Tensor } {
   const dz = empty(z.gpu, z.shape, "gainBackward");
   const { uniforms, C, parts } = chunks(z);
   const partial = empty(z.gpu, [C, g.size], "gainBackward");
-  backward(z.gpu, uniforms, { dy, z, g, dz, partial }, [uniforms.n], {}, parts);
-  const dg = reduce("sum", partial, 0);
+  backward(z.gpu, uniforms, { dy, z, g, h, dz, partial }, [uniforms.n], {}, parts);
+  const dm = reduce("sum", partial, 0);
   z.gpu.release(partial);
-  return { dz, dg };
+  return { dz, dm };
 }

@@ -1,5 +1,5 @@
-// dz[t,j] = dy[t,j]·g[j],  partial[c,j] = Σ over the rows t of chunk c of dy[t,j]·z[t,j]        dg is their sum over c, taken by reduce.wgsl
-//   dy, z, dz [M,N]   g [N]   partial [C,N], chunks of `rows` rows     f32, N counted in lanes; a thread owns one lane of partial
+// dz[t,j] = dy[t,j]·g[j],  partial[c,j] = h[j]·Σ over the rows t of chunk c of dy[t,j]·z[t,j]        reduce.wgsl sums them over c
+//   dy, z, dz [M,N]   g, h [N]   partial [C,N], chunks of `rows` rows     f32, N counted in lanes; a thread owns one lane of partial
 
 override WG: u32 = 64;
 
@@ -8,8 +8,9 @@ struct Dims { M: u32, N: u32, rows: u32, n: u32 }  // n = C·N
 @group(0) @binding(1) var<storage, read> dy: array<Lane>;
 @group(0) @binding(2) var<storage, read> z: array<Lane>;
 @group(0) @binding(3) var<storage, read> g: array<Lane>;
-@group(0) @binding(4) var<storage, read_write> dz: array<Lane>;
-@group(0) @binding(5) var<storage, read_write> partial: array<Lane>;
+@group(0) @binding(4) var<storage, read> h: array<Lane>;
+@group(0) @binding(5) var<storage, read_write> dz: array<Lane>;
+@group(0) @binding(6) var<storage, read_write> partial: array<Lane>;
 
 alias Lane = f32;
 
@@ -28,5 +29,5 @@ fn main(@builtin(global_invocation_id) id: vec3u, @builtin(num_workgroups) group
     dz[t * d.N + j] = times(dyt, factor);
     sum += times(dyt, z[t * d.N + j]);
   }
-  partial[at] = sum;
+  partial[at] = times(h[j], sum);
 }

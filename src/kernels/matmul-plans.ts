@@ -59,8 +59,8 @@ const BUSY = 128;
  * The plan without tuning, the same on every device of a kind.
  *
  * With matrix units (`openGpu({ matrixUnits: true })`): `units`, the widest tile of which there are 128, where one suits.
- * CPU adapters: `rows`, 16 × 16, for large "nt" along 1024 k or more (and × 8 for up to 4 rows), else `registers`, tiles of at most 16 × 8, or
- * 8 × 8 below 2²⁵ operations, two by two to a quad. GPUs: `rows` for "nt" up to 16 rows; else the widest tile
+ * CPU adapters: `rows`, × 8, for "nt" up to 4 rows, else `registers`, tiles of at most 16 × 8, or 8 × 8 below 2²⁵ operations, two by two
+ * to a quad. GPUs: `rows` for "nt" up to 16 rows; else the widest tile
  * that gives 128 workgroups, at most 64 × 16 or 16 × 64 for skinny results, with k split while there are fewer.
  */
 export function defaultPlan(gpu: Gpu, shape: MatmulShape): MatmulPlan {
@@ -72,8 +72,7 @@ export function defaultPlan(gpu: Gpu, shape: MatmulShape): MatmulPlan {
   const { layout, M, N, K, R, batch } = shape;
   if (gpu.isSoftware) {
     const isWide = 2 * M * N * K * batch >= CPU_WIDE;
-    if (layout === "nt" && batch === 1 && (M <= 4 || (isWide && K >= CPU_LONG)))
-      return cpuRowsPlan(shape, 16, M <= 4 ? 8 : 16);
+    if (layout === "nt" && batch === 1 && M <= 4) return cpuRowsPlan(shape, 16, 8);
     return isWide ? cpuPlan(gpu, shape, 16, 8) : cpuPlan(gpu, shape, 8, 8);
   }
   if (layout === "nt" && M <= FEW_ROWS) return rowsPlan(gpu, shape, 4, 64);
@@ -225,8 +224,6 @@ function cpuRowsPlan({ M }: MatmulShape, most: number, TN: number): MatmulPlan {
   return { name: `cpu rows ${most}×${TN}`, family: "rows", tuned: { TM, TN, WG: 4 }, splits: 1 };
 }
 
-/** Rows so far apart fall into the same few sets of a cache. */
-const CPU_LONG = 1024;
 /** Invocations that a CPU adapter runs side by side: eight f32 are a vector register of AVX2, or two of SSE and Neon. */
 const LANES = 8;
 /** Operations from which the wide tile's longer compilation pays. */

@@ -21,6 +21,7 @@ import raggedXSource from "./parts/ragged-x.wgsl";
 import raggedYSource from "./parts/ragged-y.wgsl";
 import subgroupSumsSource from "./parts/subgroup-sums.wgsl";
 import unarySource from "./unary.wgsl";
+import { withPlainScales } from "./unpack.ts";
 import { weightParts } from "./weight-parts.ts";
 
 const tiled = defineKernel("matmul-tiled", tiledSource);
@@ -125,20 +126,25 @@ export function matmul(
       `matmul: the plan "${plan.name}" takes whole tiles of one product with f32 or f16 weights, got "${layout}" ${M}×${N}×${K} of rank ${R}, ${batch} in all, ${product.format}. Leave the plan out`,
     );
   const most = layout === "tn" || batch > 1 || blocked ? M : rowsAtATime(gpu, product);
-  if (most >= M) run(gpu, product, plan, x, w, y, options);
-  else
+  gpu.scope(() => {
+    const stored = isPacked(w) && M > READ_ONCE ? withPlainScales(w) : w;
+    if (most >= M) return run(gpu, product, plan, x, stored, y, options);
     for (let first = 0; first < M; first += most) {
       const count = Math.min(most, M - first);
       const part = (t: Tensor): Tensor => rowsOf(view(t, [M, t.size / M]), first, count);
       const { residual } = options;
-      run(gpu, { ...product, M: count }, plan, part(x), w, part(y), {
+      run(gpu, { ...product, M: count }, plan, part(x), stored, part(y), {
         ...options,
         ...(lowRank && { lowRank: { ...lowRank, u: part(lowRank.u) } }),
         ...(residual && { residual: part(residual) }),
       });
     }
+  });
   return y;
 }
+
+/** Rows up to which each element of w is read once: with more, scales that are quantised too are made f32 before. */
+const READ_ONCE = 16;
 
 /** Operations of one dispatch: about 100 ms on a software adapter of two cores and on a GPU of half a TFLOP/s. */
 const MOST_OPERATIONS = { software: 2 ** 29, hardware: 5e10 };

@@ -12,7 +12,8 @@ const WEIGHTS: Readonly<Record<PackedFormat, Part>> = {
   int8: definePart("int8", int8Source),
   nf4: definePart("nf4", nf4Source),
 };
-const DOUBLE_QUANT = definePart("double-quant", doubleQuantSource);
+/** Brings `scale_of` for scales that are quantised too. */
+export const DOUBLE_QUANT: Part = definePart("double-quant", doubleQuantSource);
 
 /** What a kernel takes to read this matrix: `Stored`, the type of the words in its buffer w, and `widen`, four elements as f32. */
 export function weightParts({ format, doubleQuant }: PackedMatrix): readonly Part[] {

@@ -35,12 +35,8 @@ export function withMagnitude(z: Tensor, { W, A, B, bias }: LoraLayer, { m, squa
   const norms = doraNorms(W, A, B, squares, s, m);
   const y = gain(z, norms.gain, bias);
   return record("dora", y, [z, m, ...(bias ? [bias] : [])], (dy) => {
-    const both = once(() => gainBackward(dy, z, norms.gain));
-    return [
-      () => both().dz,
-      () => binary("mul", both().dg, norms.inverse),
-      ...(bias ? [() => sumTo(dy, bias.shape)] : []),
-    ];
+    const both = once(() => gainBackward(dy, z, norms.gain, norms.inverse));
+    return [() => both().dz, () => both().dm, ...(bias ? [() => sumTo(dy, bias.shape)] : [])];
   });
 }
 

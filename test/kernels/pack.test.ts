@@ -3,11 +3,11 @@ import { decodeFloats } from "../../src/io/dtype.ts";
 import { type Layout, matmul } from "../../src/kernels/matmul.ts";
 import type { MatmulPlan } from "../../src/kernels/matmul-plans.ts";
 import { type PackOptions, packMatrix } from "../../src/kernels/pack.ts";
-import { unpackMatrix } from "../../src/kernels/unpack.ts";
+import { unpackMatrix, withPlainScales } from "../../src/kernels/unpack.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import type { PackedFormat, PackedMatrix } from "../../src/tensor/packed.ts";
 import { Random } from "../../src/tensor/random.ts";
-import { read } from "../../src/tensor/tensor.ts";
+import { read, slice } from "../../src/tensor/tensor.ts";
 import { expectClose, freshSeed, randomNd, testGpu, upload } from "../harness.ts";
 import { matmulTwin } from "../reference/matmul.ts";
 import { unpackTwin } from "../reference/pack.ts";
@@ -273,6 +273,24 @@ test.each(PRODUCTS)("%s: %s products by %s equal the twin on its widened element
       gpu.release(y);
       released(w);
     }
+});
+
+test("scales that are quantised too are made f32 for products of many rows", async () => {
+  const gpu = await testGpu();
+  const random = new Random(freshSeed());
+  const w = packMatrix(gpu, Float32Array.from(randomNd([132, 132], random).data), [132, 132], "nf4", {
+    doubleQuant: true,
+  }); // 273 blocks: more than one outer scale
+  const plain = withPlainScales(w);
+  expect([plain.doubleQuant, plain.scales?.shape, plain.scales?.dtype]).toEqual([false, [273], "f32"]);
+  expectClose(await read(unpackMatrix(plain)), await read(unpackMatrix(w)), 1e-6, "elements");
+  expect(withPlainScales(plain)).toBe(plain);
+  const x = upload(gpu, randomNd([17, 132], random));
+  const [y, expected] = [matmul(x, w, "nt"), matmul(x, plain, "nt")];
+  const before = gpu.counters().dispatches.get("unpack-scales") ?? 0;
+  expectClose(await read(y), await read(expected), 1e-6, "y");
+  matmul(slice(x, 0, [16, 132]), w, "nt");
+  expect(gpu.counters().dispatches.get("unpack-scales") ?? 0).toBe(before);
 });
 
 test("packMatrix names what does not fit", async () => {

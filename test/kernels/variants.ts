@@ -72,8 +72,9 @@ import softmaxBackward from "../../src/kernels/softmax-backward.wgsl";
 import squareSums from "../../src/kernels/square-sums.wgsl";
 import transpose from "../../src/kernels/transpose.wgsl";
 import unary from "../../src/kernels/unary.wgsl";
-import { unpackMatrix } from "../../src/kernels/unpack.ts";
+import { unpackMatrix, withPlainScales } from "../../src/kernels/unpack.ts";
 import unpack from "../../src/kernels/unpack.wgsl";
+import unpackScales from "../../src/kernels/unpack-scales.wgsl";
 import widen16 from "../../src/kernels/widen16.wgsl";
 import type { PackedFormat, PackedMatrix } from "../../src/tensor/packed.ts";
 import { empty, type Tensor } from "../../src/tensor/tensor.ts";
@@ -127,6 +128,7 @@ export const KERNELS: Readonly<Record<string, string>> = {
   transpose,
   unary,
   unpack,
+  "unpack-scales": unpackScales,
   widen16,
 };
 
@@ -238,7 +240,11 @@ export function matmulVariants(): Variant[] {
 /** The texts of the other kernels that are put together from parts. */
 export function otherVariants(): Variant[] {
   const onGpu = new Recorder();
-  for (const stored of PACKED) unpackMatrix(operands(onGpu, stored, "nn", EVEN)[1] as PackedMatrix);
+  for (const stored of PACKED) {
+    const w = operands(onGpu, stored, "nn", EVEN)[1] as PackedMatrix;
+    unpackMatrix(w);
+    withPlainScales(w);
+  }
   for (const columns of [8, 7])
     for (const rank of [4, 3])
       for (const plan of loraDyPlans(onGpu, { M: 2, N: columns, R: rank }))
@@ -277,7 +283,7 @@ export function otherVariants(): Variant[] {
       for (const acc of [undefined, x]) dropoutOf(x, 0.5, { seed: 1, step: 1, stream: 1 }, acc);
       const w = empty(recorder, [columns], "variants");
       gainOf(x, w, w);
-      gainBackwardOf(x, x, w);
+      gainBackwardOf(x, x, w, w);
       rmsNormBackwardWeightOf(x, x, x);
       for (const more of [undefined, x]) {
         rmsNormOf(x, w, 1e-5, 0, more);

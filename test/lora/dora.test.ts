@@ -123,12 +123,8 @@ test.each([
 ])("columns of %i×%i by their own factor, and what goes back", async (M, N) => {
   const gpu = await testGpu();
   const random = new Random(freshSeed());
-  const [z, dy, g, b] = [
-    randomNd([M, N], random),
-    randomNd([M, N], random),
-    randomNd([N], random),
-    randomNd([N], random),
-  ];
+  const [z, dy] = [randomNd([M, N], random), randomNd([M, N], random)];
+  const [g, b, h] = [randomNd([N], random), randomNd([N], random), randomNd([N], random)];
   const y = await read(gain(upload(gpu, z), upload(gpu, g), upload(gpu, b)));
   const of = (t: Nd, i: number): number => t.data[i % N] ?? Number.NaN;
   expectClose(
@@ -137,16 +133,16 @@ test.each([
     1e-6,
     "y",
   );
-  const back = gainBackward(upload(gpu, dy), upload(gpu, z), upload(gpu, g));
+  const back = gainBackward(upload(gpu, dy), upload(gpu, z), upload(gpu, g), upload(gpu, h));
   expectClose(
     await read(back.dz),
     dy.data.map((v, i) => v * of(g, i)),
     1e-6,
     "dz",
   );
-  const dg = new Float64Array(N);
-  for (const [i, v] of dy.data.entries()) dg[i % N] = (dg[i % N] ?? 0) + v * (z.data[i] ?? 0);
-  expectClose(await read(back.dg), dg, 1e-5, "dg");
+  const dm = new Float64Array(N);
+  for (const [i, v] of dy.data.entries()) dm[i % N] = (dm[i % N] ?? 0) + of(h, i) * v * (z.data[i] ?? 0);
+  expectClose(await read(back.dm), dm, 1e-5, "dm");
 });
 
 test("a fresh DoRA adapter changes nothing but the last bits, and its magnitudes are the norms of the rows", async () => {
