@@ -45,7 +45,6 @@ function lowrankStep({ model, optimizer, inputs, tokens }: Trained, learningRate
 export class Training {
   readonly tensors: readonly Tensor[];
   readonly #gpu: Gpu;
-  readonly #trains: StepKind["trained"];
   readonly #trained: Trained;
   readonly #parameters: readonly Tensor[];
   readonly #named: ReadonlyMap<string, Tensor>;
@@ -62,7 +61,6 @@ export class Training {
 
   constructor(gpu: Gpu, sizes: StepSizes, work: LlamaStep, { trained, stored }: StepKind, restores: boolean) {
     this.#gpu = gpu;
-    this.#trains = trained;
     const weights = new Map([...work.weights].map(([name, host]) => [name, weightOf(gpu, sizes, name, host, stored)]));
     const model = new Decoder(gpu, configOf(sizes), weights);
     if (trained !== "weights") {
@@ -135,7 +133,7 @@ export class Training {
     const scaled = [...gradients].map(([name, g]) => [name, scale(g, 1 / (this.#units.get(name) ?? 1))] as const);
     return {
       loss: copied(loss),
-      ...(this.#trains !== "dora" && { "grad norm": copied(slice(clip, 0, [1])) }), // DoRA's has those of m, too
+      "grad norm": copied(slice(clip, 0, [1])),
       ...(this.#flat && { adapter: joined(this.#gpu, this.#parameters) }),
       ...Object.fromEntries(scaled),
     };

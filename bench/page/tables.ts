@@ -81,6 +81,7 @@ const GROUPS: Readonly<Record<string, string>> = {
   "llama-step": "A training step of LoRA",
   "llama-full-step": "A training step of all weights, and of LoRA",
   "llama-dora-step": "A training step of LoRA, and of DoRA",
+  "llama-nf4-step": "A training step on weights in f16, and in NF4",
   bandwidth: "Elementwise and reductions",
 };
 
