@@ -1,10 +1,14 @@
 /** Where bytes come from: memory, a Blob, a web server; a disk is in `files.ts`. */
-import { FormatError } from "./errors.ts";
+import { FormatError, UnreachableError } from "./errors.ts";
 
 export interface ByteSource {
   readonly sizeBytes: number;
-  /** Exactly `length` bytes from `offset` on, or a FormatError. */
-  read(offset: number, length: number): Promise<Uint8Array>;
+  /** Another one than before where the content is another: an ETag, a hash. */
+  readonly version?: string;
+  /** SHA-256 of the content in hexadecimal, where the source says. */
+  readonly sha256?: string;
+  /** Exactly `length` bytes from `offset` on, or a FormatError. Where it takes time, `signal` ends it by throwing its reason. */
+  read(offset: number, length: number, signal?: AbortSignal): Promise<Uint8Array>;
 }
 
 export interface Directory {
@@ -37,8 +41,7 @@ export function memorySource(bytes: Uint8Array, name = "memory"): ByteSource {
 }
 
 /** A Blob, or a File that a user chose. */
-export function blobSource(blob: Blob): ByteSource {
-  const name = "name" in blob ? String(blob.name) : "blob";
+export function blobSource(blob: Blob, name: string = "name" in blob ? String(blob.name) : "blob"): ByteSource {
   return {
     sizeBytes: blob.size,
     async read(offset, length) {
@@ -81,13 +84,15 @@ export function httpDirectory(url: string): Directory {
       await first.body?.cancel();
       if (total === undefined) return memorySource(await body(await request(address), address), address);
       const sizeBytes = Number(total);
+      const version = first.headers.get("etag") ?? first.headers.get("last-modified");
       return {
         sizeBytes,
-        async read(offset, length) {
+        ...(version && { version }),
+        async read(offset, length, signal) {
           checkRange(address, sizeBytes, offset, length);
           if (length === 0) return new Uint8Array();
-          const response = await request(address, `bytes=${offset}-${offset + length - 1}`);
-          const bytes = await body(response, address);
+          const response = await request(address, `bytes=${offset}-${offset + length - 1}`, signal);
+          const bytes = await body(response, address, signal);
           if (response.status !== 206 || bytes.byteLength !== length)
             throw new FormatError(
               `${address}: a range of ${length} bytes was asked for, got ${bytes.byteLength} and status ${response.status}. Try again: the file may have changed`,
@@ -99,20 +104,24 @@ export function httpDirectory(url: string): Directory {
   };
 }
 
-async function request(address: string, range?: string): Promise<Response> {
-  const response = await reach(address, () => fetch(address, range ? { headers: { range } } : {}));
+async function request(address: string, range?: string, signal?: AbortSignal): Promise<Response> {
+  const options = { ...(range && { headers: { range } }), ...(signal && { signal }) };
+  const response = await reach(address, () => fetch(address, options), signal);
   if (response.ok || [404, 410, 416].includes(response.status)) return response;
   await response.body?.cancel();
   throw new FormatError(`${address}: the server must answer 200 or 206, got ${response.status}`);
 }
 
-const body = (response: Response, address: string): Promise<Uint8Array> =>
-  reach(address, async () => new Uint8Array(await response.arrayBuffer()));
+const body = (response: Response, address: string, signal?: AbortSignal): Promise<Uint8Array> =>
+  reach(address, async () => new Uint8Array(await response.arrayBuffer()), signal);
 
-async function reach<T>(address: string, action: () => Promise<T>): Promise<T> {
+async function reach<T>(address: string, action: () => Promise<T>, signal?: AbortSignal): Promise<T> {
   try {
     return await action();
   } catch (error) {
-    throw new FormatError(`${address}: must be reachable, got ${String(error)}. Check the address and the network`);
+    signal?.throwIfAborted();
+    throw new UnreachableError(
+      `${address}: must be reachable, got ${String(error)}. Check the address and the network`,
+    );
   }
 }

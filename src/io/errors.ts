@@ -2,3 +2,6 @@
 export class FormatError extends Error {
   override readonly name = "FormatError";
 }
+
+/** No answer from a server: what was kept of it may do. */
+export class UnreachableError extends FormatError {}

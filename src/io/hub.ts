@@ -6,7 +6,17 @@ import { homedir } from "node:os";
 import { dirname, join, relative, resolve } from "node:path";
 import { FormatError } from "./errors.ts";
 import { diskDirectory, ensureWritableDirectory, onDisk, writeFileAtomic } from "./files.ts";
-import { COMMIT, currentCommit, type HubFile, type HubModel, listModel, openFile, persist } from "./hub-client.ts";
+import {
+  COMMIT,
+  checkModel,
+  currentCommit,
+  type HubFile,
+  type HubModel,
+  type HubWords,
+  listModel,
+  openFile,
+  persist,
+} from "./hub-client.ts";
 import { excerpt, isObject, readJson } from "./json.ts";
 import { withLock } from "./lock.ts";
 
@@ -50,10 +60,11 @@ interface Snapshot extends HubModel, Pick<HubOptions, "onProgress"> {
 const SMALL =
   /^((adapter_|generation_)?config|(adapter_)?model\.safetensors\.index|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|chat_template)\.json$|^(merges|vocab)\.txt$|^(tokenizer|spiece)\.model$|^chat_template\.jinja$/;
 const AT_ONCE = 4;
-
-/** Whether this can be the id of a model: `org/name`. */
-export const isModelId = (id: string): boolean =>
-  id.length <= 96 && /^\w([\w.-]*\w)?\/\w([\w.-]*\w)?$/.test(id) && !/--|\.\.|\.git$/.test(id);
+const WORDS: HubWords = {
+  token: "HF_TOKEN",
+  endpoint: "HF_ENDPOINT",
+  again: "go on with the same command, or set HF_HUB_OFFLINE=1 to use the cache alone",
+};
 
 /**
  * Downloads what the cache lacks of a model or PEFT adapter and returns the directory of the snapshot, for `diskDirectory`:
@@ -93,20 +104,10 @@ function settle(id: string, options: HubOptions): Snapshot {
   const cacheDir = resolve(options.cacheDir ?? inHome(env.HF_HUB_CACHE || join(home, "hub")));
   const endpoint = (options.endpoint ?? (env.HF_ENDPOINT || "https://huggingface.co")).replace(/\/+$/, "");
   const token = (options.token || env.HF_TOKEN)?.trim() || textOf(inHome(env.HF_TOKEN_PATH || join(home, "token")));
-  if (!isModelId(id))
-    throw new FormatError(
-      `hub: a model's id must be org/name, got ${JSON.stringify(id)}. Copy it from the model's page`,
-    );
-  if (/[\\:]/.test(revision) || revision.split("/").some((part) => ["", ".", ".."].includes(part)))
-    throw new FormatError(
-      `${id}: the revision must be a branch, a tag or a full commit, got ${JSON.stringify(revision)}`,
-    );
-  if (!URL.canParse(endpoint) || !/^https?:/.test(endpoint))
-    throw new FormatError(`hub: HF_ENDPOINT must be an address such as https://huggingface.co, got ${endpoint}`);
-  if (/[^\x21-\x7e]/.test(token))
-    throw new FormatError("hub: HF_TOKEN must be printable and without spaces, got other characters. Copy it anew");
   const folder = `models--${id.replace("/", "--")}`;
-  return { id, revision, endpoint, token, offline, weights, cacheDir, folder, onProgress, signal };
+  const model = { id, revision, endpoint, token, words: WORDS, signal };
+  checkModel(model);
+  return { ...model, offline, weights, cacheDir, folder, onProgress };
 }
 
 /** A line that was saved; empty where there is none. */

@@ -65,6 +65,8 @@ export async function startHub(): Promise<FakeHub> {
       answer: (url: URL, request: IncomingMessage, response: ServerResponse, fault: Fault) => void,
     ) =>
     (request: IncomingMessage, response: ServerResponse): void => {
+      response.setHeader("access-control-allow-origin", "*");
+      response.setHeader("access-control-expose-headers", "*");
       const { range, authorization } = request.headers;
       const asked = { host, path: request.url ?? "", range, authorization };
       hub.asked.push(asked);
@@ -152,11 +154,12 @@ function sendBytes(
   response: ServerResponse,
   { cutAfter, noRange, body }: Fault,
 ): void {
-  const from = noRange ? 0 : Number(/^bytes=(\d+)-$/.exec(request.headers.range ?? "")?.[1] ?? 0);
-  const bytes = content.subarray(from);
+  const [, first, last] = /^bytes=(\d+)-(\d*)$/.exec(noRange ? "" : (request.headers.range ?? "")) ?? [];
+  const from = Number(first ?? 0);
+  const bytes = content.subarray(from, last ? Number(last) + 1 : undefined);
   response.setHeader("content-length", bytes.byteLength);
-  if (from > 0) {
-    response.setHeader("content-range", `bytes ${from}-${content.byteLength - 1}/${content.byteLength}`);
+  if (first !== undefined) {
+    response.setHeader("content-range", `bytes ${from}-${from + bytes.byteLength - 1}/${content.byteLength}`);
     response.statusCode = 206;
   }
   if (cutAfter === undefined) return void response.end(body ?? bytes);
