@@ -1,12 +1,20 @@
-// Runs a TypeScript file of this repository in headless Chromium: tsx scripts/run-in-chromium.ts SCRIPT.ts [args]. See
-// portable.ts, and chromium.ts for which browser that is.
+// Runs a TypeScript file of this repository in headless Chromium: tsx scripts/run-in-chromium.ts [--host HOST.ts] SCRIPT.ts [args].
+// See portable.ts, and chromium.ts for which browser that is. HOST.ts stays in Node: what its `host(page)` returns, functions by
+// name, the script finds on `globalThis`, as asynchronous ones.
 import { readFileSync, statSync } from "node:fs";
 import type { RequestListener } from "node:http";
-import { join, normalize } from "node:path";
+import { join, normalize, resolve } from "node:path";
+import { pathToFileURL } from "node:url";
+import type { Page } from "playwright-core";
 import { listen, openPage } from "./chromium.ts";
 import { bundle, parseRun } from "./portable.ts";
 
-const run = parseRun("run-in-chromium", process.argv.slice(2));
+/** What a HOST.ts exports as `host`. */
+export type Host = (page: Page) => Readonly<Record<string, (...args: never[]) => unknown>>;
+
+const argv = process.argv.slice(2);
+const [, hostFile] = argv[0] === "--host" ? argv.splice(0, 2) : [];
+const run = parseRun("run-in-chromium", argv);
 const script = await bundle(run.script, "browser");
 const { origin, close } = await listen(serve());
 const { browser, page } = await openPage(origin).catch((error) => {
@@ -14,7 +22,11 @@ const { browser, page } = await openPage(origin).catch((error) => {
   throw error;
 });
 try {
-  const json = await new Promise<string>((resolve, reject) => {
+  if (hostFile !== undefined) {
+    const { host } = (await import(pathToFileURL(resolve(hostFile)).href)) as { host: Host };
+    for (const [name, call] of Object.entries(host(page))) await page.exposeFunction(name, call);
+  }
+  const json = await new Promise<string>((finished, reject) => {
     page.on("console", (message) => console[message.type() === "error" ? "error" : "log"](message.text()));
     page.on("pageerror", (error) => reject(error));
     page.on("crash", () => reject(new Error("run-in-chromium: the page crashed")));
@@ -22,7 +34,7 @@ try {
       reject(new Error("run-in-chromium: the browser ended before finish() was called")),
     );
     void page
-      .exposeFunction("finish", resolve)
+      .exposeFunction("finish", finished)
       .then(() => page.addScriptTag({ url: "/.script.js", type: "module" }))
       .catch(reject);
   });
@@ -32,6 +44,7 @@ try {
   await browser.close();
   close();
 }
+process.exit(); // a host may have left a server open
 
 /** The page, the script and, read only, the files of the repository and of the mounts, with byte ranges. */
 function serve(): RequestListener {

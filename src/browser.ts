@@ -1,0 +1,12 @@
+/** `lowrank/browser`: models and adapters of the Hub or another server, kept in the browser. */
+
+export { isModelId } from "./io/hub-client.ts";
+export { type HubDirectoryOptions, hubDirectory } from "./io/hub-directory.ts";
+export {
+  type CachedDirectory,
+  type CacheOptions,
+  type CacheProgress,
+  cachedDirectory,
+  clearCached,
+  listCached,
+} from "./io/opfs.ts";
