@@ -30,7 +30,7 @@ export function convertCommand(): Command {
     .description("write an adapter in another format: PEFT's, mlx-lm's or llama.cpp's, from any of these")
     .requiredOption(
       "--adapter <place>",
-      "directory of PEFT or mlx-lm, GGUF file, or a PEFT adapter's org/name on the Hub",
+      "directory of PEFT or mlx-lm, GGUF file, or org/name of such an adapter on the Hub",
     )
     .addOption(new Option("--to <format>", "its format").choices(["peft", "mlx", "gguf"]).makeOptionMandatory())
     .requiredOption("--out <path>", "directory of the adapter, or GGUF file")
@@ -48,7 +48,9 @@ async function run({ adapter: place, to, out, model }: ConvertArguments): Promis
       "convert: --to gguf needs --model, got none. Give the adapter's model; its config.json is enough",
     );
   const base =
-    model === undefined ? undefined : await readConfig(diskDirectory((await find("--model", model, false)).directory));
+    model === undefined
+      ? undefined
+      : await readConfig(diskDirectory((await find("--model", model, { weights: false })).directory));
   const adapter = await openAdapter(await adapterPath("--adapter", place), base);
   await checkOut(to, out);
   const { files, notes } = encode(adapter, to, base);
@@ -67,7 +69,7 @@ const encode = (adapter: PlainAdapter, to: PlainAdapter["format"], base: BaseMod
 
 /** Where an adapter is, once it is on this disk: a directory of PEFT or mlx-lm, or a GGUF file. */
 export async function adapterPath(flag: string, place: string): Promise<string> {
-  const { directory: path } = await find(flag, place);
+  const { directory: path } = await find(flag, place, { adapter: true });
   if (!statSync(path).isDirectory()) return path.endsWith(".safetensors") ? dirname(path) : path;
   const [file, ...others] = readdirSync(path).filter((name) => name.endsWith(".gguf"));
   return file && others.length === 0 && !existsSync(join(path, "adapter_config.json")) ? join(path, file) : path;

@@ -15,7 +15,7 @@ Examples:
 export function inspectCommand(): Command {
   return new Command("inspect")
     .description("say what an adapter is: format, method, sizes, ranks, norms, and what looks wrong in it")
-    .argument("<place>", "directory of PEFT or mlx-lm, GGUF file, or a PEFT adapter's org/name on the Hub")
+    .argument("<place>", "directory of PEFT or mlx-lm, GGUF file, or org/name of such an adapter on the Hub")
     .addOption(jsonOption())
     .addHelpText("after", EXAMPLES)
     .action(run);

@@ -1,6 +1,7 @@
 /** Where models and adapters are: directories of this machine, or ids of the Hugging Face Hub, which are downloaded. */
 import { existsSync, realpathSync } from "node:fs";
 import { resolve } from "node:path";
+import type { HubOptions } from "../hub.ts";
 import { FormatError } from "../io/errors.ts";
 import { diskDirectory } from "../io/files.ts";
 import { readConfig } from "../models/config.ts";
@@ -30,12 +31,12 @@ export async function located<T extends Places>(
     );
   const place = revision === undefined ? model : `${model}@${revision}`;
   const progress = new DownloadProgress(place);
-  let found = await find("--model", place, false, progress);
+  let found = await find("--model", place, { weights: false }, progress);
   if (weights && found.directory !== place) {
     // A model that cannot be read is refused before its weights come.
     await readConfig(diskDirectory(found.directory));
     await readQuantization(diskDirectory(found.directory));
-    found = await find("--model", place, true, progress);
+    found = await find("--model", place, {}, progress);
   }
   return {
     ...options,
@@ -46,11 +47,11 @@ export async function located<T extends Places>(
   };
 }
 
-/** Directory and name of a place; with `weights` false a model's stay on the Hub. Throws FormatError where it is neither. */
+/** Directory and name of a place; what of it is wanted is said as to `downloadModel`. Throws FormatError where it is neither. */
 export async function find(
   flag: string,
   place: string,
-  weights = true,
+  wanted: Pick<HubOptions, "weights" | "adapter"> = {},
   progress: DownloadProgress = new DownloadProgress(place),
 ): Promise<{ readonly directory: string; readonly name: string }> {
   if (existsSync(place)) return { directory: place, name: place };
@@ -65,7 +66,7 @@ export async function find(
   process.once("SIGINT", onInterrupt);
   try {
     const onProgress = progress.show.bind(progress);
-    return { directory: await downloadModel(name, { revision, weights, onProgress, signal: stop.signal }), name };
+    return { directory: await downloadModel(name, { ...wanted, revision, onProgress, signal: stop.signal }), name };
   } catch (error) {
     if (!(error instanceof FormatError)) throw error;
     throw new FormatError(

@@ -33,6 +33,8 @@ export interface HubOptions {
   readonly offline?: boolean | undefined;
   /** Whether the weights are wanted too: true unless given. */
   readonly weights?: boolean | undefined;
+  /** An adapter is wanted, which may be one of mlx-lm or a GGUF file too; without it, a model or an adapter of PEFT. */
+  readonly adapter?: boolean | undefined;
   /** Called as bytes arrive; not at all where everything is in the cache. */
   readonly onProgress?: ((progress: HubProgress) => void) | undefined;
   /** Ends the download by throwing its reason; what has arrived is kept. */
@@ -51,6 +53,7 @@ export interface HubProgress {
 interface Snapshot extends HubModel, Pick<HubOptions, "onProgress"> {
   readonly offline: boolean;
   readonly weights: boolean;
+  readonly adapter: boolean;
   readonly cacheDir: string;
   /** `models--org--name`, the model's directory in the cache. */
   readonly folder: string;
@@ -59,6 +62,8 @@ interface Snapshot extends HubModel, Pick<HubOptions, "onProgress"> {
 /** All but the weights that a model or an adapter is read from. */
 const SMALL =
   /^((adapter_|generation_)?config|(adapter_)?model\.safetensors\.index|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|chat_template)\.json$|^(merges|vocab)\.txt$|^(tokenizer|spiece)\.model$|^chat_template\.jinja$/;
+const ADAPTERS = ["adapter_model.safetensors", "adapters.safetensors"];
+const TOKENIZER = "tokenizer.json";
 const AT_ONCE = 4;
 const WORDS: HubWords = {
   token: "HF_TOKEN",
@@ -67,11 +72,11 @@ const WORDS: HubWords = {
 };
 
 /**
- * Downloads what the cache lacks of a model or PEFT adapter and returns the directory of the snapshot, for `diskDirectory`:
- * configuration, tokenizer, chat template and safetensors, no other format.
+ * Downloads what the cache lacks of a model or an adapter and returns the directory of the snapshot, for `diskDirectory`:
+ * configuration, tokenizer, chat template and safetensors, no other format but an adapter's single GGUF file.
  *
  * The cache is that of Python's `huggingface_hub`: either finds what the other brought. A full commit that is there with its
- * tokenizer is used without network. A broken download goes on where it stopped; every file is checked against the hash that
+ * tokenizer, or known to have none, is used without network. A broken download goes on where it stopped; every file is checked against the hash that
  * the Hub lists. Throws FormatError with a way out: no such model, revision, access, network or space, a wrong hash.
  */
 export async function downloadModel(id: string, options: HubOptions = {}): Promise<string> {
@@ -81,7 +86,8 @@ export async function downloadModel(id: string, options: HubOptions = {}): Promi
   const saved = textOf(ref);
   const commit = COMMIT.test(revision) ? revision : offline ? saved : await currentCommit(model);
   const snapshot = join(cacheDir, folder, "snapshots", commit);
-  if ((offline || commit === revision) && COMMIT.test(commit) && (await isWhole(model, snapshot))) return snapshot;
+  if ((offline || commit === revision) && COMMIT.test(commit) && (await isWhole(model, commit, snapshot)))
+    return snapshot;
   if (offline)
     throw new FormatError(
       `${id}: revision ${revision} must be in ${cacheDir} to be used offline, got ${existsSync(snapshot) && commit ? "a part of it" : "nothing"}. Download it once without HF_HUB_OFFLINE`,
@@ -99,7 +105,7 @@ function settle(id: string, options: HubOptions): Snapshot {
   const { env } = process;
   const inHome = (path: string): string => path.replace(/^~(?=\/|$)/, homedir());
   const home = inHome(env.HF_HOME || join(env.XDG_CACHE_HOME || join(homedir(), ".cache"), "huggingface"));
-  const { revision = "main", weights = true, onProgress, signal } = options;
+  const { revision = "main", weights = true, adapter = false, onProgress, signal } = options;
   const offline = options.offline ?? /^(1|on|yes|true)$/i.test(env.HF_HUB_OFFLINE ?? "");
   const cacheDir = resolve(options.cacheDir ?? inHome(env.HF_HUB_CACHE || join(home, "hub")));
   const endpoint = (options.endpoint ?? (env.HF_ENDPOINT || "https://huggingface.co")).replace(/\/+$/, "");
@@ -107,7 +113,7 @@ function settle(id: string, options: HubOptions): Snapshot {
   const folder = `models--${id.replace("/", "--")}`;
   const model = { id, revision, endpoint, token, words: WORDS, signal };
   checkModel(model);
-  return { ...model, offline, weights, cacheDir, folder, onProgress };
+  return { ...model, offline, weights, adapter, cacheDir, folder, onProgress };
 }
 
 /** A line that was saved; empty where there is none. */
@@ -120,25 +126,41 @@ function textOf(path: string): string {
 }
 
 /** Whether all is there that one can know to be wanted without the Hub's listing. */
-async function isWhole({ weights, offline }: Snapshot, snapshot: string): Promise<boolean> {
+async function isWhole(model: Snapshot, commit: string, snapshot: string): Promise<boolean> {
   if (!existsSync(snapshot)) return false;
+  const { weights, adapter, offline } = model;
   const names = new Set(readdirSync(snapshot));
-  const rest = names.has("adapter_config.json") ? [] : ["config.json", ...(offline ? [] : ["tokenizer.json"])];
-  const wanted = weights ? [...rest, ...(await weightsOf(names, snapshot))] : rest;
+  const needsTokenizer = !offline && !existsSync(join(absences(model, commit), TOKENIZER));
+  const ofModel = ["config.json", ...(needsTokenizer ? [TOKENIZER] : [])];
+  const rest = adapter || names.has("adapter_config.json") ? [] : ofModel;
+  const wanted = weights ? [...rest, ...(await weightsOf(model, names, snapshot))] : rest;
   return wanted.every((name) => existsSync(join(snapshot, name)));
 }
 
-/** The safetensors to look for, given the names that there are: the single file, or the shards of the index in the snapshot. */
-async function weightsOf(names: ReadonlySet<string>, snapshot: string): Promise<readonly string[]> {
+/** Where an empty file stands for each that is known not to be in the commit. */
+const absences = ({ cacheDir, folder }: Snapshot, commit: string): string =>
+  join(cacheDir, folder, ".no_exist", commit);
+
+/**
+ * The weights to look for, given the names that there are: the single safetensors, or the shards of the index in the snapshot; of an adapter
+ * that has none, its GGUF files.
+ */
+async function weightsOf(
+  { adapter }: Snapshot,
+  names: ReadonlySet<string>,
+  snapshot: string,
+): Promise<readonly string[]> {
   const found = new Set<string>();
-  for (const single of ["model.safetensors", "adapter_model.safetensors"])
+  for (const single of adapter ? ADAPTERS : ["model.safetensors", "adapter_model.safetensors"])
     if (names.has(single)) found.add(single);
     else if (names.has(`${single}.index.json`)) {
       const map = (await readJson(diskDirectory(snapshot), `${single}.index.json`))?.weight_map;
       if (isObject(map)) for (const shard of Object.values(map)) found.add(String(shard));
     }
   if (found.size > 0) return [...found];
-  return [names.has("adapter_config.json") ? "adapter_model.safetensors" : "model.safetensors"];
+  const ggufs = adapter ? [...names].filter((name) => /^[^/]+\.gguf$/.test(name)) : [];
+  if (ggufs.length > 0) return ggufs;
+  return [adapter || names.has("adapter_config.json") ? "adapter_model.safetensors" : "model.safetensors"];
 }
 
 /** Brings what the snapshot lacks: first the small files, among them the index that names the weights. */
@@ -157,13 +179,21 @@ async function complete(model: Snapshot, commit: string, snapshot: string): Prom
     for (const { path, oid } of lacking) await placeLink(join(snapshot, path), join(blobs, oid));
   };
   await bring([...files.values()].filter(({ path }) => SMALL.test(path)));
+  if (!files.has(TOKENIZER)) {
+    await ensureWritableDirectory(absences(model, commit));
+    await writeFileAtomic(join(absences(model, commit), TOKENIZER), "");
+  }
   if (!model.weights) return;
-  const weights = await weightsOf(new Set(files.keys()), snapshot);
+  const weights = await weightsOf(model, new Set(files.keys()), snapshot);
+  if (weights.length > 1 && weights.every((name) => name.endsWith(".gguf")))
+    throw new FormatError(
+      `${model.id}: an adapter must be one GGUF file, got ${excerpt(weights.join(", "))}. Download the one that you want and give its path`,
+    );
   const demand = (name: string): HubFile => {
     const file = files.get(name);
     if (file) return file;
     throw new FormatError(
-      `${model.id}: ${name} must be among its files, got ${excerpt([...files.keys()].join(", "))}. Choose a model that has all its weights as safetensors`,
+      `${model.id}: ${name} must be among its files, got ${excerpt([...files.keys()].join(", "))}. Choose ${model.adapter ? "an adapter" : "a model"} that has all its weights as safetensors`,
     );
   };
   await bring(weights.map(demand));

@@ -1,11 +1,16 @@
 // A model or adapter named by its directory or by its id on the Hub: a Hub on this machine.
-import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test, vi } from "vitest";
 import { located } from "../../src/cli/places.ts";
 import { DownloadProgress } from "../../src/cli/progress.ts";
 import { FormatError } from "../../src/io/errors.ts";
+import { diskDirectory, writeFileAtomic } from "../../src/io/files.ts";
+import { encodeMlx } from "../../src/lora/adapter-file.ts";
+import { encodeGgufAdapter } from "../../src/lora/gguf-adapter.ts";
+import { type Matrix, targetsOf } from "../../src/lora/plain-adapter.ts";
+import { readConfig } from "../../src/models/config.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { type FakeHub, type FakeModel, startHub } from "../io/hub-server.ts";
 import { writeTinyModel } from "../tiny-model.ts";
@@ -25,6 +30,30 @@ async function serve(id: string, directory: string, refs = {}): Promise<void> {
   hub.models.set(id, { commit: COMMIT, refs: { main: COMMIT, ...refs }, files } satisfies FakeModel);
 }
 
+/** One small adapter in the formats that are not PEFT's. */
+async function writeAdapters(): Promise<void> {
+  const matrix = (rows: number, columns: number): Matrix => ({
+    ...{ rows, columns, values: Float32Array.from({ length: rows * columns }, Math.random) },
+  });
+  const modules = new Map([["model.layers.0.self_attn.q_proj", { A: matrix(2, 32), B: matrix(32, 2) }]]);
+  const config = { r: 2, alpha: 4, ...targetsOf(modules) };
+  const adapter = {
+    format: "peft",
+    config,
+    baseModel: "org/tiny",
+    modules,
+    dtypes: new Set(["F32"] as const),
+    sizeBytes: 512,
+  } as const;
+  const base = await readConfig(diskDirectory(at("model")));
+  const written = { mlx: encodeMlx(adapter, base).files, gguf: encodeGgufAdapter(adapter, base).files };
+  for (const [directory, files] of Object.entries(written)) {
+    await mkdir(at(directory));
+    for (const [file, content] of Object.entries(files))
+      await writeFileAtomic(join(at(directory), file || "a.gguf"), content);
+  }
+}
+
 beforeAll(async () => {
   home = await mkdtemp(join(tmpdir(), "lowrank-places-"));
   hub = await startHub();
@@ -32,6 +61,7 @@ beforeAll(async () => {
   await writeTinyModel(at("model"));
   await writeFile(at("ids.jsonl"), '{"input_ids":[1,2,3]}\n');
   await serve("org/tiny", at("model"), { v1: "1".repeat(40) });
+  await writeAdapters();
 });
 afterAll(async () => {
   await hub.close();
@@ -76,6 +106,19 @@ test("a model of the Hub is planned for without its weights, trained, and named 
   hub.asked.length = 0;
   expect(lastJson(await evaluate("org/tiny", "org/adapter", { HF_HUB_OFFLINE: "1" }))).toEqual(lastJson(fromHub));
   expect(hub.asked).toEqual([]);
+});
+
+test("an adapter of mlx-lm and one in a GGUF file are converted and inspected by id", async () => {
+  await serve("org/mlx", at("mlx"));
+  await serve("org/gguf", at("gguf"));
+  const inspected = await lowrank(["inspect", "org/mlx", "--json"], env);
+  expect(lastJson(inspected)).toMatchObject({ format: "mlx", base_model: "org/tiny" });
+  const converted = await lowrank(
+    ["convert", "--adapter", "org/gguf", "--to", "peft", "--out", at("peft"), "--model", "org/tiny"],
+    env,
+  );
+  expect(converted.code, converted.stderr).toBe(0);
+  expect(await readdir(at("peft"))).toEqual(["adapter_config.json", "adapter_model.safetensors"]);
 });
 
 test("a directory that exists is taken, whatever the Hub has", async () => {

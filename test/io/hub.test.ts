@@ -147,6 +147,30 @@ describe("what arrives", () => {
     expect(fetched().sort()).toEqual(["adapter_model.safetensors", "model.safetensors"]);
   });
 
+  test.each([
+    ["PEFT", { "adapter_config.json": "{}", "adapter_model.safetensors": "weights" }],
+    ["mlx-lm", { "adapter_config.json": "{}", "adapters.safetensors": "weights" }],
+    ["llama.cpp", { "pirate.gguf": "weights" }],
+  ])("is an adapter of %s where one is wanted, and nothing is asked again for its commit", async (_, files) => {
+    serve({ "README.md": "# Pirate", "model.safetensors": "merged", ...files });
+    const snapshot = await download({ adapter: true });
+    expect((await readdir(snapshot)).sort()).toEqual(Object.keys(files).sort());
+    hub.asked.length = 0;
+    expect(await download({ adapter: true, revision: COMMIT })).toBe(snapshot);
+    expect(await download({ adapter: true, offline: true })).toBe(snapshot);
+    expect(hub.asked).toEqual([]);
+  });
+
+  test("is no GGUF adapter where there are several, or where a model is wanted", async () => {
+    serve({ "a-f16.gguf": "a", "a-f32.gguf": "b" });
+    await expect(download({ adapter: true })).rejects.toThrow(
+      new FormatError(
+        "org/tiny: an adapter must be one GGUF file, got a-f16.gguf, a-f32.gguf. Download the one that you want and give its path",
+      ),
+    );
+    await expect(download()).rejects.toThrow("org/tiny: model.safetensors must be among its files, got a-f16.gguf, a-");
+  });
+
   test("is one blob where two files are the same, and an empty file", async () => {
     serve({ ...SMALLEST, "tokenizer_config.json": "{}", "vocab.txt": "" });
     const snapshot = await download();
@@ -270,6 +294,20 @@ describe("without network", () => {
   test("so is an adapter", async () => {
     await asPython({ "adapter_config.json": "{}", "adapter_model.safetensors": "weights" });
     await download({ revision: COMMIT });
+    expect(hub.asked).toEqual([]);
+  });
+
+  test("so is one without a tokenizer, once the Hub or Python has found that it has none", async () => {
+    const files = { "config.json": CONFIG, "model.safetensors": WEIGHTS };
+    serve(files);
+    await download({ revision: COMMIT });
+    expect(await readFile(storage(".no_exist", COMMIT, "tokenizer.json"), "utf8")).toBe("");
+    await rm(cacheDir, { recursive: true });
+    await asPython(files);
+    await mkdir(storage(".no_exist", COMMIT), { recursive: true });
+    await writeFile(storage(".no_exist", COMMIT, "tokenizer.json"), "");
+    hub.asked.length = 0;
+    expect(await download({ revision: COMMIT })).toBe(storage("snapshots", COMMIT));
     expect(hub.asked).toEqual([]);
   });
 
