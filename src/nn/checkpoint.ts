@@ -121,7 +121,10 @@ export async function loadTensor(
   return wide;
 }
 
-/** A matrix [N,K] on the host, as f32; `isTransposed` where the file has it as [K,N]. Errors as in `loadTensor`. */
+/** Bytes of a tensor that are decoded at once: f32 takes twice as many as 16 bits, and some more on the way. */
+const DECODED_BYTES = 16 * 2 ** 20;
+
+/** A matrix [N,K] on the host, as f32, read in pieces; `isTransposed` where the file has it as [K,N]. Errors as in `loadTensor`. */
 export async function readMatrix(
   checkpoint: Checkpoint,
   name: string,
@@ -130,9 +133,20 @@ export async function readMatrix(
 ): Promise<Float32Array> {
   const dtype = storedDtype(checkpoint, name);
   expectStored(checkpoint, name, isTransposed ? [K, N] : [N, K]);
-  const values = decodeFloats(dtype, (await checkpoint.tensors.get(name)?.read(name)) ?? new Uint8Array());
-  if (!isTransposed) return values;
-  return Float32Array.from(values, (_, i) => values[(i % K) * N + Math.floor(i / K)] ?? Number.NaN);
+  const values = new Float32Array(N * K);
+  let [n, k] = [0, 0];
+  let at = 0;
+  for await (const piece of checkpoint.tensors.get(name)?.readPieces(name, DECODED_BYTES) ?? []) {
+    const part = decodeFloats(dtype, piece);
+    if (!isTransposed) values.set(part, at);
+    else
+      for (let i = 0; i < part.length; i++) {
+        values[n * K + k] = part[i] ?? Number.NaN;
+        if (++n === N) [n, k] = [0, k + 1];
+      }
+    at += part.length;
+  }
+  return values;
 }
 
 /** Loads a matrix [N,K] that is stored in 16 bits as it is. Errors as in `loadTensor`; K must be a multiple of 4. */
