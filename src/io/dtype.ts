@@ -7,15 +7,23 @@ export function decodeFloats(dtype: FloatDtype, bytes: Uint8Array): Float32Array
   const aligned = new Uint8Array(bytes).buffer;
   if (dtype === "F32") return new Float32Array(aligned);
   const halves = new Uint16Array(aligned);
-  const bits = dtype === "BF16" ? Uint32Array.from(halves, (h) => h << 16) : Uint32Array.from(halves, f16ToBits);
+  const bits = new Uint32Array(halves.length);
+  convert(halves, bits, dtype === "BF16" ? (h) => h << 16 : f16ToBits);
   return new Float32Array(bits.buffer);
 }
 
 /** f32 → bytes to store, rounded to nearest, ties to even; too large for f16 becomes infinity, NaN stays NaN. */
 export function encodeFloats(dtype: FloatDtype, values: Float32Array): Uint8Array<ArrayBuffer> {
-  const bits = new Uint32Array(Float32Array.from(values).buffer);
+  const bits = new Uint32Array(new Float32Array(values).buffer);
   if (dtype === "F32") return new Uint8Array(bits.buffer);
-  return new Uint8Array(Uint16Array.from(bits, dtype === "BF16" ? bitsToBf16 : bitsToF16).buffer);
+  const halves = new Uint16Array(bits.length);
+  convert(bits, halves, dtype === "BF16" ? bitsToBf16 : bitsToF16);
+  return new Uint8Array(halves.buffer);
+}
+
+/** A loop: `TypedArray.from` with a function takes twenty times as long. */
+function convert(from: Uint16Array | Uint32Array, to: Uint16Array | Uint32Array, one: (bits: number) => number): void {
+  for (let i = 0; i < from.length; i++) to[i] = one(from[i] as number);
 }
 
 function bitsToBf16(bits: number): number {
