@@ -160,28 +160,37 @@ function onDevice(gpu: Gpu, { ids, tokenTypes, lengths, labels, B, T }: Classifi
   };
 }
 
+/** Logits of the rows, one behind the other, rows × classes. Throws ShapeError as `collateClassification`. */
+export async function classifierLogits(
+  model: Classifier,
+  rows: readonly ClassificationRow[],
+  batchSize: number,
+): Promise<number[]> {
+  if (!Number.isInteger(batchSize) || batchSize < 1)
+    throw new ShapeError(`evaluateClassifier: batchSize must be a whole number of at least 1, got ${batchSize}`);
+  const { gpu } = model;
+  const logits: number[] = [];
+  for (let at = 0; at < rows.length; at += batchSize) {
+    const found = gpu.scope(() => batchLogits(model, rows.slice(at, at + batchSize)));
+    logits.push(...(await read(found)));
+    gpu.release(found);
+  }
+  return logits;
+}
+
+/** Logits [B, classes] of these rows as one batch, on the device. */
+export function batchLogits(model: Classifier, rows: readonly ClassificationRow[]): Tensor {
+  const inputs = onDevice(model.gpu, collateClassification(rows, model.config));
+  return model.logits(inputs.ids, inputs);
+}
+
 /** How well the classifier does on these rows: see `classificationMetrics`. Throws ShapeError as `collateClassification`. */
 export async function evaluateClassifier(
   model: Classifier,
   rows: readonly ClassificationRow[],
   batchSize: number,
 ): Promise<ClassificationMetrics> {
-  if (!Number.isInteger(batchSize) || batchSize < 1)
-    throw new ShapeError(`evaluateClassifier: batchSize must be a whole number of at least 1, got ${batchSize}`);
-  const { gpu, config } = model;
-  const logits: number[] = [];
-  for (let at = 0; at < rows.length; at += batchSize) {
-    const batch = collateClassification(rows.slice(at, at + batchSize), config);
-    const found = gpu.scope(() => {
-      const inputs = onDevice(gpu, batch);
-      return model.logits(inputs.ids, inputs);
-    });
-    logits.push(...(await read(found)));
-    gpu.release(found);
-  }
-  return classificationMetrics(
-    logits,
-    rows.map(({ label }) => label),
-    config.labels.length,
-  );
+  const logits = await classifierLogits(model, rows, batchSize);
+  const labels = rows.map(({ label }) => label);
+  return classificationMetrics(logits, labels, model.config.labels.length);
 }

@@ -1,4 +1,4 @@
-/** How well classes are told, by scikit-learn's definitions. */
+/** How well classes are told, by scikit-learn's definitions, and how far their probabilities can be trusted. */
 import { ShapeError } from "../tensor/errors.ts";
 
 export interface ClassificationMetrics {
@@ -12,6 +12,58 @@ export interface ClassificationMetrics {
   readonly f1?: number;
   /** Area under the ROC curve of class 1, where there are two classes and both are in the labels. */
   readonly auc?: number;
+}
+
+/** What was said of one case, such as a row or a token. */
+export interface Prediction {
+  /** Largest of the probabilities. */
+  readonly confidence: number;
+  /** Whether that is the probability of what was there; the first of equal ones counts. */
+  readonly correct: boolean;
+  /** Probability of what was there. */
+  readonly likelihood: number;
+  /** Σ over the classes of (p − 1 for what was there, else 0)², from 0 to 2 (Brier, 1950). */
+  readonly squares: number;
+}
+
+export interface CalibrationMetrics {
+  readonly accuracy: number;
+  /** Mean of −log p of what was there, in nats. */
+  readonly nll: number;
+  /** Expected calibration error, from 0 to 1. */
+  readonly ece: number;
+  /** Mean of `squares`: of two classes, twice what scikit-learn gives unless told not to halve it. */
+  readonly brier: number;
+}
+
+/** What these probabilities of the classes say where `label` is there. */
+export function predictionOf(probabilities: ArrayLike<number>, label: number): Prediction {
+  const p = Array.from(probabilities);
+  const confidence = p.reduce((a, b) => Math.max(a, b), 0);
+  const likelihood = p[label] ?? Number.NaN;
+  const squares = p.reduce((sum, x) => sum + x * x, 1) - 2 * likelihood;
+  return { confidence, correct: p.indexOf(confidence) === label, likelihood, squares };
+}
+
+/**
+ * How far confidence can be trusted. ECE = Σ over bins of (share of the cases in it)·|accuracy − mean confidence|, with bins of equal width
+ * over the confidence, (i/bins, (i + 1)/bins] (Guo et al., arXiv:1706.04599, §2). Throws ShapeError unless there is a case, and a bin.
+ */
+export function calibrationMetrics(predictions: readonly Prediction[], bins = 15): CalibrationMetrics {
+  if (predictions.length === 0) throw new ShapeError("calibrationMetrics: at least one prediction is needed, got none");
+  if (!Number.isInteger(bins) || bins < 1)
+    throw new ShapeError(`calibrationMetrics: bins must be a whole number of at least 1, got ${bins}`);
+  const gaps = new Float64Array(bins);
+  for (const { confidence, correct } of predictions) {
+    const bin = Math.min(bins, Math.max(1, Math.ceil(confidence * bins))) - 1;
+    gaps[bin] = (gaps[bin] ?? 0) + Number(correct) - confidence;
+  }
+  return {
+    accuracy: mean(predictions.map(({ correct }) => Number(correct))),
+    nll: mean(predictions.map(({ likelihood }) => -Math.log(likelihood))),
+    ece: gaps.reduce((sum, gap) => sum + Math.abs(gap), 0) / predictions.length,
+    brier: mean(predictions.map(({ squares }) => squares)),
+  };
 }
 
 /** Of logits, rows × classes, and the class of each row. Throws ShapeError unless there is a row, and logits for each. */
