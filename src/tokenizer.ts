@@ -1,2 +1,2 @@
 /** `lowrank/tokenizer`: text ⇄ token ids. */
-export { loadTokenizer, type Tokenizer } from "./io/tokenizer.ts";
+export { type EncodedTexts, loadTokenizer, type PairTokenizer, type Tokenizer } from "./io/tokenizer.ts";

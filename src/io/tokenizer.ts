@@ -17,11 +17,28 @@ export interface Tokenizer {
   readonly vocabSize: number;
 }
 
+/** A text, or two, as encoders read them: [CLS] text [SEP], or [CLS] text [SEP] pair [SEP]. */
+export interface EncodedTexts {
+  readonly ids: readonly number[];
+  /** Of each token: 1 for those of the pair and what ends it, by the tokenizer's template, else 0. */
+  readonly tokenTypes: readonly number[];
+  /** Whether something was cut off. */
+  readonly isCut: boolean;
+}
+
+export interface PairTokenizer extends Tokenizer {
+  /**
+   * The ids of one text or a pair, with special tokens. Of more than `maxLength`, tokens of the texts are cut off at their ends, of the longer
+   * text first, as transformers does (truncation "longest_first").
+   */
+  encodeTexts(text: string, pair: string | undefined, maxLength: number): EncodedTexts;
+}
+
 /**
  * From tokenizer.json, or vocab.json and merges.txt of GPT-2 and Qwen2, with tokenizer_config.json and special_tokens_map.json (which may be
  * missing). Throws a FormatError.
  */
-export async function loadTokenizer(directory: Directory): Promise<Tokenizer> {
+export async function loadTokenizer(directory: Directory): Promise<PairTokenizer> {
   const name = `${directory.name}/tokenizer.json`;
   const config = (await readJson(directory, "tokenizer_config.json", LIMIT_BYTES)) ?? {};
   const definition =
@@ -47,11 +64,47 @@ export async function loadTokenizer(directory: Directory): Promise<Tokenizer> {
       ids.length === 0
         ? "" // the library throws
         : library.decode([...ids], { skip_special_tokens: skipSpecialTokens, clean_up_tokenization_spaces: cleanUp }),
+    encodeTexts: (text, pair, maxLength) => encodeTexts(library, [text, pair], maxLength),
     bosId: idOf("bos_token"),
     eosId: idOf("eos_token"),
     vocabSize: [...library.get_vocab().values()].reduce((largest, id) => Math.max(largest, id), -1) + 1,
   };
 }
+
+function encodeTexts(
+  library: Library,
+  [text, pair]: readonly [string, string | undefined],
+  maxLength: number,
+): EncodedTexts {
+  const plain = (t: string | undefined): number[] =>
+    t === undefined ? [] : library.encode(t, { add_special_tokens: false }).ids;
+  const options = { text_pair: pair ?? null, return_token_type_ids: true } as const;
+  const { ids, token_type_ids: types = ids.map(() => 0) } = library.encode(text, options);
+  const [a, b] = [plain(text), plain(pair)];
+  const room = Math.max(0, maxLength - (ids.length - a.length - b.length));
+  const [keptA, keptB] = keptLengths(a.length, b.length, room);
+  const startA = firstOf(a, ids);
+  const startB = startA + a.length + firstOf(b, ids.slice(startA + a.length));
+  const isKept = (at: number): boolean =>
+    !(at >= startA + keptA && at < startA + a.length) && !(at >= startB + keptB && at < startB + b.length);
+  const kept = <T>(values: readonly T[]): T[] => values.filter((_, at) => isKept(at));
+  return { ids: kept(ids), tokenTypes: kept(types), isCut: keptA + keptB < a.length + b.length };
+}
+
+/** How much is kept of two texts where there is room for so many tokens: the shorter whole if it fits into half. As `tokenizers` (Rust). */
+function keptLengths(a: number, b: number, room: number): readonly [a: number, b: number] {
+  if (a + b <= room) return [a, b];
+  const half = Math.floor(room / 2);
+  const least = Math.min(a, b, half);
+  return a > b ? [room - least, least] : [least, room - least];
+}
+
+/** Where `part` begins in `whole`. */
+const firstOf = (part: readonly number[], whole: readonly number[]): number =>
+  Math.max(
+    0,
+    whole.findIndex((_, at) => part.every((id, i) => whole[at + i] === id)),
+  );
 
 /** How the byte-level tokenizers that came as two files cut text into words, as `tokenizers` has it for them. */
 const BYTE_LEVEL: Readonly<Record<string, Readonly<Record<"normalizer" | "pre_tokenizer", JsonObject | null>>>> = {
