@@ -1,22 +1,38 @@
 import { Command } from "commander";
+import type { CausalModel } from "../models/causal.ts";
+import { isClassifier } from "../models/config.ts";
 import { bitsPerWeight, type WeightFormat } from "../models/weights.ts";
+import { diskDirectory, loadModelFrom, loadPeftFrom } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import type { Row } from "../train/data.ts";
+import { languageCurvature, predictTokens } from "../train/laplace-language.ts";
 import { evaluate } from "../train/loss.ts";
+import { evalClassifier } from "./eval-classifier.ts";
+import {
+  type Calibration,
+  calibrationOf,
+  demandAdapter,
+  type LaplaceArguments,
+  laplaceOptions,
+  showCalibration,
+} from "./laplace.ts";
 import {
   adapterOption,
   dataOption,
   jsonOption,
   maxLengthOption,
   modelOption,
+  numLabelsOption,
   quantizeOption,
   revisionOption,
   weightFormat,
   whole,
 } from "./options.ts";
-import { located } from "./places.ts";
-import { bitsLine, dataLine, number, openModel, readData, result, say, withGpu } from "./session.ts";
+import { located, readAnyConfig } from "./places.ts";
+import { bitsLine, dataLine, number, readData, result, say, withGpu } from "./session.ts";
 
-interface EvalArguments {
+export interface EvalArguments extends LaplaceArguments {
   readonly model: string;
   readonly revision?: string;
   readonly quantize?: "int8" | "nf4";
@@ -26,17 +42,22 @@ interface EvalArguments {
   readonly batchSize: number;
   readonly maxLength?: number;
   readonly json?: boolean;
+  readonly numLabels?: number;
 }
 
 const EXAMPLES = `
 Examples:
   $ lowrank eval --model models/base --data valid.jsonl
   $ lowrank eval --model models/base --adapter adapters/pirate --data valid.jsonl --json
-  $ lowrank eval --model models/base --data valid.jsonl --quantize nf4 --against-f32`;
+  $ lowrank eval --model models/base --data valid.jsonl --quantize nf4 --against-f32
+  $ lowrank eval --model models/base --adapter adapters/pirate --data valid.jsonl --laplace train.jsonl
+  $ lowrank eval --model google-bert/bert-base-uncased --num-labels 2 --adapter adapters/classes --data rows.jsonl`;
 
 export function evalCommand(): Command {
-  return new Command("eval")
-    .description("mean loss and perplexity over the tokens to learn of a data file")
+  const command = new Command("eval")
+    .description(
+      "mean loss and perplexity over the tokens to learn of a data file; of a classifier, loss, accuracy and F1",
+    )
     .addOption(modelOption())
     .addOption(revisionOption())
     .addOption(quantizeOption())
@@ -45,35 +66,68 @@ export function evalCommand(): Command {
     .addOption(dataOption())
     .addOption(whole("eval", "--batch-size <n>", "rows of one forward pass", 1, 4))
     .addOption(maxLengthOption("eval"))
-    .addOption(jsonOption())
-    .addHelpText("after", EXAMPLES)
-    .action(run);
+    .addOption(numLabelsOption("eval"))
+    .addOption(jsonOption());
+  for (const option of laplaceOptions("eval")) command.addOption(option);
+  return command.addHelpText("after", EXAMPLES).action(run);
 }
 
-async function run(options: EvalArguments): Promise<void> {
-  const { quantize, againstF32 = false } = options;
+async function run(given: EvalArguments): Promise<void> {
+  const { quantize, againstF32 = false } = given;
   if (againstF32 && !quantize)
     throw new ShapeError("eval: --against-f32 must go with --quantize, got none. There is nothing to compare");
-  const { model: path, adapter, data, batchSize, maxLength: limit, json } = await located(options);
+  const options = await located(given, true, readAnyConfig);
+  if (await isClassifier(diskDirectory(options.model))) return evalClassifier(options);
+  if (options.numLabels !== undefined)
+    throw new ShapeError("eval: --num-labels is for encoders with a classifier. Leave it out");
+  const { model: path, adapter, data, batchSize, maxLength: limit, json } = options;
   const { rows, stats, maxLength } = await readData(path, data, limit);
   say(dataLine(stats, maxLength));
+  if (options.laplace !== undefined) demandAdapter(adapter);
+  const seen = options.laplace === undefined ? undefined : (await readData(path, options.laplace, limit)).rows;
   await withGpu(async (gpu) => {
-    const lossOf = async (weights: WeightFormat) => {
-      const model = await openModel(gpu, path, weights, adapter);
-      const measured = { ...(await evaluate(model, rows, batchSize)), bits: bitsPerWeight(model) };
+    const measured = async (weights: WeightFormat, isAsked: boolean) => {
+      const model = await loadModelFrom(gpu, path, { weights });
+      const lora = adapter === undefined ? undefined : await loadPeftFrom(model, adapter);
+      const evaluation = await evaluate(model, rows, batchSize);
+      const laplace = isAsked && seen && lora ? await measure(model, lora.parameters, seen, rows, options) : undefined;
+      const bits = bitsPerWeight(model);
       model.destroy();
-      return measured;
+      return { ...evaluation, bits, laplace };
     };
-    const { loss, perplexity, tokens, bits } = await lossOf(weightFormat(quantize));
-    const unquantized = againstF32 ? (await lossOf("stored")).loss : undefined;
+    const { loss, perplexity, tokens, bits, laplace } = await measured(weightFormat(quantize), true);
+    const unquantized = againstF32 ? (await measured("stored", false)).loss : undefined;
     if (json) {
       const unquantized_loss = unquantized !== undefined && { unquantized_loss: unquantized };
-      result(JSON.stringify({ loss, perplexity, tokens, bits_per_weight: bits, ...unquantized_loss }));
+      result(
+        JSON.stringify({
+          loss,
+          perplexity,
+          tokens,
+          bits_per_weight: bits,
+          ...unquantized_loss,
+          ...(laplace && { laplace }),
+        }),
+      );
       return;
     }
     say(`weights: ${bitsLine(bits)}`);
     result(`loss ${loss.toFixed(4)}, perplexity ${perplexity.toFixed(3)} over ${number(tokens)} tokens`);
     if (unquantized !== undefined)
       result(`loss ${unquantized.toFixed(4)} unquantised: quantising adds ${(loss - unquantized).toFixed(4)}`);
+    if (laplace) showCalibration(laplace);
   });
+}
+
+async function measure(
+  model: CausalModel,
+  parameters: readonly Tensor[],
+  seen: readonly Row[],
+  rows: readonly Row[],
+  options: EvalArguments,
+): Promise<Calibration> {
+  const { batchSize, samples, seed } = options;
+  const curvature = await languageCurvature(model, parameters, seen, { seed });
+  const drawn = { batchSize, seed, ...(samples !== undefined && { samples }) };
+  return calibrationOf(curvature, options, (tau) => predictTokens(model, curvature, tau, rows, drawn));
 }

@@ -81,8 +81,11 @@ export const weightFormat = (quantize: "int8" | "nf4" | undefined): WeightFormat
 export const dataOption = (): Option =>
   new Option(
     "--data <file>",
-    'JSONL: {"text"}, {"prompt","completion"} or {"input_ids","labels"}',
+    'JSONL: {"text"}, {"prompt","completion"} or {"input_ids","labels"}; for a classifier {"text","text_pair"?,"label"}',
   ).makeOptionMandatory();
+
+export const numLabelsOption = (command: string): Option =>
+  whole(command, "--num-labels <n>", "give an encoder a new classifier for so many classes, in place of its own", 2);
 
 export const maxLengthOption = (command: string): Option =>
   whole(command, "--max-length <n>", "cut rows to so many tokens (default: 512, or the model's context if smaller)", 2);

@@ -2,9 +2,10 @@
 import { existsSync, realpathSync } from "node:fs";
 import { resolve } from "node:path";
 import type { HubOptions } from "../hub.ts";
+import type { Directory } from "../io/bytes.ts";
 import { FormatError } from "../io/errors.ts";
 import { diskDirectory } from "../io/files.ts";
-import { readConfig } from "../models/config.ts";
+import { isClassifier, readClassifierConfig, readConfig } from "../models/config.ts";
 import { readQuantization } from "../models/quantization.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { DownloadProgress } from "./progress.ts";
@@ -16,13 +17,18 @@ interface Places {
   readonly initAdapter?: string;
 }
 
+/** For the commands that take classifiers too: reads the configuration of either. */
+export const readAnyConfig = async (directory: Directory): Promise<unknown> =>
+  (await isClassifier(directory)) ? readClassifierConfig(directory) : readConfig(directory);
+
 /**
  * The options of a command with directories in place of ids, and `baseModel`, the model as an adapter names it. Without
- * `weights` those of a model on the Hub are left there. Throws FormatError where a place is neither.
+ * `weights` those of a model on the Hub are left there; its configuration is checked by `check` first. Throws FormatError where a place is neither.
  */
 export async function located<T extends Places>(
   options: T,
   weights = true,
+  check: (directory: Directory) => Promise<unknown> = readConfig,
 ): Promise<T & { readonly baseModel: string }> {
   const { model, revision, adapter, initAdapter } = options;
   if (revision !== undefined && (existsSync(model) || model.includes("@")))
@@ -34,7 +40,7 @@ export async function located<T extends Places>(
   let found = await find("--model", place, { weights: false }, progress);
   if (weights && found.directory !== place) {
     // A model that cannot be read is refused before its weights come.
-    await readConfig(diskDirectory(found.directory));
+    await check(diskDirectory(found.directory));
     await readQuantization(diskDirectory(found.directory));
     found = await find("--model", place, {}, progress);
   }

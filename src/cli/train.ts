@@ -4,7 +4,15 @@ import { attachLora, type LoraAdapter } from "../lora/adapter.ts";
 import { initLora, takesFromBase } from "../lora/init.ts";
 import { loadPeft } from "../lora/peft.ts";
 import type { CausalModel } from "../models/causal.ts";
-import { ensureWritableDirectory, loadModelFrom, loadPeftFrom, type SavedCheckpoint, startAsIn } from "../node.ts";
+import { isClassifier } from "../models/config.ts";
+import {
+  diskDirectory,
+  ensureWritableDirectory,
+  loadModelFrom,
+  loadPeftFrom,
+  type SavedCheckpoint,
+  startAsIn,
+} from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { batchesPerEpoch, longest } from "../train/batches.ts";
 import type { Row } from "../train/data.ts";
@@ -21,6 +29,7 @@ import {
   maxLengthOption,
   modelOption,
   numeric,
+  numLabelsOption,
   quantizeOption,
   revisionOption,
   stepOptions,
@@ -28,15 +37,16 @@ import {
   weightFormat,
   whole,
 } from "./options.ts";
-import { located } from "./places.ts";
+import { located, readAnyConfig } from "./places.ts";
 import { budgetOption, demandFit } from "./plan.ts";
 import { bitsLine, bytes, dataLine, number, readData, say, withGpu } from "./session.ts";
+import { trainClassifier } from "./train-classifier.ts";
 import { report } from "./train-report.ts";
 import { begin, keptSettings } from "./train-resume.ts";
 import { runTraining } from "./train-run.ts";
 import { version } from "./version.ts";
 
-interface TrainArguments extends LoraArguments {
+export interface TrainArguments extends LoraArguments {
   readonly model: string;
   readonly revision?: string;
   readonly quantize?: "int8" | "nf4";
@@ -68,6 +78,7 @@ interface TrainArguments extends LoraArguments {
   readonly timeBudget?: number;
   readonly profile?: boolean;
   readonly json?: boolean;
+  readonly numLabels?: number;
 }
 
 const EXAMPLES = `
@@ -76,6 +87,7 @@ Examples:
   $ lowrank train --model HuggingFaceTB/SmolLM2-135M --data train.jsonl --out adapters/smol
   $ lowrank train --model models/base --data train.jsonl --out adapters/more --init-adapter adapters/pirate --steps 200
   $ lowrank train --model models/base --data train.jsonl --out adapters/qv --target-modules q_proj,v_proj --rank 8 --alpha 16
+  $ lowrank train --model google-bert/bert-base-uncased --num-labels 2 --data rows.jsonl --out adapters/classes
   $ lowrank train --model models/base --data train.jsonl --out adapters/top --target-modules '/model\\.layers\\.[23]\\..*/'
 
   $ lowrank train --model models/base --data train.jsonl --out adapters/pirate --save-every 50 --resume
@@ -118,6 +130,7 @@ export function trainCommand(): Command {
     )
     .addOption(amount(name, "--max-grad-norm <x>", "scale gradients down to this norm; 0: never", 1))
     .addOption(maxLengthOption(name))
+    .addOption(numLabelsOption(name))
     .addOption(whole(name, "--seed <n>", "seed of the adapter's start, of the order of the rows and of dropout", 0, 0))
     .option("--no-shuffle", "keep the order of the file")
     .option("--tune", "first time the kernels on this device and keep the fastest for all later runs")
@@ -145,7 +158,10 @@ export function trainCommand(): Command {
 
 async function run(given: TrainArguments): Promise<void> {
   await ensureWritableDirectory(given.out);
-  const options = await located(given);
+  const options = await located(given, true, readAnyConfig);
+  if (await isClassifier(diskDirectory(options.model))) return trainClassifier(options);
+  if (options.numLabels !== undefined)
+    throw new ShapeError("train: --num-labels is for encoders with a classifier. Leave it out");
   const { rows, stats, maxLength } = await readData(options.model, options.data, options.maxLength);
   say(dataLine(stats, maxLength));
   const { batchSize, gradAccumulation, seed, checkpointing = false } = options;

@@ -32,6 +32,12 @@ export async function readClassifierConfig(directory: Directory): Promise<BertCo
   );
 }
 
+/** Whether a model is an encoder with a classifier, or to get one. Throws FormatError where there is no `config.json`. */
+export async function isClassifier(directory: Directory): Promise<boolean> {
+  const { json } = await openConfig(directory);
+  return ENCODER_TYPES.includes(String(json.model_type));
+}
+
 async function openConfig(directory: Directory): Promise<{ readonly json: JsonObject; readonly name: string }> {
   const name = `${directory.name}/config.json`;
   const json = await readJson(directory, "config.json");
