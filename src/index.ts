@@ -54,7 +54,7 @@ export { type AdapterFiles, loadPeft, savePeft } from "./lora/peft.ts";
 export { matchModules, type TargetModules } from "./lora/target-modules.ts";
 export { BertClassifier, type BertConfig } from "./models/bert.ts";
 export { CausalModel, type HiddenOptions, type KvCache, type Packing } from "./models/causal.ts";
-export { type ModelConfig, readClassifierConfig, readConfig } from "./models/config.ts";
+export { isClassifier, type ModelConfig, readClassifierConfig, readConfig } from "./models/config.ts";
 export type { CausalConfig, DecoderConfig } from "./models/decoder-config.ts";
 export { emptyModel, type LoadOptions, loadModel, makeModel, weightShapes } from "./models/load.ts";
 export { type ClassifierOptions, loadClassifier } from "./models/load-classifier.ts";
@@ -71,6 +71,11 @@ export { AdamW, type AdamWSettings, type AdamWState } from "./train/adamw.ts";
 export { type Batch, batchIndices, collate } from "./train/batches.ts";
 export { decodeState, encodeState, type TrainingState } from "./train/checkpoint.ts";
 export {
+  type ClassificationLimits,
+  type ClassificationStats,
+  readClassificationRows,
+} from "./train/classification-rows.ts";
+export {
   type ClassificationBatch,
   type ClassificationRow,
   type Classifier,
@@ -78,12 +83,30 @@ export {
   type ClassifierOutputs,
   classificationLoss,
   classificationTask,
+  classifierLogits,
   collateClassification,
   evaluateClassifier,
   type WeightedLoss,
 } from "./train/classify.ts";
 export { type DataLimits, type DataStats, IGNORED, type Row, readRows } from "./train/data.ts";
 export { findLearningRate, type RatePoint, type RateSweep, type RateSweepOptions } from "./train/find-learning-rate.ts";
+export {
+  bestPrecision,
+  type Curvature,
+  curvatureOf,
+  drawOffset,
+  type Gradient,
+  logEvidence,
+  outputCovariance,
+} from "./train/laplace.ts";
+export { type ClassPredictiveOptions, classifierCurvature, predictClasses } from "./train/laplace-classify.ts";
+export {
+  languageCurvature,
+  predictTokens,
+  type TokenModel,
+  type TokenPredictions,
+  type TokenPredictiveOptions,
+} from "./train/laplace-language.ts";
 export {
   batchInputs,
   batchLoss,
@@ -93,7 +116,14 @@ export {
   type LanguageModel,
   writeInputs,
 } from "./train/loss.ts";
-export { type ClassificationMetrics, classificationMetrics } from "./train/metrics.ts";
+export {
+  type CalibrationMetrics,
+  type ClassificationMetrics,
+  calibrationMetrics,
+  classificationMetrics,
+  type Prediction,
+  predictionOf,
+} from "./train/metrics.ts";
 export { type MemoryPlan, type PlanOptions, planTraining } from "./train/plan.ts";
 export {
   evaluatePreferences,

@@ -38,7 +38,7 @@ export async function loadClassifier(
   const [head] = [...shapes.map.keys()].filter(isOfHead);
   if (newClasses === undefined && head && !checkpoint.tensors.has(head))
     throw new FormatError(
-      `${checkpoint.name}: a classifier must be there, got no "${head}". To train one, begin with a new one: give newClasses`,
+      `${checkpoint.name}: a classifier must be there, got no "${head}". To train one, begin with a new one: give newClasses, or --num-labels on the command line`,
     );
   const isMade = (key: string): boolean => newClasses !== undefined && isOfHead(key);
   const isTransposed = (): boolean => false;

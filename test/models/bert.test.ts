@@ -271,7 +271,7 @@ test("a base model gets a new classifier, the same for the same seed", async () 
   const base = await renamed("roberta", (key) => (key.startsWith("classifier.") ? undefined : key));
   await expect(loadClassifier(gpu, base)).rejects.toThrow(
     new FormatError(
-      'm/model.safetensors: a classifier must be there, got no "classifier.dense.weight". To train one, begin with a new one: give newClasses',
+      'm/model.safetensors: a classifier must be there, got no "classifier.dense.weight". To train one, begin with a new one: give newClasses, or --num-labels on the command line',
     ),
   );
   const rows = rowsOf(expectedOf("roberta"));
