@@ -106,8 +106,7 @@ export async function predictTokens(
   { batchSize = 4, samples = 32, seed = 0 }: TokenPredictiveOptions = {},
 ): Promise<TokenPredictions> {
   const { gpu } = model;
-  const { parameters, squaredNorm } = curvature;
-  const size = parameters.reduce((sum, p) => sum + p.size, 0);
+  const { parameters, squaredNorm, size } = curvature;
   const h = STEP * Math.sqrt((squaredNorm * tau) / size); // a draw's norm is at most about √(size/τ)
   const random = new Random(seed);
   const before = parameters.map((p) => scale(p, 1));

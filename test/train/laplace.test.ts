@@ -5,7 +5,15 @@ import { attachLora } from "../../src/lora/adapter.ts";
 import type { BertClassifier } from "../../src/models/bert.ts";
 import { loadClassifier } from "../../src/models/load-classifier.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
-import { cholesky, choleskySolve, type Matrix, matrix, multiply, transpose } from "../../src/tensor/linalg.ts";
+import {
+  cholesky,
+  choleskySolve,
+  type Matrix,
+  matrix,
+  multiply,
+  symmetricEigen,
+  transpose,
+} from "../../src/tensor/linalg.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { batchLogits, type ClassificationRow, classificationTask, classifierLogits } from "../../src/train/classify.ts";
@@ -90,45 +98,62 @@ test.each([
   },
 );
 
-test("where there are more directions than the rank, uncertainty is too large rather than too small", async () => {
+test("what is beyond the rank is spread over the other directions: the posterior of that matrix, of the same trace", async () => {
   const random = new Random(freshSeed());
   const { parameters, gradients, end } = await linearModel(new Array(P).fill(1));
-  const [X, J] = [gaussian(50, P, random), gaussian(4, P, random)];
+  const [X, J, tau] = [gaussian(6, P, random), gaussian(4, P, random), 0.7];
   const curvature = await curvatureOf(parameters, gradients(X), 3);
-  expect(curvature.values.length).toBe(3);
-  const [found, exact] = [await outputCovariance(curvature, 1, gradients(J)), closedForm(X, 1, J)];
-  for (let c = 0; c < 4; c++) expect(found.data[5 * c]).toBeGreaterThan(exact.data[5 * c] ?? Number.NaN);
+  const { values, vectors } = symmetricEigen(multiply(transpose(X), X));
+  expectClose(curvature.values, values.slice(0, 3), 1e-4);
+  const rest = values.slice(3).reduce((a, b) => a + b) / (P - 3);
+  expectClose([curvature.rest], [rest], 1e-4);
+  const spread = values.map((value, i) => Math.sqrt(i < 3 ? value : rest));
+  const Y = matrix(
+    P,
+    P,
+    transpose(vectors).data.map((x, p) => x * (spread[Math.floor(p / P)] ?? 0)),
+  );
+  expectClose((await outputCovariance(curvature, tau, gradients(J))).data, closedForm(Y, tau, J).data, 2e-4);
+  const whole = (P * Math.log(tau) - logDeterminant(precisionOf(Y, tau)) - tau * P) / 2;
+  expectClose([logEvidence(curvature, tau)], [whole], 1e-4);
+  const best = bestPrecision(curvature);
+  for (const factor of [0.9, 1.1])
+    expect(logEvidence(curvature, best)).toBeGreaterThan(logEvidence(curvature, best * factor));
   curvature.destroy();
   end();
 });
 
-test("draws have the covariance of the posterior: the root of it is applied to the noise", async () => {
-  const random = new Random(freshSeed());
-  const { parameters, gradients, end } = await linearModel(new Array(P).fill(1));
-  const [X, tau] = [gaussian(8, P, random), 0.5];
-  const curvature = await curvatureOf(parameters, gradients(X));
-  /** Gives the j-th unit vector for noise. */
-  class Unit extends Random {
-    #left: number;
-    constructor(j: number) {
-      super(0);
-      this.#left = j;
+test.each([8, 3])(
+  "draws have the covariance of the posterior: the root of it is applied to the noise (rank %i)",
+  async (rank) => {
+    const random = new Random(freshSeed());
+    const { parameters, gradients, end } = await linearModel(new Array(P).fill(1));
+    const [X, tau] = [gaussian(8, P, random), 0.5];
+    const curvature = await curvatureOf(parameters, gradients(X), rank);
+    /** Gives the j-th unit vector for noise. */
+    class Unit extends Random {
+      #left: number;
+      constructor(j: number) {
+        super(0);
+        this.#left = j;
+      }
+      override normal(_mean = 0, std = 1): number {
+        return this.#left-- === 0 ? std : 0;
+      }
     }
-    override normal(_mean = 0, std = 1): number {
-      return this.#left-- === 0 ? std : 0;
+    const columns: number[] = [];
+    for (let j = 0; j < P; j++) {
+      const offset = await drawOffset(curvature, tau, new Unit(j));
+      expect(offset.map(({ shape }) => shape)).toEqual([[7], [5, 1]]);
+      columns.push(...(await readAll(offset)).flatMap((part) => [...part]));
     }
-  }
-  const columns: number[] = [];
-  for (let j = 0; j < P; j++) {
-    const offset = await drawOffset(curvature, tau, new Unit(j));
-    expect(offset.map(({ shape }) => shape)).toEqual([[7], [5, 1]]);
-    columns.push(...(await readAll(offset)).flatMap((part) => [...part]));
-  }
-  const root = matrix(P, P, columns);
-  expectClose(multiply(transpose(root), root).data, closedForm(X, tau, identity(P)).data, 1e-4);
-  curvature.destroy();
-  end();
-});
+    const root = matrix(P, P, columns);
+    const units = gradients(identity(P));
+    expectClose(multiply(transpose(root), root).data, (await outputCovariance(curvature, tau, units)).data, 1e-4);
+    curvature.destroy();
+    end();
+  },
+);
 
 test("the evidence is that of the whole posterior, and the best precision is where its slope is 0", async () => {
   const random = new Random(freshSeed());
@@ -159,7 +184,7 @@ test("what no posterior can be made of is refused", async () => {
   await expect(curvatureOf(parameters, gradients(matrix(2, P)))).rejects.toThrow(new ShapeError(`${nothing} 0`));
   const bad = matrix(1, P, new Float64Array(P).fill(Number.NaN));
   await expect(curvatureOf(parameters, gradients(bad))).rejects.toThrow(new ShapeError(`${nothing} NaN`));
-  expect(() => bestPrecision({ values: Float64Array.of(1), squaredNorm: 0 })).toThrow(
+  expect(() => bestPrecision({ values: Float64Array.of(1), rest: 0, size: 1, squaredNorm: 0 })).toThrow(
     new ShapeError("bestPrecision: parameters must not all be 0, got a norm of 0. Give the precision"),
   );
   end();
