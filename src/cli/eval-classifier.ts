@@ -4,6 +4,7 @@ import { loadPeftFrom } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { type ClassificationRow, classifierLogits } from "../train/classify.ts";
+import { bestPrecision } from "../train/laplace.ts";
 import { classifierCurvature, predictClasses, softmax } from "../train/laplace-classify.ts";
 import { classificationMetrics, type Prediction, predictionOf } from "../train/metrics.ts";
 import { openClassifier, readClassRows, refuse } from "./classifiers.ts";
@@ -48,12 +49,13 @@ async function measure(
   rows: readonly ClassificationRow[],
   options: EvalArguments,
 ): Promise<Calibration> {
-  const { batchSize, samples, seed } = options;
+  const { batchSize, samples, seed, priorPrecision } = options;
   const C = model.config.labels.length;
   const predictionsOf = (probabilities: readonly number[][]): Prediction[] =>
     probabilities.map((p, n) => predictionOf(p, rows[n]?.label ?? -1));
   const curvature = await classifierCurvature(model, parameters, seen);
-  return calibrationOf(curvature, options, async (tau) => {
+  const precision = priorPrecision === "auto" ? () => bestPrecision(curvature) : priorPrecision;
+  return calibrationOf(curvature, precision, async (tau) => {
     const logits = await classifierLogits(model, rows, batchSize);
     const plain = rows.map((_, n) => softmax(logits.slice(n * C, (n + 1) * C)));
     const drawn = { batchSize, seed, ...(samples !== undefined && { samples }) };

@@ -6,8 +6,10 @@ import { diskDirectory, loadModelFrom, loadPeftFrom } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { Row } from "../train/data.ts";
+import { bestPrecision } from "../train/laplace.ts";
 import { languageCurvature, predictTokens } from "../train/laplace-language.ts";
 import { evaluate } from "../train/loss.ts";
+import { calibrationMetrics } from "../train/metrics.ts";
 import { evalClassifier } from "./eval-classifier.ts";
 import {
   type Calibration,
@@ -119,6 +121,11 @@ async function run(given: EvalArguments): Promise<void> {
   });
 }
 
+/**
+ * Calibration over the target tokens. The marginal likelihood rests on all directions of the parameters, of which a language model has many
+ * more than are told apart, so it says too little here: `auto` takes every second row of the data to choose the prior's precision
+ * by their NLL, from there upwards in steps of 10, and measures on the others.
+ */
 async function measure(
   model: CausalModel,
   parameters: readonly Tensor[],
@@ -126,8 +133,28 @@ async function measure(
   rows: readonly Row[],
   options: EvalArguments,
 ): Promise<Calibration> {
-  const { batchSize, samples, seed } = options;
+  const { batchSize, samples, seed, priorPrecision } = options;
+  const held = priorPrecision === "auto" ? rows.filter((_, i) => i % 2 === 0) : rows;
+  const choosing = rows.filter((_, i) => i % 2 === 1);
+  if (priorPrecision === "auto" && choosing.length === 0)
+    throw new ShapeError("eval: --prior-precision auto needs two rows of --data, got one. Give a number");
   const curvature = await languageCurvature(model, parameters, seen, { seed });
   const drawn = { batchSize, seed, ...(samples !== undefined && { samples }) };
-  return calibrationOf(curvature, options, (tau) => predictTokens(model, curvature, tau, rows, drawn));
+  const predict = (tau: number, those: readonly Row[]) => predictTokens(model, curvature, tau, those, drawn);
+  const nllAt = async (tau: number): Promise<number> => calibrationMetrics((await predict(tau, choosing)).laplace).nll;
+  return calibrationOf(
+    curvature,
+    priorPrecision === "auto" ? () => rising(bestPrecision(curvature), nllAt) : priorPrecision,
+    (tau) => predict(tau, held),
+  );
+}
+
+/** The first of start, 10·start, 100·start… whose successor is no better. */
+async function rising(start: number, nllAt: (tau: number) => Promise<number>): Promise<number> {
+  let [tau, nll] = [start, await nllAt(start)];
+  for (;;) {
+    const next = await nllAt(10 * tau);
+    if (!(next < nll - 1e-4)) return tau;
+    [tau, nll] = [10 * tau, next];
+  }
 }

@@ -1,7 +1,7 @@
 /** `eval --laplace`: probabilities by the posterior over an adapter's parameters, beside those of the parameters as they are. */
 import { Option } from "commander";
 import { ShapeError } from "../tensor/errors.ts";
-import { bestPrecision, type Curvature } from "../train/laplace.ts";
+import type { Curvature } from "../train/laplace.ts";
 import { type CalibrationMetrics, calibrationMetrics, type Prediction } from "../train/metrics.ts";
 import { whole } from "./options.ts";
 import { number, result, say } from "./session.ts";
@@ -19,7 +19,10 @@ export function laplaceOptions(command: string): Option[] {
       "--laplace <file>",
       "rows that the --adapter was trained on: also say how calibrated the probabilities are, without and with what these rows leave open (Laplace's approximation)",
     ),
-    new Option("--prior-precision <x>", "of the adapter's parameters, or auto: by the marginal likelihood")
+    new Option(
+      "--prior-precision <x>",
+      "of the adapter's parameters; auto: of a classifier by the marginal likelihood, else by every second row of --data",
+    )
       .default("auto")
       .argParser((text) => {
         const value = text === "auto" ? text : Number(text);
@@ -36,23 +39,25 @@ export interface Calibration {
   readonly prior_precision: number;
   /** Directions that the rows say something of. */
   readonly rank: number;
+  /** Rows or target tokens that it was measured on. */
+  readonly cases: number;
   readonly before: CalibrationMetrics;
   readonly after: CalibrationMetrics;
 }
 
-/** Measures calibration with `predict`, which is given the prior's precision, and frees the curvature. */
+/** Measures calibration with `predict`, which is given the prior's precision (a number, or what chooses it), and frees the curvature. */
 export async function calibrationOf(
   curvature: Curvature,
-  { priorPrecision }: LaplaceArguments,
+  precision: number | (() => number | Promise<number>),
   predict: (tau: number) => Promise<{ readonly plain: readonly Prediction[]; readonly laplace: readonly Prediction[] }>,
 ): Promise<Calibration> {
   try {
-    const tau = priorPrecision === "auto" ? bestPrecision(curvature) : priorPrecision;
+    const tau = typeof precision === "number" ? precision : await precision();
     const rank = curvature.values.length;
     say(`laplace: ${number(rank)} directions of the parameters are determined, prior precision ${tau.toPrecision(4)}`);
     const { plain, laplace } = await predict(tau);
     const [before, after] = [calibrationMetrics(plain), calibrationMetrics(laplace)];
-    return { prior_precision: tau, rank, before, after };
+    return { prior_precision: tau, rank, cases: plain.length, before, after };
   } finally {
     curvature.destroy();
   }
@@ -65,9 +70,9 @@ export function demandAdapter(adapter: string | undefined): void {
 }
 
 /** For people, as a table. */
-export function showCalibration({ before, after }: Calibration): void {
+export function showCalibration({ cases, before, after }: Calibration): void {
   const line = (name: string, { nll, ece, accuracy, brier }: CalibrationMetrics): string =>
-    `${name.padEnd(14)} NLL ${nll.toFixed(4)}, ECE ${ece.toFixed(4)}, accuracy ${accuracy.toFixed(4)}, Brier ${brier.toFixed(4)}`;
+    `${name.padEnd(14)} NLL ${nll.toFixed(4)}, ECE ${ece.toFixed(4)}, accuracy ${accuracy.toFixed(4)}, Brier ${brier.toFixed(4)} over ${number(cases)}`;
   result(line("as trained", before));
   result(line("with laplace", after));
 }
