@@ -46,9 +46,14 @@ export {
   type SavedLayer,
   type SavedParts,
 } from "./lora/adapter.ts";
+export type { CalibrationBatch } from "./lora/calibration.ts";
 export type { LoraConfig } from "./lora/config.ts";
 export { doraLinear, type Magnitude, rowSquares } from "./lora/dora-linear.ts";
 export { initLora, type LoraInit } from "./lora/init.ts";
+export { attachEva, type EvaOptions } from "./lora/init-eva.ts";
+export { initLoftq, type LoftqOptions } from "./lora/init-loftq.ts";
+export { initLoraGa, type LoraGaOptions } from "./lora/init-lora-ga.ts";
+export { type LoraFa, loraFa } from "./lora/lora-fa.ts";
 export { loraLinear } from "./lora/lora-linear.ts";
 export { type AdapterFiles, loadPeft, savePeft } from "./lora/peft.ts";
 export { matchModules, type TargetModules } from "./lora/target-modules.ts";
@@ -56,7 +61,7 @@ export { BertClassifier, type BertConfig } from "./models/bert.ts";
 export { CausalModel, type HiddenOptions, type KvCache, type Packing } from "./models/causal.ts";
 export { isClassifier, type ModelConfig, readClassifierConfig, readConfig } from "./models/config.ts";
 export type { CausalConfig, DecoderConfig } from "./models/decoder-config.ts";
-export { emptyModel, type LoadOptions, loadModel, makeModel, weightShapes } from "./models/load.ts";
+export { emptyModel, type LoadOptions, loadModel, makeModel, openLinears, weightShapes } from "./models/load.ts";
 export { type ClassifierOptions, loadClassifier } from "./models/load-classifier.ts";
 export type { WeightFormat, WeightMap } from "./models/weights.ts";
 export { type Linear, type LinearAdapter, linear } from "./nn/linear.ts";
@@ -70,6 +75,7 @@ export { type DType, empty, read, readAll, type Shape, slice, Tensor, tensor, vi
 export { AdamW, type AdamWSettings, type AdamWState } from "./train/adamw.ts";
 export { type Batch, batchIndices, collate } from "./train/batches.ts";
 export { decodeState, encodeState, type TrainingState } from "./train/checkpoint.ts";
+export { type CalibrationOptions, calibrationBatches } from "./train/calibration.ts";
 export {
   type ClassificationLimits,
   type ClassificationStats,

@@ -1,11 +1,12 @@
 /** Where an adapter starts from, by PEFT's names for it. */
 
 import { ShapeError } from "../tensor/errors.ts";
-import { type Matrix, matrix, multiply, qr, randomizedSvd, type Svd, svd, transpose } from "../tensor/linalg.ts";
+import { type Matrix, matrix, multiply, qr, randomizedSvd, svd, transpose } from "../tensor/linalg.ts";
 import { isPacked } from "../tensor/packed.ts";
 import { Random } from "../tensor/random.ts";
 import { read, type Tensor } from "../tensor/tensor.ts";
 import type { LoraAdapter } from "./adapter.ts";
+import { asValues, type Factors, principal, rowsOf } from "./init-factors.ts";
 
 /**
  * "gaussian": A normal with deviation 1/r, B zero. "orthogonal": A and B of two halves of an orthogonal matrix, so that B·A is zero.
@@ -16,12 +17,6 @@ export type LoraInit = "gaussian" | "orthogonal" | "pissa" | "olora" | `pissa_ni
 
 /** Whether such a start takes a part of the base: W is then kept twice. */
 export const takesFromBase = (init: string | undefined): boolean => init !== undefined && startOf(init).takesFromBase;
-
-/** Factors of one module: A [r,K], B [N,r]. */
-interface Factors {
-  readonly A: Matrix;
-  readonly B: Matrix;
-}
 
 interface Start {
   readonly r: number;
@@ -52,8 +47,7 @@ export async function initLora(adapter: LoraAdapter, init: LoraInit, seed = 0): 
     const W = make.takesFromBase
       ? matrix(N, K, await read(layer.weight as Tensor))
       : { rows: N, columns: K, data: NONE };
-    const factors = await make.of(W, { r, scale, random });
-    starts.set(name, { A: Float32Array.from(factors.A.data), B: Float32Array.from(factors.B.data) });
+    starts.set(name, asValues(await make.of(W, { r, scale, random })));
   }
   adapter.start(starts, make.takesFromBase);
 }
@@ -110,29 +104,7 @@ function orthogonal({ rows: N, columns: K }: Matrix, { r, random }: Start): Fact
   };
 }
 
-/** A = √(S/s)·Vᵀ and B = U·√(S/s) of the r largest singular values S. */
-function principal({ U, s, Vt }: Svd, r: number, scale: number): Factors {
-  const root = (i: number): number => Math.sqrt((s[i] ?? 0) / scale);
-  const A = rowsOf(Vt, r, (i) => i);
-  const B = transpose(rowsOf(transpose(U), r, (i) => i));
-  A.data.forEach((v, at) => {
-    A.data[at] = v * root(Math.floor(at / A.columns));
-  });
-  B.data.forEach((v, at) => {
-    B.data[at] = v * root(at % r);
-  });
-  return { A, B };
-}
-
 const firstOf = ({ Q, R }: { readonly Q: Matrix; readonly R: Matrix }, r: number): Factors => ({
   A: rowsOf(R, r, (i) => i),
   B: transpose(rowsOf(transpose(Q), r, (i) => i)),
 });
-
-/** `count` rows of X, the i-th of them its `at(i)`-th. */
-function rowsOf(X: Matrix, count: number, at: (i: number) => number): Matrix {
-  const { columns } = X;
-  const picked = matrix(count, columns);
-  for (let i = 0; i < count; i++) picked.data.set(X.data.subarray(at(i) * columns, (at(i) + 1) * columns), i * columns);
-  return picked;
-}

@@ -2,7 +2,8 @@ import type { Gpu } from "../gpu/gpu.ts";
 import type { Directory } from "../io/bytes.ts";
 import type { FloatDtype } from "../io/dtype.ts";
 import { isDoubleQuantized, isQuantized } from "../nn/bitsandbytes.ts";
-import { openCheckpoint, storedDtype, storedName } from "../nn/checkpoint.ts";
+import { openCheckpoint, readMatrix, storedDtype, storedName } from "../nn/checkpoint.ts";
+import { ShapeError } from "../tensor/errors.ts";
 import type { CausalModel } from "./causal.ts";
 import { type ModelConfig, readConfig } from "./config.ts";
 import { Decoder, decoderShapes } from "./decoder.ts";
@@ -67,6 +68,19 @@ export async function loadModel(gpu: Gpu, directory: Directory, options: LoadOpt
   const isTransposed = (name: string): boolean => isTurned(config, name);
   const asked = { shapes: shapesOf(config, limits), whole: shapesOf(config), format, doubleQuant, isTransposed };
   return makeModel(gpu, config, await loadWeights(gpu, checkpoint, asked));
+}
+
+/** The weights of linear layers as they are stored, one at a time: W [N,K] of a module by rows, on the host. Errors as in `loadModel`. */
+export async function openLinears(directory: Directory): Promise<(module: string) => Promise<Float32Array>> {
+  const config = await readConfig(directory);
+  const checkpoint = await openCheckpoint(directory, "model");
+  const sizes = linearSizes(config);
+  return (module) => {
+    const size = sizes.get(module);
+    if (!size) throw new ShapeError(`openLinears: a module must be a linear layer of the model, got ${module}`);
+    const name = `${module}.weight`;
+    return readMatrix(checkpoint, storedName(checkpoint, name), size, isTurned(config, name));
+  };
 }
 
 /** What each weight is stored in: by the weights themselves where they are there, else by what `config.json` says of all. */

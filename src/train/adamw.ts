@@ -4,6 +4,7 @@ import { adamwStep } from "../kernels/adamw.ts";
 import { addInto } from "../kernels/axpy.ts";
 import { copyTo } from "../kernels/copy-rows.ts";
 import { globalNorm } from "../kernels/global-norm.ts";
+import { matmul } from "../kernels/matmul.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { readAll, slice, Tensor, tensor, VIEW_ALIGNMENT } from "../tensor/tensor.ts";
 
@@ -17,6 +18,8 @@ export interface AdamWSettings {
   readonly maxGradNorm?: number;
   /** What the learning rate is multiplied by for some of the parameters: see `LoraAdapter.rates`. */
   readonly rates?: ReadonlyMap<Tensor, number> | undefined;
+  /** P [r,r] by parameter [N,r], whose gradient is g·P in the update; norm and clipping are those of g. See `loraFa`. */
+  readonly projections?: ReadonlyMap<Tensor, Tensor> | undefined;
 }
 
 /** An optimizer on the host, to the last bit. */
@@ -49,7 +52,8 @@ export class AdamW {
   readonly parameters: readonly Tensor[];
   /** Steps counted so far: what the bias corrections go by. */
   stepCount = 0;
-  readonly #settings: Required<Omit<AdamWSettings, "rates">>;
+  readonly #settings: Required<Omit<AdamWSettings, "rates" | "projections">>;
+  readonly #projections: ReadonlyMap<Tensor, Tensor>;
   readonly #runs: readonly Run[];
 
   /** `accumulates`: gradients of several batches will be added up by `take(…, true)`, which takes a second buffer. */
@@ -57,6 +61,7 @@ export class AdamW {
     if (parameters.length === 0) throw new ShapeError("AdamW: at least one parameter is needed, got none");
     this.parameters = parameters;
     const { beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weightDecay = 0, maxGradNorm = 0 } = settings;
+    this.#projections = settings.projections ?? new Map();
     this.#settings = { beta1, beta2, eps, weightDecay, maxGradNorm };
     const rateOf = (p: Tensor): number => settings.rates?.get(p) ?? 1;
     const decayOf = ({ shape }: Tensor): number => (shape.length > 1 ? weightDecay : 0);
@@ -125,8 +130,10 @@ export class AdamW {
   /** Changes the parameters by the gradients it took, as of step `stepCount`. In a traced step both scalars are asked anew in each run. */
   update(clip: Tensor, learningRate: Uniform): void {
     const options = { ...this.#settings, step: () => this.stepCount, clip };
-    for (const { p, g, m, v, rate, weightDecay } of this.#runs)
+    for (const { p, g, m, v, rate, weightDecay, members } of this.#runs) {
+      for (const { parameter, first } of members) this.#project(parameter, slice(g, first, parameter.shape));
       adamwStep(p, g, m, v, { ...options, weightDecay, learningRate: () => rate * uniformValue(learningRate) });
+    }
   }
 
   /** What the next steps depend on besides their gradients, once all that was sent is done. */
@@ -157,6 +164,12 @@ export class AdamW {
       ] as const)
         to.gpu.write(to, values);
     }
+  }
+
+  /** g ← g·P, where the parameter has one. */
+  #project(parameter: Tensor, g: Tensor): void {
+    const P = this.#projections.get(parameter);
+    if (P) g.gpu.scope(() => copyTo(matmul(g, P), g));
   }
 
   /** Frees moments and gradients. */

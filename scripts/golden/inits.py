@@ -1,0 +1,104 @@
+"""What PEFT makes of starts that need data: test/golden/adapters/eva and lora-ga.
+
+    python scripts/golden/inits.py
+
+The base is models/qwen2. rows.json has the rows, two a batch; expected.json the ranks and alphas of EVA, by module, and the settings;
+expected.safetensors A (and B) of every module, of which signs are free. For LoRA-GA "DIRECTION.SCALE.module.A" and B.
+"""
+
+import json
+import shutil
+
+from common import GOLDEN, MADE_WITH, deterministic, write_json, write_tensors
+
+import torch
+from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.loraga import preprocess_loraga
+from transformers import AutoModelForCausalLM
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SEED = 77
+BATCHES, TOKENS = 3, 24
+
+
+def load() -> torch.nn.Module:
+    base = GOLDEN / "models" / "qwen2"
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    made = []
+    for _ in range(BATCHES):
+        ids = torch.randint(3, 64, (2, TOKENS))
+        labels = ids.clone()
+        labels[0, :4] = -100
+        labels[1, :2] = -100
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+def modules(adapted: torch.nn.Module):
+    for name, module in adapted.named_modules():
+        if hasattr(module, "lora_A"):
+            yield name.removeprefix("base_model.model."), module
+
+
+def write(name: str, data: list, tensors: dict, expected: dict) -> None:
+    directory = GOLDEN / "adapters" / name
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    rows = [
+        {"inputIds": ids.tolist(), "labels": labels.tolist()}
+        for batch in data
+        for ids, labels in zip(batch["input_ids"], batch["labels"])
+    ]
+    write_tensors(directory / "expected.safetensors", tensors)
+    (directory / "expected.safetensors").chmod(0o644)
+    write_json(directory / "expected.json", {"made_with": MADE_WITH, "base": "qwen2", **expected, "rows": rows})
+
+
+def make_eva() -> None:
+    deterministic(SEED)
+    data = batches()
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ALL}
+    config = LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(), task_type="CAUSAL_LM", **settings)
+    adapted = get_peft_model(load(), config)
+    initialize_lora_eva_weights(adapted, data, show_progress_bar=False)
+    tensors, found = {}, {}
+    for name, module in modules(adapted):
+        tensors[f"{name}.A"] = module.lora_A["default"].weight
+        found[name] = {
+            "r": module.r["default"],
+            "alpha": module.lora_alpha["default"],
+            "scale": module.scaling["default"],
+        }
+    write("eva", data, tensors, {"modules": found})
+    print(sorted(json.dumps(value) for value in found.values()))
+
+
+def make_lora_ga() -> None:
+    deterministic(SEED)
+    data = batches()
+    tensors = {}
+    for direction, scale in [("ArB2r", "stable"), ("A2rBr", "weight_svd"), ("ArBr", "gd_scale"), ("ArB2r", "unit")]:
+        model = load()
+        settings = {"r": 4, "lora_alpha": 6, "target_modules": ALL}
+        ga = LoraGAConfig(direction=direction, scale=scale)
+        config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=ga, task_type="CAUSAL_LM", **settings)
+
+        def step() -> None:
+            for batch in data:
+                model(**batch).loss.backward()
+
+        preprocess_loraga(model, config, step)
+        adapted = get_peft_model(model, config)
+        for name, module in modules(adapted):
+            if direction == "ArB2r" and scale == "stable" or ".layers.0." in name:
+                tensors[f"{direction}.{scale}.{name}.A"] = module.lora_A["default"].weight
+                tensors[f"{direction}.{scale}.{name}.B"] = module.lora_B["default"].weight
+    write("lora-ga", data, tensors, {"alpha": 6, "r": 4})
+
+
+if __name__ == "__main__":
+    make_eva()
+    make_lora_ga()
