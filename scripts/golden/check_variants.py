@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LOWRANK = ["node", "--import", "tsx", "--import", "./scripts/wgsl.mjs", "src/cli/main.ts"]
-TRAIN = ["--steps", "3", "--batch-size", "2", "--rank", "4", "--alpha", "8", "--learning-rate", "0.05"]
+TRAIN = ["--steps", "5", "--batch-size", "2", "--rank", "4", "--alpha", "8", "--learning-rate", "0.05"]
 
 VARIANTS = {
     "lora": ("qwen2", []),
@@ -32,6 +32,11 @@ VARIANTS = {
     "olora and rslora": ("gemma2", ["--init", "olora", "--use-rslora"]),
     "olora and dora": ("granite", ["--init", "olora", "--use-dora"]),
     "orthogonal": ("olmo2", ["--init", "orthogonal"]),
+    "eva": ("qwen2", ["--init", "eva"]),
+    "eva and rslora": ("llama-linear", ["--init", "eva", "--use-rslora"]),
+    "lora_ga": ("qwen2", ["--init", "lora_ga"]),
+    "lora_ga of Conv1D": ("gpt2", ["--init", "lora_ga"]),
+    "LoRA-FA": ("qwen2", ["--lora-fa"]),
     "gaussian": ("gemma3", ["--init", "gaussian"]),
 }
 

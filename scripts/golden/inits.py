@@ -1,9 +1,10 @@
-"""What PEFT makes of starts that need data: test/golden/adapters/eva and lora-ga.
+"""What PEFT makes of starts that need data: test/golden/adapters/eva and lora-ga; and lora-fa.
 
     python scripts/golden/inits.py
 
-The base is models/qwen2. rows.json has the rows, two a batch; expected.json the ranks and alphas of EVA, by module, and the settings;
-expected.safetensors A (and B) of every module, of which signs are free. For LoRA-GA "DIRECTION.SCALE.module.A" and B.
+The base is models/qwen2. expected.json has the rows, two a batch, and the ranks and alphas of EVA by module; expected.safetensors A (and B) of every
+module, of which signs are free. For LoRA-GA "DIRECTION.SCALE.module.A" and B. EVA sees one batch again and again, for then directions settle at
+once; "pca.0" and so on are batches whose incremental components and singular values are "pca.components" and "pca.s".
 """
 
 import json
@@ -13,7 +14,9 @@ from common import GOLDEN, MADE_WITH, deterministic, write_json, write_tensors
 
 import torch
 from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights
+from peft.optimizers import lorafa
 from peft.tuners.lora.loraga import preprocess_loraga
+from peft.utils.incremental_pca import IncrementalPCA
 from transformers import AutoModelForCausalLM
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -59,8 +62,8 @@ def write(name: str, data: list, tensors: dict, expected: dict) -> None:
 
 def make_eva() -> None:
     deterministic(SEED)
-    data = batches()
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": ALL}
+    data = batches()[:1]
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ALL, "rank_pattern": {"down_proj": 2}}
     config = LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(), task_type="CAUSAL_LM", **settings)
     adapted = get_peft_model(load(), config)
     initialize_lora_eva_weights(adapted, data, show_progress_bar=False)
@@ -72,6 +75,12 @@ def make_eva() -> None:
             "alpha": module.lora_alpha["default"],
             "scale": module.scaling["default"],
         }
+    pca = IncrementalPCA(n_components=4, lowrank=True, lowrank_seed=42)
+    for i, rows in enumerate((20, 9, 14)):
+        tensors[f"pca.{i}"] = torch.randn(rows, 16) * 0.6 ** torch.arange(16) + i
+        pca.partial_fit(tensors[f"pca.{i}"])
+    tensors |= {"pca.components": pca.components_.float(), "pca.s": pca.singular_values_.float()[None]}
+    tensors |= {"pca.explained": pca.explained_variance_ratio_.float()[None]}
     write("eva", data, tensors, {"modules": found})
     print(sorted(json.dumps(value) for value in found.values()))
 
@@ -99,6 +108,32 @@ def make_lora_ga() -> None:
     write("lora-ga", data, tensors, {"alpha": 6, "r": 4})
 
 
+def make_lora_fa() -> None:
+    """lora-fa: A and B to begin with, and B after 4 steps of PEFT's optimizer, in f32 as its autocast to bf16 is switched off."""
+    deterministic(SEED)
+    data = batches()[:1]
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
+    adapted = get_peft_model(load(), LoraConfig(task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if ".lora_B." in name:
+                weight.copy_(0.1 * torch.randn_like(weight))
+    tensors = {f"{name}.A": module.lora_A["default"].weight.clone() for name, module in modules(adapted)}
+    tensors |= {f"{name}.B": module.lora_B["default"].weight.clone() for name, module in modules(adapted)}
+    lorafa.is_bf16_available = lambda: False
+    optimizer = lorafa.create_lorafa_optimizer(adapted, r=4, lora_alpha=6, lr=0.01)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = adapted(**data[0]).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    tensors |= {f"{name}.final": module.lora_B["default"].weight for name, module in modules(adapted)}
+    write("lora-fa", data, tensors, {"lr": 0.01, "losses": losses})
+
+
 if __name__ == "__main__":
+    make_lora_fa()
     make_eva()
     make_lora_ga()

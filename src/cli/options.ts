@@ -1,7 +1,7 @@
 /** Options that several commands share, and numbers that are checked in the project's own words. */
 import { Option } from "commander";
 import type { LoraConfig } from "../lora/config.ts";
-import type { LoraInit } from "../lora/init.ts";
+import { type LoraInit, takesFromBase } from "../lora/init.ts";
 import type { TargetModules } from "../lora/target-modules.ts";
 import type { WeightFormat } from "../models/weights.ts";
 import { ShapeError } from "../tensor/errors.ts";
@@ -115,8 +115,10 @@ export function loraOptions(command: string): Option[] {
     ),
     new Option(
       "--init <start>",
-      "gaussian, orthogonal, or a part of the base: pissa, pissa_niter_N (faster), olora (default: PEFT's usual start)",
+      "gaussian, orthogonal; a part of the base: pissa, pissa_niter_N (faster), olora; by the data: eva, lora_ga; with --quantize: loftq (default: PEFT's usual start)",
     ),
+    whole(command, "--init-batches <n>", "batches of the data that --init eva and lora_ga look at", 1, 8),
+    new Option("--lora-fa", "train B alone, its gradient projected for a frozen A (LoRA-FA)"),
     new Option("--use-dora", "learn magnitude and direction apart (DoRA)"),
     new Option("--use-rslora", "scale by alpha / √rank (rsLoRA)"),
   ];
@@ -130,10 +132,23 @@ export interface LoraArguments {
   readonly targetModules: TargetModules;
   readonly excludeModules?: TargetModules;
   readonly layersToTransform?: readonly number[];
-  readonly init?: LoraInit;
+  readonly init?: LoraInit | DataInit | "loftq";
+  readonly initBatches: number;
+  readonly loraFa?: boolean;
   readonly useDora?: boolean;
   readonly useRslora?: boolean;
 }
+
+/** Starts that are fitted to data. */
+export type DataInit = "eva" | "lora_ga";
+
+/** Whether W is kept twice: a part of the base is taken. */
+export const keepsTwice = ({ init }: Pick<LoraArguments, "init">): boolean =>
+  init === "lora_ga" || (init !== undefined && init !== "eva" && init !== "loftq" && takesFromBase(init));
+
+/** The ranks to plan with: EVA deals them out by the data, and gives a module at most twice its own. */
+export const plannedConfig = (options: LoraArguments): LoraConfig =>
+  loraConfig(options.init === "eva" ? { ...options, rank: 2 * options.rank } : options);
 
 export function loraConfig(options: LoraArguments): LoraConfig {
   const { rank: r, alpha, dropout, targetModules, excludeModules, layersToTransform } = options;
@@ -155,6 +170,7 @@ export const LORA_OPTIONS: string[] = [
   "excludeModules",
   "layersToTransform",
   "init",
+  "initBatches",
   "useDora",
   "useRslora",
 ];

@@ -4,19 +4,21 @@ import { GpuError } from "../gpu/errors.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import { attachLora, type LoraAdapter } from "../lora/adapter.ts";
 import type { LoraConfig } from "../lora/config.ts";
-import { takesFromBase } from "../lora/init.ts";
+import { freezeA } from "../lora/lora-fa.ts";
 import { emptyModel } from "../models/load.ts";
 import { bitsPerWeight, type WeightFormat } from "../models/weights.ts";
 import { diskDirectory, loadPeftFrom } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
+import { empty, type Tensor } from "../tensor/tensor.ts";
 import { type MemoryPlan, planTraining } from "../train/plan.ts";
 import {
   jsonOption,
+  keepsTwice,
   type LoraArguments,
-  loraConfig,
   loraOptions,
   maxLengthOption,
   modelOption,
+  plannedConfig,
   quantizeOption,
   revisionOption,
   stepOptions,
@@ -31,6 +33,8 @@ export interface RunSize {
   readonly weights: WeightFormat;
   /** Whether the adapter begins with a part of the base. */
   readonly takesFromBase?: boolean;
+  /** Whether B is trained alone. */
+  readonly loraFa?: boolean;
   readonly batchSize: number;
   readonly maxLength: number;
   readonly gradAccumulation: number;
@@ -90,12 +94,14 @@ async function planOf(gpu: Gpu, model: string, adapter: LoraConfig | string, siz
   const plan = await planTraining(
     gpu,
     async (dry) => {
-      const empty = await emptyModel(dry, diskDirectory(model), { weights: size.weights });
-      bits = bitsPerWeight(empty);
-      empty.checkpointing = size.checkpointing;
-      const attached = typeof adapter === "string" ? await loadPeftFrom(empty, adapter) : attachLora(empty, adapter);
+      const unfilled = await emptyModel(dry, diskDirectory(model), { weights: size.weights });
+      bits = bitsPerWeight(unfilled);
+      unfilled.checkpointing = size.checkpointing;
+      const attached =
+        typeof adapter === "string" ? await loadPeftFrom(unfilled, adapter) : attachLora(unfilled, adapter);
       if (size.takesFromBase) attached.start(zeros(attached), true);
-      return { model: empty, parameters: attached.parameters, adapter: attached };
+      if (!size.loraFa) return { model: unfilled, parameters: attached.parameters, adapter: attached };
+      return { model: unfilled, parameters: freezeA(attached), adapter: attached, projections: squares(attached) };
     },
     size,
   );
@@ -104,6 +110,10 @@ async function planOf(gpu: Gpu, model: string, adapter: LoraConfig | string, siz
 
 const zeros = ({ pairs }: LoraAdapter): Map<string, Record<"A" | "B", Float32Array>> =>
   new Map([...pairs].map(([name, { A, B }]) => [name, { A: new Float32Array(A.size), B: new Float32Array(B.size) }]));
+
+/** A matrix [r,r] for each B. */
+const squares = ({ pairs }: LoraAdapter): Map<Tensor, Tensor> =>
+  new Map([...pairs.values()].map(({ A, B }) => [B, empty(A.gpu, [A.shape[0] ?? 0, A.shape[0] ?? 0], "plan")]));
 
 /** The plan of a run if it fits. Throws GpuError, with what would make it fit, if it does not. */
 export async function demandFit(
@@ -173,10 +183,11 @@ async function run(given: PlanArguments): Promise<void> {
   const maxLength = options.maxLength ?? Math.min(512, config.contextLength);
   const size = {
     ...{ batchSize, maxLength, gradAccumulation, checkpointing },
-    takesFromBase: takesFromBase(options.init),
+    takesFromBase: keepsTwice(options),
+    loraFa: options.loraFa ?? false,
     weights: weightFormat(options.quantize),
   };
-  const adapter = loraConfig(options);
+  const adapter = plannedConfig(options);
   await withGpu(async (gpu) => {
     const budget = budgetOf(gpu, options.budget);
     const { bits, ...plan } = await planOf(gpu, options.model, adapter, size);

@@ -2,7 +2,7 @@
 import { join } from "node:path";
 import type { Gpu } from "../gpu/gpu.ts";
 import { attachLora, type LoraAdapter } from "../lora/adapter.ts";
-import { initLora } from "../lora/init.ts";
+import { initLora, type LoraInit } from "../lora/init.ts";
 import type { BertClassifier } from "../models/bert.ts";
 import { appendLine, loadPeftFrom, savePeftTo, writeFileAtomic } from "../node.ts";
 import { batchesPerEpoch } from "../train/batches.ts";
@@ -18,8 +18,12 @@ import type { TrainArguments } from "./train.ts";
 type Arguments = TrainArguments & { readonly baseModel: string };
 
 export async function trainClassifier(options: Arguments): Promise<void> {
-  const { quantize, profile, budget } = options;
-  refuse("train", { "--quantize": quantize, "--profile": profile, "--budget": budget });
+  const { quantize, profile, budget, init } = options;
+  const isByData = init === "eva" || init === "lora_ga" || init === "loftq";
+  refuse("train", {
+    ...{ "--quantize": quantize, "--profile": profile, "--budget": budget, "--lora-fa": options.loraFa },
+    ...(isByData && { [`--init ${init}`]: init }),
+  });
   const { rows, stats } = await readClassRows(options, options.data);
   const perEpoch = batchesPerEpoch({ rows: rows.length, batchSize: options.batchSize });
   const steps = options.steps ?? Math.ceil(((options.epochs ?? 1) * perEpoch) / options.gradAccumulation);
@@ -51,7 +55,7 @@ async function startAdapter(model: BertClassifier, options: Arguments): Promise<
   const { initAdapter, init, seed } = options;
   if (initAdapter !== undefined) return loadPeftFrom(model, initAdapter);
   const adapter = attachLora(model, loraConfig(options), seed);
-  if (init !== undefined) await initLora(adapter, init, seed);
+  if (init !== undefined) await initLora(adapter, init as LoraInit, seed);
   return adapter;
 }
 

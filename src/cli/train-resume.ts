@@ -27,11 +27,12 @@ const KEPT = [
     "excludeModules",
     "layersToTransform",
     "init",
+    "initBatches",
     "useDora",
     "useRslora",
   ],
   ...["initAdapter", "quantize", "batchSize", "gradAccumulation", "learningRate", "schedule", "weightDecay"],
-  ...["loraplusLrRatio", "maxGradNorm", "seed", "shuffle"],
+  ...["loraFa", "loraplusLrRatio", "maxGradNorm", "seed", "shuffle"],
 ];
 
 interface RunPlan {

@@ -12,7 +12,7 @@ import { deviceName, say } from "./session.ts";
 import { writeProfile } from "./train-report.ts";
 import { version } from "./version.ts";
 
-interface RunOptions extends Omit<TrainOptions, "profile" | "parameters"> {
+interface RunOptions extends Omit<TrainOptions, "profile"> {
   readonly adapter: LoraAdapter;
   readonly out: string;
   readonly baseModel: string;
@@ -39,7 +39,7 @@ interface RunEnd {
 
 /** Trains, and leaves the adapter of the last good step in `out` however it ends. */
 export async function runTraining(options: RunOptions): Promise<RunEnd> {
-  const { model, adapter, out, steps, saved, timeBudget } = options;
+  const { model, out, steps, saved, timeBudget } = options;
   const progress = new Progress(steps, saved?.step);
   const ctrlC = interruption(() => progress.end());
   const timeIsOver = timeBudget ? [AbortSignal.timeout(timeBudget)] : [];
@@ -50,7 +50,7 @@ export async function runTraining(options: RunOptions): Promise<RunEnd> {
   try {
     const training = train({
       ...options,
-      ...{ parameters: adapter.parameters, from: saved?.state },
+      from: saved?.state,
       signal: AbortSignal.any([ctrlC.signal, ...timeIsOver]),
       checkpoint: { every: options.saveEvery, save: (state) => files.checkpoint(state) },
       profile: options.profile

@@ -1,10 +1,15 @@
 import { Command, Option } from "commander";
 import type { Gpu } from "../gpu/gpu.ts";
 import { attachLora, type LoraAdapter } from "../lora/adapter.ts";
-import { initLora, takesFromBase } from "../lora/init.ts";
+import { initLora } from "../lora/init.ts";
+import { attachEva } from "../lora/init-eva.ts";
+import { initLoftq } from "../lora/init-loftq.ts";
+import { initLoraGa } from "../lora/init-lora-ga.ts";
+import { type LoraFa, loraFa } from "../lora/lora-fa.ts";
 import { loadPeft } from "../lora/peft.ts";
 import type { CausalModel } from "../models/causal.ts";
 import { isClassifier } from "../models/config.ts";
+import { openLinears } from "../models/load.ts";
 import {
   diskDirectory,
   ensureWritableDirectory,
@@ -15,6 +20,7 @@ import {
 } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { batchesPerEpoch, longest } from "../train/batches.ts";
+import { calibrationBatches } from "../train/calibration.ts";
 import type { Row } from "../train/data.ts";
 import { evaluate } from "../train/loss.ts";
 import type { Schedule } from "../train/schedule.ts";
@@ -22,6 +28,7 @@ import {
   amount,
   dataOption,
   jsonOption,
+  keepsTwice,
   LORA_OPTIONS,
   type LoraArguments,
   loraConfig,
@@ -30,6 +37,7 @@ import {
   modelOption,
   numeric,
   numLabelsOption,
+  plannedConfig,
   quantizeOption,
   revisionOption,
   stepOptions,
@@ -175,25 +183,33 @@ async function run(given: TrainArguments): Promise<void> {
     batchSize: Math.min(batchSize, rows.length),
     gradAccumulation,
     checkpointing,
-    takesFromBase: takesFromBase(options.init),
+    takesFromBase: keepsTwice(options),
+    loraFa: options.loraFa ?? false,
     weights: weightFormat(options.quantize),
     maxLength: longest(rows),
   };
 
   const work = async (gpu: Gpu): Promise<void> => {
     const started = performance.now();
-    const plan = await demandFit(gpu, options.model, options.initAdapter ?? loraConfig(options), size, options.budget);
+    const plan = await demandFit(
+      gpu,
+      options.model,
+      options.initAdapter ?? plannedConfig(options),
+      size,
+      options.budget,
+    );
     say(
       `memory: at most ${bytes(plan.peak)} of the GPU's, ${bytes(plan.weights)} of it weights, ${bitsLine(plan.bits)}`,
     );
     const model = await loadModelFrom(gpu, options.model, { weights: size.weights });
     model.checkpointing = checkpointing;
-    const adapter = await startAdapter(model, options, saved);
-    const trainable = adapter.parameters.reduce((sum, p) => sum + p.size, 0);
+    const adapter = await startAdapter(model, options, rows, saved);
+    const trained: TrainedParts = options.loraFa ? await loraFa(adapter) : { parameters: adapter.parameters };
+    const trainable = trained.parameters.reduce((sum, p) => sum + p.size, 0);
     say(`adapter: rank ${adapter.config.r} on ${adapter.pairs.size} layers, ${number(trainable)} parameters to train`);
     const { first, last, interrupted, skipped } = await runTraining({
       ...options,
-      ...{ model, adapter, rows, steps, warmupSteps, settings, saved },
+      ...{ ...trained, model, adapter, rows, steps, warmupSteps, settings, saved },
       rates: options.loraplusLrRatio === undefined ? undefined : adapter.rates(options.loraplusLrRatio),
       shuffleSeed: options.shuffle ? seed : undefined,
       validation: valid && {
@@ -233,16 +249,36 @@ async function readValidation(
   return undefined;
 }
 
+type TrainedParts = Pick<LoraFa, "parameters"> & Partial<LoraFa>;
+
 /** As it begins; one that goes on gets the values of its parameters from the checkpoint's state. */
 async function startAdapter(
   model: CausalModel,
   options: TrainArguments,
+  rows: readonly Row[],
   saved: SavedCheckpoint | undefined,
 ): Promise<LoraAdapter> {
   const { initAdapter, init, seed } = options;
-  if (initAdapter !== undefined) return saved ? loadPeft(model, saved.directory) : loadPeftFrom(model, initAdapter);
+  const isGiven = initAdapter !== undefined || init === "eva" || init === "loftq"; // by the file alone
+  if (saved && isGiven) return loadPeft(model, saved.directory);
+  if (initAdapter !== undefined) return loadPeftFrom(model, initAdapter);
+  if (!saved && (init === "eva" || init === "lora_ga")) return startByData(model, options, rows);
   const adapter = attachLora(model, loraConfig(options), seed);
-  if (saved && takesFromBase(init)) await startAsIn(saved, adapter);
-  else if (init !== undefined) await initLora(adapter, init, seed);
+  if (saved && keepsTwice(options)) await startAsIn(saved, adapter);
+  else if (init === "loftq") await initLoftq(adapter, await openLinears(diskDirectory(options.model)), { seed });
+  else if (init !== undefined && init !== "eva" && init !== "lora_ga") await initLora(adapter, init, seed);
   return adapter;
+}
+
+async function startByData(model: CausalModel, options: TrainArguments, rows: readonly Row[]): Promise<LoraAdapter> {
+  const { init, seed, batchSize, initBatches } = options;
+  const batches = calibrationBatches(model, rows, { batchSize, batches: initBatches });
+  try {
+    if (init === "eva") return await attachEva(model, loraConfig(options), batches, { seed });
+    const adapter = attachLora(model, loraConfig(options), seed);
+    await initLoraGa(adapter, batches, { seed });
+    return adapter;
+  } finally {
+    for (const batch of batches) batch.destroy();
+  }
 }

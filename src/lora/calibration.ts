@@ -30,9 +30,7 @@ export function inRuns<T>(items: readonly T[], bytesOf: (item: T) => number): T[
   return runs;
 }
 
-/** The first batch. Throws ShapeError where there is none. */
-export function firstBatch(start: string, batches: readonly CalibrationBatch[]): CalibrationBatch {
-  const [first] = batches;
-  if (!first) throw new ShapeError(`${start}: at least one batch of data is needed, got none`);
-  return first;
+/** Throws ShapeError where there is no batch. */
+export function demandBatches(start: string, batches: readonly CalibrationBatch[]): void {
+  if (batches.length === 0) throw new ShapeError(`${start}: at least one batch of data is needed, got none`);
 }

@@ -7,7 +7,7 @@ import { isPacked } from "../tensor/packed.ts";
 import { Random } from "../tensor/random.ts";
 import { type Tensor, tensor } from "../tensor/tensor.ts";
 import type { LoraAdapter } from "./adapter.ts";
-import { type CalibrationBatch, firstBatch, inRuns } from "./calibration.ts";
+import { type CalibrationBatch, demandBatches, inRuns } from "./calibration.ts";
 import { deviceOperator } from "./device-operator.ts";
 import { asValues, type Factors, rowsOf, scaledRows } from "./init-factors.ts";
 
@@ -58,7 +58,7 @@ export async function initLoraGa(
 ): Promise<void> {
   const chosen: Chosen = { direction: "ArB2r", scale: "stable", gamma: 16, ...options };
   checkOptions(chosen);
-  firstBatch("lora_ga", batches);
+  demandBatches("lora_ga", batches);
   const modules = modulesOf(adapter);
   const random = new Random(seed);
   const starts = new Map<string, ReturnType<typeof asValues>>();

@@ -75,7 +75,7 @@ export async function openLinears(directory: Directory): Promise<(module: string
   const config = await readConfig(directory);
   const checkpoint = await openCheckpoint(directory, "model");
   const sizes = linearSizes(config);
-  return (module) => {
+  return async (module) => {
     const size = sizes.get(module);
     if (!size) throw new ShapeError(`openLinears: a module must be a linear layer of the model, got ${module}`);
     const name = `${module}.weight`;

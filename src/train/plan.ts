@@ -38,6 +38,8 @@ interface Planned {
   readonly parameters: readonly Tensor[];
   /** What is trained, where it behaves differently in training. */
   readonly adapter?: HasTrainingMode;
+  /** See `AdamWSettings`. */
+  readonly projections?: ReadonlyMap<Tensor, Tensor>;
 }
 
 /**
@@ -52,10 +54,11 @@ export async function planTraining(
   { batchSize, maxLength, gradAccumulation = 1 }: PlanOptions,
 ): Promise<MemoryPlan> {
   const dry = dryGpu(gpu);
-  const { model, parameters, adapter } = await build(dry);
+  const { model, parameters, adapter, projections } = await build(dry);
   const trained = parameters.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
   const weights = dry.counters().bytesLive - trained;
-  const step = new TrainingStep({ model, parameters, ...(adapter && { adapter }), accumulates: gradAccumulation > 1 });
+  const settings = { projections, accumulates: gradAccumulation > 1 };
+  const step = new TrainingStep({ model, parameters, ...(adapter && { adapter }), ...settings });
   const batch = largestBatch(batchSize, maxLength);
   step.run(new Array(gradAccumulation).fill(batch), 0);
   const { bytesPeak, dispatches } = dry.counters();
