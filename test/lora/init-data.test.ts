@@ -245,7 +245,7 @@ describe("LoRA-GA", () => {
         expectClose(
           own.map((v) => v / most),
           want.map((v) => v / most),
-          2e-3,
+          tolerance,
           `${name} B`,
         );
       }
