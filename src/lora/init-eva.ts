@@ -56,7 +56,13 @@ export async function attachEva(
 ): Promise<LoraAdapter> {
   const config = model.taskType === "SEQ_CLS" ? { modulesToSave: CLASSIFIER_HEADS, ...settings } : settings;
   checkConfig(config);
-  const { rho = 2, tau = 0.99, maxPasses = Math.max(50, batches.length), adjustScalingFactors = true, seed = 0 } = options;
+  const {
+    rho = 2,
+    tau = 0.99,
+    maxPasses = Math.max(50, batches.length),
+    adjustScalingFactors = true,
+    seed = 0,
+  } = options;
   if (!(rho >= 1 && Number.isFinite(rho))) throw new ShapeError(`eva: rho must be a number of at least 1, got ${rho}`);
   if (!(tau >= 0 && tau <= 1)) throw new ShapeError(`eva: tau must be from 0 to 1, got ${tau}`);
   if (!Number.isInteger(maxPasses) || maxPasses < batches.length)
