@@ -19,7 +19,7 @@ export interface Outcome {
   readonly tokens: number;
   readonly trainable_parameters: number;
   readonly peak_bytes: number;
-  readonly planned_bytes: number;
+  readonly planned_bytes?: number;
   /** Steps whose loss or gradient was not finite. */
   readonly skipped_steps: number;
   readonly seconds: number;

@@ -14,7 +14,6 @@ import {
   writeFileAtomic,
 } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import type { Row } from "../train/data.ts";
 import { say } from "./session.ts";
 
 /** What every step depends on, besides steps, warmup, model and data. Options that are not here may be others when a run goes on. */
@@ -31,14 +30,23 @@ const KEPT = [
     "useDora",
     "useRslora",
   ],
-  ...["initAdapter", "quantize", "batchSize", "gradAccumulation", "learningRate", "schedule", "weightDecay"],
+  ...[
+    "initAdapter",
+    "quantize",
+    "numLabels",
+    "batchSize",
+    "gradAccumulation",
+    "learningRate",
+    "schedule",
+    "weightDecay",
+  ],
   ...["loraFa", "loraplusLrRatio", "maxGradNorm", "seed", "shuffle"],
 ];
 
 interface RunPlan {
   readonly steps: number;
   readonly warmupSteps: number;
-  readonly rows: readonly Row[];
+  readonly rows: readonly unknown[];
 }
 
 /**

@@ -1,18 +1,20 @@
 /** A training run on the command line: metrics, adapters and checkpoints into its directory, Ctrl-C and the end of its time. */
 import { join } from "node:path";
+import type { Gpu } from "../gpu/gpu.ts";
 import { syncFile } from "../io/files.ts";
 import type { LoraAdapter } from "../lora/adapter.ts";
 import { appendLine, type RunSettings, type SavedCheckpoint, saveCheckpoint, savePeftTo } from "../node.ts";
 import type { TrainingState } from "../train/checkpoint.ts";
+import type { Row } from "../train/data.ts";
 import type { ProfiledDispatch } from "../train/profile.ts";
 import type { StepMetrics } from "../train/step-metrics.ts";
-import { type TrainOptions, train } from "../train/trainer.ts";
+import { type TrainTaskOptions, trainTask } from "../train/trainer.ts";
 import { Progress } from "./progress.ts";
 import { deviceName, say } from "./session.ts";
 import { writeProfile } from "./train-report.ts";
 import { version } from "./version.ts";
 
-interface RunOptions extends Omit<TrainOptions, "profile"> {
+interface RunOptions<R extends Pick<Row, "inputIds">, B> extends Omit<TrainTaskOptions<R, B>, "profile"> {
   readonly adapter: LoraAdapter;
   readonly out: string;
   readonly baseModel: string;
@@ -38,8 +40,8 @@ interface RunEnd {
 }
 
 /** Trains, and leaves the adapter of the last good step in `out` however it ends. */
-export async function runTraining(options: RunOptions): Promise<RunEnd> {
-  const { model, out, steps, saved, timeBudget } = options;
+export async function runTraining<R extends Pick<Row, "inputIds">, B>(options: RunOptions<R, B>): Promise<RunEnd> {
+  const { task, out, steps, saved, timeBudget } = options;
   const progress = new Progress(steps, saved?.step);
   const ctrlC = interruption(() => progress.end());
   const timeIsOver = timeBudget ? [AbortSignal.timeout(timeBudget)] : [];
@@ -48,7 +50,7 @@ export async function runTraining(options: RunOptions): Promise<RunEnd> {
   let [first, last]: (StepMetrics | undefined)[] = [];
   let skipped = 0;
   try {
-    const training = train({
+    const training = trainTask({
       ...options,
       from: saved?.state,
       signal: AbortSignal.any([ctrlC.signal, ...timeIsOver]),
@@ -70,7 +72,7 @@ export async function runTraining(options: RunOptions): Promise<RunEnd> {
     const done = last?.step ?? saved?.step ?? 0;
     if (done < steps && !ctrlC.signal.aborted) say(whyEarly(done, timeIsOver[0]?.aborted ?? false));
     say(await files.saveAdapter());
-    if (profiles.length > 0) await writeProfile(profiles, out, deviceName(model.gpu.info));
+    if (profiles.length > 0) await writeProfile(profiles, out, deviceName(task.gpu.info));
     return { first, last, interrupted: ctrlC.signal.aborted && done < steps, skipped };
   } catch (error) {
     progress.end();
@@ -98,16 +100,20 @@ function interruption(before: () => void): { readonly signal: AbortSignal; reado
   return { signal: stop.signal, forget: () => void process.off("SIGINT", onInterrupt) };
 }
 
+type FileOptions = Pick<RunOptions<Row, never>, "adapter" | "out" | "baseModel" | "settings" | "saved" | "keep"> & {
+  readonly task: { readonly gpu: Gpu };
+};
+
 /** What a run writes. */
 class RunFiles {
-  readonly #options: RunOptions;
+  readonly #options: FileOptions;
   readonly #metrics: string;
   /** The last step that is known to be done, and the last whose adapter was saved on the way. */
   #good: number | undefined;
   #saved: number | undefined;
   #best: number | undefined;
 
-  constructor(options: RunOptions) {
+  constructor(options: FileOptions) {
     this.#options = options;
     this.#metrics = join(options.out, "metrics.jsonl");
     this.#good = options.saved?.step;
@@ -126,9 +132,9 @@ class RunFiles {
 
   /** The metrics first: a checkpoint must not know of steps that they do not. */
   async checkpoint(state: TrainingState): Promise<void> {
-    const { model, adapter, out, baseModel, settings, keep } = this.#options;
+    const { task, adapter, out, baseModel, settings, keep } = this.#options;
     await syncFile(this.#metrics);
-    const madeBy = { lowrank: version(), runtime: process.version, device: deviceName(model.gpu.info) };
+    const madeBy = { lowrank: version(), runtime: process.version, device: deviceName(task.gpu.info) };
     await saveCheckpoint(out, adapter, baseModel, state, { settings, madeBy }, keep);
     await savePeftTo(adapter, out, baseModel);
     this.#saved = state.optimizer.stepCount;

@@ -24,6 +24,7 @@ import { calibrationBatches } from "../train/calibration.ts";
 import type { Row } from "../train/data.ts";
 import { evaluate } from "../train/loss.ts";
 import type { Schedule } from "../train/schedule.ts";
+import { languageTask } from "../train/task.ts";
 import {
   amount,
   dataOption,
@@ -209,7 +210,7 @@ async function run(given: TrainArguments): Promise<void> {
     say(`adapter: rank ${adapter.config.r} on ${adapter.pairs.size} layers, ${number(trainable)} parameters to train`);
     const { first, last, interrupted, skipped } = await runTraining({
       ...options,
-      ...{ ...trained, model, adapter, rows, steps, warmupSteps, settings, saved },
+      ...{ ...trained, task: languageTask(model), adapter, rows, steps, warmupSteps, settings, saved },
       rates: options.loraplusLrRatio === undefined ? undefined : adapter.rates(options.loraplusLrRatio),
       shuffleSeed: options.shuffle ? seed : undefined,
       validation: valid && {
