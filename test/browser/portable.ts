@@ -1,4 +1,4 @@
-// Models kept in the browser, in Chromium alone: npm run browser. The Hub is on this machine; see host.ts.
+// Models kept in the browser, in Chromium alone: npm run browser:chrome. The Hub is on this machine; see host.ts.
 import {
   type CacheProgress,
   cachedDirectory,
