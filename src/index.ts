@@ -37,15 +37,8 @@ export type { Head } from "./kernels/linear-cross-entropy.ts";
 export type { Layout } from "./kernels/matmul.ts";
 export { type PackOptions, packMatrix } from "./kernels/pack.ts";
 export { unpackMatrix } from "./kernels/unpack.ts";
-export {
-  attachLora,
-  type HasLinears,
-  LoraAdapter,
-  type LoraPair,
-  type LoraParts,
-  type SavedLayer,
-  type SavedParts,
-} from "./lora/adapter.ts";
+export { LoraAdapter } from "./lora/adapter.ts";
+export { attachLora } from "./lora/attach.ts";
 export type { CalibrationBatch } from "./lora/calibration.ts";
 export type { LoraConfig } from "./lora/config.ts";
 export { doraLinear, type Magnitude, rowSquares } from "./lora/dora-linear.ts";
@@ -55,7 +48,17 @@ export { initLoftq, type LoftqOptions } from "./lora/init-loftq.ts";
 export { initLoraGa, type LoraGaOptions } from "./lora/init-lora-ga.ts";
 export { type LoraFa, loraFa } from "./lora/lora-fa.ts";
 export { loraLinear } from "./lora/lora-linear.ts";
-export { type AdapterFiles, loadPeft, savePeft } from "./lora/peft.ts";
+export type {
+  HasLinears,
+  LoraPair,
+  LoraParts,
+  SavedLayer,
+  SavedParts,
+  TablePair,
+  TableParts,
+  TokenRows,
+} from "./lora/parts.ts";
+export { type AdapterFiles, type LoadPeftOptions, loadPeft, savePeft } from "./lora/peft.ts";
 export { matchModules, type TargetModules } from "./lora/target-modules.ts";
 export { BertClassifier, type BertConfig } from "./models/bert.ts";
 export { CausalModel, type HiddenOptions, type KvCache, type Packing } from "./models/causal.ts";
@@ -65,7 +68,9 @@ export { emptyModel, type LoadOptions, loadModel, makeModel, openLinears, weight
 export { type ClassifierOptions, loadClassifier } from "./models/load-classifier.ts";
 export type { WeightFormat, WeightMap } from "./models/weights.ts";
 export { type Linear, type LinearAdapter, linear } from "./nn/linear.ts";
+export type { Module } from "./nn/module.ts";
 export { inverseFrequencies, type RopeSettings, ropeTables } from "./nn/rope.ts";
+export type { HeadUpdate, Table, TableUpdate } from "./nn/table.ts";
 export { type GenerateOptions, generate, generateTokens } from "./serve/generate.ts";
 export type { SampledToken, SamplingOptions, ScoredToken } from "./serve/sampling.ts";
 export { ShapeError } from "./tensor/errors.ts";
@@ -74,8 +79,8 @@ export { Random } from "./tensor/random.ts";
 export { type DType, empty, read, readAll, type Shape, slice, Tensor, tensor, view } from "./tensor/tensor.ts";
 export { AdamW, type AdamWSettings, type AdamWState } from "./train/adamw.ts";
 export { type Batch, batchIndices, collate } from "./train/batches.ts";
-export { decodeState, encodeState, type TrainingState } from "./train/checkpoint.ts";
 export { type CalibrationOptions, calibrationBatches } from "./train/calibration.ts";
+export { decodeState, encodeState, type TrainingState } from "./train/checkpoint.ts";
 export {
   type ClassificationLimits,
   type ClassificationStats,

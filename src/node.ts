@@ -3,8 +3,9 @@ import { join } from "node:path";
 import type { Gpu } from "./gpu/gpu.ts";
 import { disk, diskDirectory, ensureWritableDirectory, writeFileAtomic } from "./io/files.ts";
 import { readText } from "./io/json.ts";
-import type { HasLinears, LoraAdapter } from "./lora/adapter.ts";
-import { loadPeft, savePeft } from "./lora/peft.ts";
+import type { LoraAdapter } from "./lora/adapter.ts";
+import type { HasLinears } from "./lora/parts.ts";
+import { type LoadPeftOptions, loadPeft, savePeft } from "./lora/peft.ts";
 import type { CausalModel } from "./models/causal.ts";
 import { type LoadOptions, loadModel } from "./models/load.ts";
 
@@ -26,8 +27,8 @@ export const loadModelFrom = async (gpu: Gpu, path: string, options?: LoadOption
   loadModel(gpu, diskDirectory(path), options);
 
 /** Loads a PEFT adapter from a directory on disk onto the model, enabled. See `loadPeft`. */
-export const loadPeftFrom = async (model: HasLinears, path: string): Promise<LoraAdapter> =>
-  loadPeft(model, diskDirectory(path));
+export const loadPeftFrom = async (model: HasLinears, path: string, options?: LoadPeftOptions): Promise<LoraAdapter> =>
+  loadPeft(model, diskDirectory(path), options);
 
 /**
  * Saves the adapter as a PEFT directory. Each file is replaced whole or not at all, the weights first; where another configuration is there it goes

@@ -4,7 +4,7 @@ import { Gpu } from "../../src/gpu/gpu.ts";
 import { scale } from "../../src/kernels/axpy.ts";
 import { copyTo } from "../../src/kernels/copy-rows.ts";
 import { packMatrix } from "../../src/kernels/pack.ts";
-import { attachPairs } from "../../src/lora/adapter.ts";
+import { attachParts } from "../../src/lora/attach.ts";
 import { Decoder } from "../../src/models/decoder.ts";
 import { weightShapes } from "../../src/models/load.ts";
 import { isPacked, type PackedMatrix, tensorsIn } from "../../src/tensor/packed.ts";
@@ -65,12 +65,14 @@ export class Training {
     const model = new Decoder(gpu, configOf(sizes), weights);
     if (trained !== "weights") {
       const settings = { r: sizes.r, alpha: SCALE * sizes.r, targetModules: "all-linear", useDora: trained === "dora" };
-      const { pairs } = attachPairs(model, settings, ({ name }) => {
-        const pair = work.adapter.get(name);
-        if (!pair) throw new Error(`bench: the step must have an A and a B for ${name}`);
-        const m = pair.magnitude?.m;
-        const magnitude = m && tensor(gpu, m.values, [m.columns]);
-        return { A: onDevice(gpu, pair.A), B: onDevice(gpu, pair.B), magnitude };
+      const { pairs } = attachParts(model, settings, {
+        linear: ({ name }) => {
+          const pair = work.adapter.get(name);
+          if (!pair) throw new Error(`bench: the step must have an A and a B for ${name}`);
+          const m = pair.magnitude?.m;
+          const magnitude = m && tensor(gpu, m.values, [m.columns]);
+          return { A: onDevice(gpu, pair.A), B: onDevice(gpu, pair.B), magnitude };
+        },
       });
       const entries = [...pairs].flatMap(([name, { A, B, magnitude }]) => [
         [`A of ${name}`, A] as const,

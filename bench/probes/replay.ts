@@ -3,7 +3,7 @@ import { backward } from "../../src/autograd/engine.ts";
 import type { Gpu } from "../../src/gpu/gpu.ts";
 import { axpy } from "../../src/kernels/axpy.ts";
 import { copyTo } from "../../src/kernels/copy-rows.ts";
-import { attachLora } from "../../src/lora/adapter.ts";
+import { attachLora } from "../../src/lora/attach.ts";
 import { Decoder } from "../../src/models/decoder.ts";
 import type { DecoderConfig } from "../../src/models/decoder-config.ts";
 import { weightShapes } from "../../src/models/load.ts";

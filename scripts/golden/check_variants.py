@@ -38,6 +38,24 @@ VARIANTS = {
     "lora_ga of Conv1D": ("gpt2", ["--init", "lora_ga"]),
     "LoRA-FA": ("qwen2", ["--lora-fa"]),
     "gaussian": ("gemma3", ["--init", "gaussian"]),
+    "embedding and head": ("qwen2", ["--target-modules", "q_proj,embed_tokens,lm_head"]),
+    "embedding and head, tied and scaled": ("gemma3", ["--target-modules", "embed_tokens,lm_head"]),
+    "head and dropout": ("gemma2", ["--target-modules", "q_proj,lm_head", "--dropout", "0.1"]),
+    "trained whole": ("qwen2", ["--target-modules", "q_proj", "--modules-to-save", "embed_tokens,norm,lm_head"]),
+    "trained whole, tied": ("smollm3", ["--target-modules", "q_proj", "--modules-to-save", "lm_head"]),
+    "embeddings of Conv1D's model": ("gpt2", ["--target-modules", "c_attn,wte", "--modules-to-save", "wpe,ln_f"]),
+    "rows of tokens": ("qwen2", ["--target-modules", "q_proj", "--trainable-token-indices", "7,3"]),
+    "rows of tokens, tied and scaled": ("gemma3", ["--target-modules", "q_proj", "--trainable-token-indices", "7,3"]),
+    "rows of tokens by name": (
+        "smollm3",
+        ["--target-modules", "q_proj", "--trainable-token-indices", "embed_tokens=7,3;lm_head=9"],
+    ),
+    "all biases": ("gpt2", ["--target-modules", "c_attn", "--bias", "all"]),
+    "all biases and trained copies": (
+        "qwen2",
+        ["--target-modules", "q_proj", "--bias", "all", "--modules-to-save", "k_proj"],
+    ),
+    "bias of B": ("qwen2", ["--target-modules", "q_proj,o_proj", "--lora-bias", "--bias", "lora_only"]),
 }
 
 

@@ -120,7 +120,8 @@ def trainable(adapted: peft.PeftModel) -> dict[str, torch.nn.Parameter]:
     return {
         name.replace("modules_to_save.default.", "")
         .replace("magnitude_vector.default.weight", "magnitude_vector")
-        .replace(".default.", "."): weight
+        .replace(".default.", ".")
+        .removesuffix(".default"): weight
         for name, weight in adapted.named_parameters()
         if weight.requires_grad
     }

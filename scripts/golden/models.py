@@ -450,7 +450,8 @@ def rounding_error(adapted: PeftModel, batch: dict[str, torch.Tensor], weights: 
     """How far the final weights are from those of f64: AdamW makes a full step of a gradient that is all rounding."""
     adapted.double()
     train(adapted, batch)
-    return max((weight - weights[key]).abs().max().item() for key, weight in trainable(adapted).items())
+    finals = trainable(adapted)
+    return max((finals[key] - weight).abs().max().item() for key, weight in weights.items())
 
 
 def check_changes(spec: dict, load: Callable, saved: dict, batch: dict, logits: torch.Tensor) -> None:

@@ -132,7 +132,8 @@ export function gatherRows(x: Tensor, ids: Tensor, inverse: Tensor): Tensor {
 /**
  * `crossEntropy` of h·Wᵀ, without the logits ever being stored whole: see `kernels/linear-cross-entropy.ts`. h [M,C], labels i32 [M].
  *
- * The gradients are worked out in the forward pass, where the logits of a chunk are there, and kept: of h, and of W unless it is frozen.
+ * Of an adapted head the logits are h·Wᵀ + Σ s·u·Xᵀ. The gradients are worked out in the forward pass, where the logits of a chunk are
+ * there, and kept: of h, and of W, u and X unless they are frozen.
  */
 export function linearCrossEntropy(
   h: Tensor,
@@ -140,12 +141,14 @@ export function linearCrossEntropy(
   labels: Tensor,
   scale: Uniform = 1,
   logitCap?: number,
+  updates: readonly fused.LogitUpdate[] = [],
 ): Tensor {
   const trained = piecesOf(head).flatMap(({ W }) => (isPacked(W) ? [] : [W]));
   const wants = { dh: h.requiresGrad, dW: trained.some((W) => W.requiresGrad) };
-  const { loss, dh, dW } = fused.linearCrossEntropy(h, head, labels, scale, wants, logitCap);
-  const inputs = [h, ...trained];
-  const gradients = [dh, ...dW];
+  const made = fused.linearCrossEntropy(h, head, labels, scale, wants, logitCap, undefined, updates);
+  const { loss, dh, dW, du, dX } = made;
+  const inputs = [h, ...trained, ...updates.map(({ u }) => u), ...updates.map(({ X }) => X)];
+  const gradients = [dh, ...(wants.dW ? dW : trained.map(() => undefined)), ...du, ...dX];
   const weighted = (i: number, dy: Tensor): Tensor => {
     const gradient = gradients[i] as Tensor;
     return isSeed(dy) ? gradient : binary("mul", gradient, dy);

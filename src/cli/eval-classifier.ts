@@ -1,6 +1,5 @@
 /** `eval` for encoders with a classifier. */
 import type { BertClassifier } from "../models/bert.ts";
-import { loadPeftFrom } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { type ClassificationRow, classifierLogits } from "../train/classify.ts";
@@ -10,7 +9,7 @@ import { classificationMetrics, type Prediction, predictionOf } from "../train/m
 import { openClassifier, readClassRows, refuse } from "./classifiers.ts";
 import type { EvalArguments } from "./eval.ts";
 import { type Calibration, calibrationOf, demandAdapter, showCalibration } from "./laplace.ts";
-import { number, result, withGpu } from "./session.ts";
+import { number, openPeft, result, withGpu } from "./session.ts";
 
 export async function evalClassifier(options: EvalArguments): Promise<void> {
   const { adapter: path, numLabels, json, batchSize } = options;
@@ -24,7 +23,7 @@ export async function evalClassifier(options: EvalArguments): Promise<void> {
   const { rows } = await readClassRows(options, options.data);
   await withGpu(async (gpu) => {
     const model = await openClassifier(gpu, options, 0);
-    const adapter = path === undefined ? undefined : await loadPeftFrom(model, path);
+    const adapter = path === undefined ? undefined : await openPeft(model, path);
     const logits = await classifierLogits(model, rows, batchSize);
     const labels = rows.map(({ label }) => label);
     const { macroF1, ...metrics } = classificationMetrics(logits, labels, model.config.labels.length);

@@ -2,7 +2,7 @@ import { Command } from "commander";
 import type { CausalModel } from "../models/causal.ts";
 import { isClassifier } from "../models/config.ts";
 import { bitsPerWeight, type WeightFormat } from "../models/weights.ts";
-import { diskDirectory, loadModelFrom, loadPeftFrom } from "../node.ts";
+import { diskDirectory, loadModelFrom } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { Row } from "../train/data.ts";
@@ -32,7 +32,7 @@ import {
   whole,
 } from "./options.ts";
 import { located, readAnyConfig } from "./places.ts";
-import { bitsLine, dataLine, number, readData, result, say, withGpu } from "./session.ts";
+import { bitsLine, dataLine, number, openPeft, readData, result, say, withGpu } from "./session.ts";
 
 export interface EvalArguments extends LaplaceArguments {
   readonly model: string;
@@ -90,7 +90,7 @@ async function run(given: EvalArguments): Promise<void> {
   await withGpu(async (gpu) => {
     const measured = async (weights: WeightFormat, isAsked: boolean) => {
       const model = await loadModelFrom(gpu, path, { weights });
-      const lora = adapter === undefined ? undefined : await loadPeftFrom(model, adapter);
+      const lora = adapter === undefined ? undefined : await openPeft(model, adapter);
       const evaluation = await evaluate(model, rows, batchSize);
       const laplace = isAsked && seen && lora ? await measure(model, lora.parameters, seen, rows, options) : undefined;
       const bits = bitsPerWeight(model);

@@ -2,7 +2,9 @@ import { Command } from "commander";
 import { diskDirectory } from "../io/files.ts";
 import { readJson } from "../io/json.ts";
 import { settingsOf } from "../lora/config.ts";
+import { CONFIG, configWarnings } from "../lora/peft-config.ts";
 import { groupBy, layerOf, norms, type PlainAdapter } from "../lora/plain-adapter.ts";
+import { listSome } from "../nn/checkpoint.ts";
 import { adapterPath, openAdapter } from "./convert.ts";
 import { jsonOption } from "./options.ts";
 import { bytes, number, result } from "./session.ts";
@@ -21,33 +23,26 @@ export function inspectCommand(): Command {
     .action(run);
 }
 
-/** PEFT 0.21's, and those of its past. */
-const KEYS = `alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config
-  ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights kasa_config layer_replication
-  layers_pattern layers_to_transform loftq_config lora_alpha lora_bias lora_dropout lora_ga_config megatron_config megatron_core
-  modules_to_save monteclora_config peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules
-  target_parameters task_type trainable_token_indices use_bdlora use_dora use_qalora use_rslora velora_config`.split(
-  /\s+/,
-);
-
 async function run(place: string, { json }: { readonly json?: boolean }): Promise<void> {
   const path = await adapterPath("inspect", place);
   // Norms are the same for any order of rows, and so for any number of heads.
   const adapter = await openAdapter(path, { modelType: "", layers: 0, heads: 1, kvHeads: 1 });
   const rows = rowsOf(adapter);
-  const warnings = [...warningsOf(adapter, rows), ...(adapter.format === "peft" ? await unknownKeys(path) : [])];
-  const { config, modules } = adapter;
+  const warnings = [...warningsOf(adapter, rows), ...(adapter.format === "peft" ? await strangeKeys(path) : [])];
+  const { config, modules, others = new Map() } = adapter;
   const report = {
     format: adapter.format,
     method: `${config.useDora ? "DoRA" : "LoRA"}${config.useRslora ? " with rsLoRA's scale" : ""}`,
     base_model: adapter.baseModel || null,
     bytes: adapter.sizeBytes,
-    parameters: [...modules.values()]
-      .flatMap((parts) => Object.values(parts))
-      .reduce((sum, { values }) => sum + values.length, 0),
+    parameters: [...[...modules.values()].flatMap((parts) => Object.values(parts)), ...others.values()].reduce(
+      (sum, { values }) => sum + values.length,
+      0,
+    ),
     dtypes: [...adapter.dtypes],
     targets: config.targetModules,
     modules: rows,
+    trained_whole: [...others].map(([name, { shape }]) => ({ name, shape })),
     warnings,
   };
   if (json) return result(JSON.stringify(report));
@@ -56,6 +51,8 @@ async function run(place: string, { json }: { readonly json?: boolean }): Promis
   for (const line of table("targets", rows, ({ kind }) => kind)) result(line);
   result("");
   for (const line of table("layer", rows, ({ layer = "none" }) => `${layer}`)) result(line);
+  if (others.size > 0)
+    result(`\ntrained whole: ${listSome([...others].map(([name, { shape }]) => `${name} [${shape}]`))}`);
   warnings.forEach((warning, i) => void result(`${i === 0 ? "\n" : ""}warning: ${warning}`));
 }
 
@@ -67,13 +64,19 @@ const rowsOf = ({ config, modules }: PlainAdapter) =>
     return { module, ...layerOf(module), rank: r, alpha, scale, norms: norms(parts, scale) };
   });
 
-function* warningsOf({ modules }: PlainAdapter, rows: readonly Row[]): Iterable<string> {
-  for (const [name, parts] of modules)
-    for (const [part, { values }] of Object.entries(parts)) {
-      const wrong = values.filter((x) => !Number.isFinite(x)).length;
-      if (wrong > 0) yield `${part} of ${name} has ${number(wrong)} values that are not finite`;
-    }
-  const untrained = rows.filter((row) => row.norms.B === 0).length;
+function* warningsOf(
+  { modules, embeddings, others = new Map() }: PlainAdapter,
+  rows: readonly Row[],
+): Iterable<string> {
+  const parts = [...modules].flatMap(([name, of]) =>
+    Object.entries(of).map(([part, { values }]) => [`${part} of ${name}`, values] as const),
+  );
+  for (const [name, values] of [...parts, ...[...others].map(([key, one]) => [key, one.values] as const)]) {
+    const wrong = values.filter((x: number) => !Number.isFinite(x)).length;
+    if (wrong > 0) yield `${name} has ${number(wrong)} values that are not finite`;
+  }
+  // What is zero at first: of embeddings A, of others B.
+  const untrained = rows.filter(({ module, norms: { A, B } }) => (embeddings?.has(module) ? A : B) === 0).length;
   if (untrained > 0) yield `B is zero in ${untrained} of ${rows.length} modules: they are untrained and do nothing`;
   const layers = Math.max(-1, ...rows.map(({ layer = -1 }) => layer)) + 1;
   const missing = (of: readonly Row[]): string =>
@@ -88,11 +91,8 @@ function* warningsOf({ modules }: PlainAdapter, rows: readonly Row[]): Iterable<
     yield `s of ${odd.module} is ${figure(odd.scale)}, by alpha ${odd.alpha} and rank ${odd.rank}: 1/8 to 32 is usual`;
 }
 
-async function unknownKeys(path: string): Promise<string[]> {
-  const json = await readJson(diskDirectory(path), "adapter_config.json");
-  const keys = Object.keys(json ?? {}).filter((key) => !KEYS.includes(key));
-  return keys.length > 0 ? [`adapter_config.json has keys that PEFT 0.21 does not know: ${keys.join(", ")}`] : [];
-}
+const strangeKeys = async (path: string): Promise<string[]> =>
+  configWarnings((await readJson(diskDirectory(path), CONFIG)) ?? {});
 
 /** One line per group, columns as wide as their widest cell; the norms are those of all numbers of the group. */
 function table(title: string, rows: readonly Row[], keyOf: (row: Row) => string): string[] {

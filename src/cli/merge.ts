@@ -4,12 +4,12 @@ import type { FloatDtype } from "../io/dtype.ts";
 import { FormatError } from "../io/errors.ts";
 import type { CausalModel } from "../models/causal.ts";
 import { saveModel } from "../models/save.ts";
-import { diskDirectory, ensureWritableDirectory, loadModelFrom, loadPeftFrom, writeFileAtomic } from "../node.ts";
+import { diskDirectory, ensureWritableDirectory, loadModelFrom, writeFileAtomic } from "../node.ts";
 import { Random } from "../tensor/random.ts";
 import { read, tensor } from "../tensor/tensor.ts";
 import { adapterOption, jsonOption, modelOption, revisionOption } from "./options.ts";
 import { demandAnother, located } from "./places.ts";
-import { result, say, withGpu } from "./session.ts";
+import { openPeft, result, say, withGpu } from "./session.ts";
 
 interface MergeArguments {
   readonly model: string;
@@ -61,7 +61,7 @@ async function run(options: MergeArguments): Promise<void> {
   await ensureWritableDirectory(out);
   await withGpu(async (gpu) => {
     const model = await loadModelFrom(gpu, path);
-    const adapter = await loadPeftFrom(model, adapterPath);
+    const adapter = await openPeft(model, adapterPath);
     const wanted = await probe(model);
     adapter.merge();
     const asked = options.dtype && { dtype: DTYPES[options.dtype] };

@@ -119,6 +119,15 @@ export function loraOptions(command: string): Option[] {
     ),
     whole(command, "--init-batches <n>", "batches of the data that --init eva and lora_ga look at", 1, 8),
     new Option("--lora-fa", "train B alone, its gradient projected for a frozen A (LoRA-FA)"),
+    new Option("--modules-to-save <names>", "modules that are trained whole, such as norm,lm_head").argParser(
+      parseNames,
+    ),
+    new Option(
+      "--trainable-token-indices <ids>",
+      "tokens whose rows of the embedding are trained: 7,9, or embed_tokens=7,9;lm_head=7",
+    ).argParser((text) => parseTokens(command, text)),
+    new Option("--bias <which>", "biases that are trained").choices(["none", "all", "lora_only"]),
+    new Option("--lora-bias", "give B a bias"),
     new Option("--use-dora", "learn magnitude and direction apart (DoRA)"),
     new Option("--use-rslora", "scale by alpha / √rank (rsLoRA)"),
   ];
@@ -135,6 +144,10 @@ export interface LoraArguments {
   readonly init?: LoraInit | DataInit | "loftq";
   readonly initBatches: number;
   readonly loraFa?: boolean;
+  readonly modulesToSave?: readonly string[];
+  readonly trainableTokenIndices?: NonNullable<LoraConfig["trainableTokenIndices"]>;
+  readonly bias?: NonNullable<LoraConfig["bias"]>;
+  readonly loraBias?: boolean;
   readonly useDora?: boolean;
   readonly useRslora?: boolean;
 }
@@ -152,10 +165,15 @@ export const plannedConfig = (options: LoraArguments): LoraConfig =>
 
 export function loraConfig(options: LoraArguments): LoraConfig {
   const { rank: r, alpha, dropout, targetModules, excludeModules, layersToTransform } = options;
+  const { modulesToSave, trainableTokenIndices, bias } = options;
   return {
     ...{ r, alpha, dropout, targetModules },
     ...(excludeModules && { excludeModules }),
     ...(layersToTransform && { layersToTransform }),
+    ...(modulesToSave && { modulesToSave }),
+    ...(trainableTokenIndices && { trainableTokenIndices }),
+    ...(bias && { bias }),
+    ...(options.loraBias && { loraBias: true }),
     ...(options.useDora && { useDora: true }),
     ...(options.useRslora && { useRslora: true }),
   };
@@ -171,6 +189,10 @@ export const LORA_OPTIONS: string[] = [
   "layersToTransform",
   "init",
   "initBatches",
+  "modulesToSave",
+  "trainableTokenIndices",
+  "bias",
+  "loraBias",
   "useDora",
   "useRslora",
 ];
@@ -198,9 +220,23 @@ export function stepOptions(command: string): Option[] {
 export function parseTargets(text: string): TargetModules {
   const pattern = /^\/(.+)\/$/.exec(text)?.[1];
   if (pattern !== undefined) return pattern;
-  if (text.toLowerCase() === "all-linear") return "all-linear";
-  return text
+  return text.toLowerCase() === "all-linear" ? "all-linear" : parseNames(text);
+}
+
+const parseNames = (text: string): string[] =>
+  text
     .split(",")
     .map((entry) => entry.trim())
     .filter(Boolean);
+
+/** "7,9" or "embed_tokens=7,9;lm_head=7" */
+function parseTokens(command: string, text: string): NonNullable<LoraConfig["trainableTokenIndices"]> {
+  const ids = (list: string): number[] => {
+    if (/^\s*\d+(\s*,\s*\d+)*\s*$/.test(list)) return list.split(",").map(Number);
+    throw new ShapeError(
+      `${command}: --trainable-token-indices must be ids such as 7,9, or embed_tokens=7,9;lm_head=7, got ${text}`,
+    );
+  };
+  if (!text.includes("=")) return ids(text);
+  return Object.fromEntries(text.split(";").map((part) => [part.split("=")[0]?.trim(), ids(part.split("=")[1] ?? "")]));
 }

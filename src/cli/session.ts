@@ -4,6 +4,8 @@ import { type Gpu, type OpenGpuOptions, openGpu } from "../gpu/gpu.ts";
 import { diskDirectory, fileSource } from "../io/files.ts";
 import { utf8 } from "../io/json.ts";
 import type { Tokenizer } from "../io/tokenizer.ts";
+import type { LoraAdapter } from "../lora/adapter.ts";
+import type { HasLinears } from "../lora/parts.ts";
 import type { CausalModel } from "../models/causal.ts";
 import { type ModelConfig, readConfig } from "../models/config.ts";
 import type { bitsPerWeight, WeightFormat } from "../models/weights.ts";
@@ -44,9 +46,13 @@ export const deviceName = ({ description, device, vendor, architecture }: GPUAda
 /** The model, with the adapter enabled if one is given. */
 export async function openModel(gpu: Gpu, path: string, weights: WeightFormat, adapter?: string): Promise<CausalModel> {
   const model = await loadModelFrom(gpu, path, { weights });
-  if (adapter !== undefined) await loadPeftFrom(model, adapter);
+  if (adapter !== undefined) await openPeft(model, adapter);
   return model;
 }
+
+/** The adapter on the model, enabled. Says what is strange in its files. */
+export const openPeft = (model: HasLinears, path: string): Promise<LoraAdapter> =>
+  loadPeftFrom(model, path, { onWarning: (text) => say(`warning: ${text}`) });
 
 /** The text of a file, of any size that fits a string. */
 export async function readTextFile(path: string): Promise<string> {

@@ -1,14 +1,15 @@
 /** `train` for encoders with a classifier. */
-import { attachLora, type LoraAdapter } from "../lora/adapter.ts";
+import type { LoraAdapter } from "../lora/adapter.ts";
+import { attachLora } from "../lora/attach.ts";
 import { initLora, type LoraInit } from "../lora/init.ts";
 import { loadPeft } from "../lora/peft.ts";
 import type { BertClassifier } from "../models/bert.ts";
-import { loadPeftFrom, type SavedCheckpoint, startAsIn } from "../node.ts";
+import { type SavedCheckpoint, startAsIn } from "../node.ts";
 import { batchesPerEpoch } from "../train/batches.ts";
 import { classificationTask, evaluateClassifier } from "../train/classify.ts";
 import { openClassifier, readClassRows, refuse } from "./classifiers.ts";
 import { keepsTwice, loraConfig } from "./options.ts";
-import { number, say, withGpu } from "./session.ts";
+import { number, openPeft, say, withGpu } from "./session.ts";
 import type { TrainArguments } from "./train.ts";
 import { report } from "./train-report.ts";
 import { begin, keptSettings } from "./train-resume.ts";
@@ -77,7 +78,7 @@ async function startAdapter(
   saved: SavedCheckpoint | undefined,
 ): Promise<LoraAdapter> {
   const { initAdapter, init, seed } = options;
-  if (initAdapter !== undefined) return saved ? loadPeft(model, saved.directory) : loadPeftFrom(model, initAdapter);
+  if (initAdapter !== undefined) return saved ? loadPeft(model, saved.directory) : openPeft(model, initAdapter);
   const adapter = attachLora(model, loraConfig(options), seed);
   if (saved && keepsTwice(options)) await startAsIn(saved, adapter);
   else if (init !== undefined) await initLora(adapter, init as LoraInit, seed);

@@ -1,6 +1,7 @@
 import { Command, Option } from "commander";
 import type { Gpu } from "../gpu/gpu.ts";
-import { attachLora, type LoraAdapter } from "../lora/adapter.ts";
+import type { LoraAdapter } from "../lora/adapter.ts";
+import { attachLora } from "../lora/attach.ts";
 import { initLora } from "../lora/init.ts";
 import { attachEva } from "../lora/init-eva.ts";
 import { initLoftq } from "../lora/init-loftq.ts";
@@ -10,14 +11,7 @@ import { loadPeft } from "../lora/peft.ts";
 import type { CausalModel } from "../models/causal.ts";
 import { isClassifier } from "../models/config.ts";
 import { openLinears } from "../models/load.ts";
-import {
-  diskDirectory,
-  ensureWritableDirectory,
-  loadModelFrom,
-  loadPeftFrom,
-  type SavedCheckpoint,
-  startAsIn,
-} from "../node.ts";
+import { diskDirectory, ensureWritableDirectory, loadModelFrom, type SavedCheckpoint, startAsIn } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { batchesPerEpoch, longest } from "../train/batches.ts";
 import { calibrationBatches } from "../train/calibration.ts";
@@ -48,7 +42,7 @@ import {
 } from "./options.ts";
 import { located, readAnyConfig } from "./places.ts";
 import { budgetOption, demandFit } from "./plan.ts";
-import { bitsLine, bytes, dataLine, number, readData, say, withGpu } from "./session.ts";
+import { bitsLine, bytes, dataLine, number, openPeft, readData, say, withGpu } from "./session.ts";
 import { trainClassifier } from "./train-classifier.ts";
 import { report } from "./train-report.ts";
 import { begin, keptSettings } from "./train-resume.ts";
@@ -207,7 +201,9 @@ async function run(given: TrainArguments): Promise<void> {
     const adapter = await startAdapter(model, options, rows, saved);
     const trained: TrainedParts = options.loraFa ? await loraFa(adapter) : { parameters: adapter.parameters };
     const trainable = trained.parameters.reduce((sum, p) => sum + p.size, 0);
-    say(`adapter: rank ${adapter.config.r} on ${adapter.pairs.size} layers, ${number(trainable)} parameters to train`);
+    say(
+      `adapter: rank ${adapter.config.r} on ${adapter.pairs.size + adapter.tables.size} layers, ${number(trainable)} parameters to train`,
+    );
     const { first, last, interrupted, skipped } = await runTraining({
       ...options,
       ...{ ...trained, task: languageTask(model), adapter, rows, steps, warmupSteps, settings, saved },
@@ -262,7 +258,7 @@ async function startAdapter(
   const { initAdapter, init, seed } = options;
   const isGiven = initAdapter !== undefined || init === "eva" || init === "loftq"; // by the file alone
   if (saved && isGiven) return loadPeft(model, saved.directory);
-  if (initAdapter !== undefined) return loadPeftFrom(model, initAdapter);
+  if (initAdapter !== undefined) return openPeft(model, initAdapter);
   if (!saved && (init === "eva" || init === "lora_ga")) return startByData(model, options, rows);
   const adapter = attachLora(model, loraConfig(options), seed);
   if (saved && keepsTwice(options)) await startAsIn(saved, adapter);

@@ -46,8 +46,10 @@ export class Trace {
       if (known.buffer !== target.buffer) return "copy";
       return known.offsetBytes === offsetBytes ? "placed" : "detour";
     }
-    // Not where a dispatch uses both: it would read and write one buffer.
-    const meet = this.dispatches.some(({ buffers }) => uses(buffers, source.buffer) && uses(buffers, target.buffer));
+    // Not where a dispatch uses both, or what is placed there already: it would read and write one buffer.
+    const isThere = ({ buffer }: HasBuffer): boolean =>
+      buffer === target.buffer || this.placed.get(buffer)?.buffer === target.buffer;
+    const meet = this.dispatches.some(({ buffers }) => uses(buffers, source.buffer) && buffers.some(isThere));
     if (meet || offsetBytes < 0) return "copy";
     this.placed.set(source.buffer, { buffer: target.buffer, offsetBytes });
     return "placed";

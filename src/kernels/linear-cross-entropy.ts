@@ -3,9 +3,10 @@ import { ShapeError } from "../tensor/errors.ts";
 import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
 import { piecesOf } from "../tensor/pieces.ts";
 import { dims2, empty, expectDType, expectShape, rowsOf, slice, type Tensor } from "../tensor/tensor.ts";
+import { addInto } from "./axpy.ts";
 import { addPiece } from "./cross-entropy.ts";
 import pieceBackwardSource from "./cross-entropy-piece-backward.wgsl";
-import { matmul } from "./matmul.ts";
+import { type Layout, matmul } from "./matmul.ts";
 import backwardFourSource from "./parts/piece-backward-four.wgsl";
 import { reduce } from "./reduce.ts";
 import { softCap } from "./soft-cap.ts";
@@ -21,19 +22,29 @@ const ROW_STEP = 64;
 /** The output projection [V,C], or pieces of it: see `piecesOf`. */
 export type Head = Tensor | PackedMatrix | readonly (Tensor | PackedMatrix)[];
 
+/** What is added to the logits: scale·u·Xᵀ, u [M,r], X [V,r]. */
+export interface LogitUpdate {
+  readonly u: Tensor;
+  readonly X: Tensor;
+  readonly scale: number;
+}
+
 export interface LinearCrossEntropy {
   readonly loss: Tensor;
   /** d(loss)/dh, if it was wanted. */
   readonly dh: Tensor | undefined;
   /** d(loss)/dW of each piece that is not packed, if it was wanted. */
   readonly dW: readonly Tensor[];
+  /** Those of each update, if they were wanted. */
+  readonly du: readonly (Tensor | undefined)[];
+  readonly dX: readonly (Tensor | undefined)[];
 }
 
 /**
  * scale·Σ over rows with a label ≥ 0 of −log softmax(h·Wᵀ)[label], shape [], and its gradients, without the logits ever being stored whole.
  *
  * With a logitCap c a logit x counts as c·tanh(x/c). h [M,C], pieces of W [Vᵢ,C], labels i32 [M]. The rows are gone through in chunks whose logits take 32 MiB, 64 rows at least:
- * logits, the statistics of their softmax, gradients in place, and dh from them. After Liger Kernel (arXiv:2410.10989 §3.2), with the
+ * logits (with `updates`, h·Wᵀ + Σ s·u·Xᵀ), the statistics of their softmax, gradients in place, and dh, dW, du and dX from them. After Liger Kernel (arXiv:2410.10989 §3.2), with the
  * vocabulary in pieces too. Throws ShapeError if the shapes do not fit.
  */
 export function linearCrossEntropy(
@@ -44,6 +55,7 @@ export function linearCrossEntropy(
   wants: { readonly dh: boolean; readonly dW: boolean },
   logitCap?: number,
   logitBytes: number = LOGIT_BYTES,
+  updates: readonly LogitUpdate[] = [],
 ): LinearCrossEntropy {
   const { gpu } = h;
   const [M, C] = dims2("linearCrossEntropy", "h", h);
@@ -58,12 +70,22 @@ export function linearCrossEntropy(
   const losses = empty(gpu, [M], "linearCrossEntropy");
   const dh = wants.dh ? empty(gpu, [M, C], "linearCrossEntropy") : undefined;
   const dW: Tensor[] = [];
+  const like = (t: Tensor): Tensor | undefined =>
+    t.requiresGrad ? empty(gpu, t.shape, "linearCrossEntropy") : undefined;
+  const du = updates.map(({ u }) => like(u));
+  const dX = updates.map(({ X }) => like(X));
   for (let at = 0; at < M; at += chunk) {
     const rows = Math.min(chunk, M - at);
     const part = { h: rowsOf(h, at, rows), labels: slice(labels, at, [rows]), loss: slice(losses, at, [rows]) };
     const sums = empty(gpu, [rows, 4], "linearCrossEntropy");
-    const logits = pieces.map(({ W, first }, i) => {
-      const x = matmul(part.h, W, "nt");
+    const parts = updates.map(({ u, X, scale: s }) => ({ u: rowsOf(u, at, rows), X, s }));
+    const logits = pieces.map(({ W, first, rows: v }, i) => {
+      let x = matmul(part.h, W, "nt");
+      for (const { u, X, s } of parts) {
+        const before = x;
+        x = matmul(u, rowsOf(X, first, v), "nt", { scale: s, residual: before });
+        gpu.release(before);
+      }
       if (logitCap !== undefined) softCap(x, logitCap);
       addPiece({ x, labels: part.labels, sums, loss: part.loss }, { first, isLast: i === pieces.length - 1 }, scale);
       return x;
@@ -72,7 +94,8 @@ export function linearCrossEntropy(
     let trained = 0;
     for (const [i, { W, first, rows: v }] of pieces.entries()) {
       const x = logits[i] as Tensor;
-      if (wants.dh || wants.dW) {
+      const isWanted = wants.dh || wants.dW || [...du, ...dX].some(Boolean);
+      if (isWanted) {
         const inFours = v % 4 === 0;
         const lanes = inFours ? v / 4 : v;
         const uniforms = { n: rows * lanes, V: lanes, first, c: scale, cap: logitCap ?? 1 };
@@ -96,11 +119,22 @@ export function linearCrossEntropy(
         dW[trained++] = matmul(x, part.h, "tn", before && { residual: before });
         if (before) gpu.release(before);
       }
+      parts.forEach(({ u, X, s }, j) => {
+        const [ofU, ofX] = [du[j], dX[j]];
+        if (ofU) addUp(x, rowsOf(X, first, v), "nn", s, rowsOf(ofU, at, rows), i === 0);
+        if (ofX) addUp(x, u, "tn", s, rowsOf(ofX, first, v), at === 0);
+      });
       gpu.release(x);
     }
     gpu.release(sums);
   }
   const loss = reduce("sum", losses);
   gpu.release(losses);
-  return { loss, dh, dW };
+  return { loss, dh, dW, du, dX };
+}
+
+/** y = s·op(x)·w, or y + s·op(x)·w after the first time. */
+function addUp(x: Tensor, w: Tensor, layout: Layout, s: number, y: Tensor, isFirst: boolean): void {
+  if (isFirst) matmul(x, w, layout, { scale: s, out: y });
+  else y.gpu.scope(() => addInto(matmul(x, w, layout, { scale: s }), y));
 }

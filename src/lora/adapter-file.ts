@@ -4,13 +4,15 @@
  * adapted (-1: all).
  */
 import type { Directory } from "../io/bytes.ts";
+import { encodeFloats } from "../io/dtype.ts";
 import { FormatError } from "../io/errors.ts";
 import { isObject, type JsonObject, readJson } from "../io/json.ts";
-import { encodeSafetensors } from "../io/safetensors.ts";
+import { encodeSafetensors, type TensorToWrite } from "../io/safetensors.ts";
 import { type Checkpoint, listSome, openCheckpoint, storedDtype } from "../nn/checkpoint.ts";
-import type { LoraParts } from "./adapter.ts";
-import { settingsOf } from "./config.ts";
-import { CONFIG, encodeConfig, KEYS, PREFIX, readAdapterConfig } from "./peft.ts";
+import { isSaved, type LoraConfig, settingsOf } from "./config.ts";
+import type { LoraParts } from "./parts.ts";
+import { KEYS, PREFIX, ROWS_KEY, TABLE_KEYS } from "./peft.ts";
+import { CONFIG, encodeConfig, readAdapterConfig } from "./peft-config.ts";
 import * as plain from "./plain-adapter.ts";
 import { matchesModule } from "./target-modules.ts";
 
@@ -48,15 +50,21 @@ function* tensorsOf(checkpoint: Checkpoint): Iterable<[name: string, tensor: pla
 
 async function readPeft(directory: Directory, json: JsonObject): Promise<plain.PlainAdapter> {
   const config = { ...(await readAdapterConfig(directory)), fanInFanOut: json.fan_in_fan_out === true };
-  if (config.modulesToSave)
-    throw new FormatError(
-      `${directory.name}/${CONFIG}: "modules_to_save" must be null, got ${JSON.stringify(config.modulesToSave)}. Modules that were trained whole stay in PEFT's format, and with the model`,
-    );
   const checkpoint = await openCheckpoint(directory, "adapter_model");
-  const stored = await plain.readModules(checkpoint.name, tensorsOf(checkpoint), (tensor) => {
-    const [part, key = ""] = Object.entries(KEYS).find(([, suffix]) => tensor.endsWith(`.${suffix}`)) ?? [];
+  const others = new Map<string, plain.PlainTensor>();
+  const parts = new Map<string, plain.StoredTensor>();
+  for (const [name, tensor] of tensorsOf(checkpoint)) {
+    const bare = name.startsWith(PREFIX) && name.slice(PREFIX.length);
+    if (bare && isOther(config, bare)) others.set(bare, await plain.readPlain(tensor));
+    else parts.set(name, tensor);
+  }
+  const embeddings = new Set<string>();
+  const stored = await plain.readModules(checkpoint.name, parts, (tensor) => {
+    const [key = "", part] = PART_KEYS.find(([suffix]) => tensor.endsWith(`.${suffix}`)) ?? [];
     if (!part || !tensor.startsWith(PREFIX)) return undefined;
-    return { module: tensor.slice(PREFIX.length, -1 - key.length), part: part as keyof LoraParts };
+    const module = tensor.slice(PREFIX.length, -1 - key.length);
+    if (key.startsWith("lora_embedding")) embeddings.add(module);
+    return { module, part };
   });
   const strangers = [...stored.modules.keys()].filter((name) => !matchesModule(config.targetModules, name));
   if (strangers.length > 0)
@@ -64,18 +72,41 @@ async function readPeft(directory: Directory, json: JsonObject): Promise<plain.P
       `${checkpoint.name}: every module must be a target by ${CONFIG}, got ${listSome(strangers, 3)} as well`,
     );
   plain.checkModules(checkpoint.name, config, stored.modules);
-  return { format: "peft", config, baseModel: String(json.base_model_name_or_path ?? ""), ...stored };
+  const sizeBytes = [...others.values()].reduce((sum, { values }) => sum + values.byteLength, stored.sizeBytes);
+  const baseModel = String(json.base_model_name_or_path ?? "");
+  return { format: "peft", config, baseModel, ...stored, embeddings, others, sizeBytes };
+}
+
+/** What the parts of a module go by. */
+const PART_KEYS: readonly (readonly [suffix: string, part: keyof LoraParts])[] = [
+  ...Object.entries(KEYS).map(([part, key]) => [key, part as keyof LoraParts] as const),
+  [TABLE_KEYS.embedding.X, "A"],
+  [TABLE_KEYS.embedding.Y, "B"],
+];
+
+/** Whether a tensor is one that the settings have trained whole, or the base's own that PEFT writes beside an adapted embedding. */
+function isOther(config: LoraConfig, name: string): boolean {
+  const [, module = "", leaf] = /^(.*)\.(weight|bias)$/.exec(name) ?? [];
+  if (name.endsWith(`.${ROWS_KEY}`)) return config.trainableTokenIndices !== undefined;
+  if (/\.lora_[AB]$|\.base_layer$/.test(module)) return module.endsWith(".base_layer") && leaf === "weight";
+  return isSaved(config.modulesToSave, module) || (config.bias === "all" && leaf === "bias");
 }
 
 /** The two files of the adapter as PEFT writes them, in f32. */
-export function encodePeft({ config, baseModel, modules }: plain.PlainAdapter): EncodedAdapter {
-  const tensors = [...modules].flatMap(([name, module]) =>
-    Object.entries(KEYS).flatMap(([part, key]) => {
+export function encodePeft(adapter: plain.PlainAdapter): EncodedAdapter {
+  const { config, baseModel, modules, embeddings = new Set(), others = new Map() } = adapter;
+  const tensors = [...modules].flatMap(([name, module]) => {
+    const keys = embeddings.has(name) ? { A: TABLE_KEYS.embedding.X, B: TABLE_KEYS.embedding.Y } : KEYS;
+    return Object.entries(keys).flatMap(([part, key]) => {
       const m = module[part as keyof LoraParts];
       return m ? [plain.matrixToWrite(`${PREFIX}${name}.${key}`, m, part !== "A" && part !== "B")] : [];
-    }),
-  );
-  const weights = encodeSafetensors(tensors, { format: "pt" });
+    });
+  });
+  const whole = [...others].map(([name, { shape, values }]): TensorToWrite => {
+    const data = async () => encodeFloats("F32", values);
+    return { name: `${PREFIX}${name}`, dtype: "F32", shape, sizeBytes: values.byteLength, data };
+  });
+  const weights = encodeSafetensors([...tensors, ...whole], { format: "pt" });
   const files = {
     "adapter_model.safetensors": weights,
     [CONFIG]: encodeConfig(config, [...modules.keys()], baseModel),
@@ -122,7 +153,7 @@ async function readMlx(directory: Directory, json: JsonObject): Promise<plain.Pl
  */
 export function encodeMlx(adapter: plain.PlainAdapter, base?: plain.BaseModel): EncodedAdapter {
   const { config, baseModel: model } = adapter;
-  plain.refuse("mlx", adapter.modules, ["loraBias", "bias"]);
+  plain.refuse("mlx", adapter, ["loraBias", "bias"]);
   const {
     modules,
     number: scale,

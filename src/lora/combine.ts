@@ -70,8 +70,13 @@ function check(adapters: readonly Weighted[], { method, rank, density }: Combine
     if (!Number.isFinite(weight) || weight === 0)
       fail("weights must be numbers other than 0", weight, "Leave such an adapter out");
     const { useDora, loraBias, bias = "none" } = adapter.config;
-    if (useDora || loraBias || bias !== "none")
-      fail("adapters must be A and B alone", useDora ? "DoRA" : "a bias", "Merge it into the model instead");
+    const [strange] = [...(adapter.embeddings ?? []), ...(adapter.others?.keys() ?? [])];
+    if (useDora || loraBias || bias !== "none" || strange !== undefined)
+      fail(
+        "adapters must be A and B alone",
+        useDora ? "DoRA" : (strange ?? "a bias"),
+        "Merge it into the model instead",
+      );
   }
   const isPruned = !["cat", "svd", "linear"].includes(method);
   if (isPruned && !(density !== undefined && density > 0 && density <= 1))

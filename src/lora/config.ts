@@ -23,15 +23,20 @@ export interface LoraConfig {
   readonly useDora?: boolean;
   /** Whether B has a bias of its own, which is scaled like B. */
   readonly loraBias?: boolean;
-  /** Whether the biases of the adapted layers are trained and belong to the adapter. */
-  readonly bias?: "none" | "lora_only";
+  /** Which biases are trained and belong to the adapter: none, those of the adapted layers, or all that the model has, of norms too. */
+  readonly bias?: "none" | "lora_only" | "all";
   /** Said in files of models that store their linear layers as [K,N]: A and B are as everywhere. */
   readonly fanInFanOut?: boolean;
   /**
-   * Modules that are trained whole: what ends with one of these names, and the layers within, get a copy of weight and bias in place of A and B.
-   * For a classifier "classifier" and "score" unless given.
+   * Modules that are trained whole: what ends with one of these names, and the modules within, get a copy of weight and bias in place of A and
+   * B: linear layers, norms, embeddings, the head. For a classifier "classifier" and "score" unless given.
    */
   readonly modulesToSave?: readonly string[];
+  /**
+   * Ids of tokens whose rows of the embedding are trained, or such ids by a table's name or its end. A head that is tied to an embedding
+   * shares its rows, unless it is named with other ids.
+   */
+  readonly trainableTokenIndices?: readonly number[] | Readonly<Record<string, readonly number[]>>;
   /** What PEFT calls the model, "CAUSAL_LM" or "SEQ_CLS": taken from the model. */
   readonly taskType?: string;
   /** Probability that an element of a branch's input is dropped in training; each module has its own mask. */
@@ -86,6 +91,7 @@ export const isSaved = (entries: readonly string[] | undefined, module: string):
 
 /** Throws ShapeError for ranks that are not whole numbers above 0, other numbers out of range, and settings that contradict each other. */
 export function checkConfig(config: LoraConfig): void {
+  checkTokens(config);
   const { r, alpha, dropout = 0, rankPattern = {}, alphaPattern = {}, layersToTransform, targetModules } = config;
   const rank = (name: string, value: number): void => {
     if (!Number.isInteger(value) || value < 1)
@@ -122,4 +128,16 @@ export function checkConfig(config: LoraConfig): void {
   for (const layer of layersToTransform ?? [])
     if (!Number.isInteger(layer) || layer < 0)
       throw new ShapeError(`lora: layers_to_transform must have whole numbers from 0 on, got ${layer}`);
+}
+
+/** Throws ShapeError for ids that are no whole numbers from 0 on, or come twice. */
+function checkTokens({ trainableTokenIndices: given = {} }: LoraConfig): void {
+  const lists: readonly (readonly number[])[] = Array.isArray(given) ? [given] : Object.values(given);
+  for (const ids of lists) {
+    const bad = ids.find((id, i) => !Number.isInteger(id) || id < 0 || ids.indexOf(id) !== i);
+    if (bad !== undefined || ids.length === 0)
+      throw new ShapeError(
+        `lora: trainable_token_indices must be ids of tokens, each once, got ${bad === undefined ? "an empty list" : bad}`,
+      );
+  }
 }

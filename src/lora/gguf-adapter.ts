@@ -75,16 +75,14 @@ export async function readGgufAdapter(
  * The file, under the name "". One alpha counts for all modules, others are multiplied into B. Throws FormatError for DoRA, for biases, and
  * for models and modules that llama.cpp has not.
  */
-export function encodeGgufAdapter(
-  { config, baseModel, modules: given }: plain.PlainAdapter,
-  base: plain.BaseModel,
-): EncodedAdapter {
+export function encodeGgufAdapter(adapter: plain.PlainAdapter, base: plain.BaseModel): EncodedAdapter {
+  const { config, baseModel, modules: given } = adapter;
   const architecture = ARCHITECTURES[base.modelType];
   if (!architecture)
     throw new FormatError(
       `gguf: "model_type" must be one of ${Object.keys(ARCHITECTURES).join(", ")}, got ${base.modelType}. Convert to PEFT, and from there with llama.cpp's script`,
     );
-  plain.refuse("gguf", given, ["magnitude", "loraBias", "bias"]);
+  plain.refuse("gguf", adapter, ["magnitude", "loraBias", "bias"]);
   const alphaOf = (name: string): number => settingsOf(config, name).scale * settingsOf(config, name).r;
   const { modules, number, folded } = plain.withOneNumber(given, alphaOf);
   const alpha = Math.fround(number);

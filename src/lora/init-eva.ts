@@ -6,11 +6,13 @@ import type { Linear } from "../nn/linear.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { matrix } from "../tensor/linalg.ts";
 import { empty, readAll, type Tensor, tensor } from "../tensor/tensor.ts";
-import { attachLora, type HasLinears, type LoraAdapter } from "./adapter.ts";
+import type { LoraAdapter } from "./adapter.ts";
+import { attachLora } from "./attach.ts";
 import { type CalibrationBatch, demandBatches, inRuns } from "./calibration.ts";
 import { CLASSIFIER_HEADS, checkConfig, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
 import { addRows, explained, type Pca } from "./incremental-pca.ts";
 import { rowsOf } from "./init-factors.ts";
+import type { HasLinears } from "./parts.ts";
 
 /** By PEFT's names and defaults (`EvaConfig`). */
 export interface EvaOptions {
@@ -100,7 +102,7 @@ function sourcesOf(model: HasLinears, config: LoraConfig, modules: readonly stri
 function check(model: HasLinears, sources: readonly Source[], batches: readonly CalibrationBatch[]): void {
   const positions = Math.max(...batches.map((batch) => batch.positions.length));
   for (const { names, layer, most } of sources) {
-    const taken = names.find((name) => model.linears.get(name)?.adapter);
+    const taken = names.find((name) => model.linears.get(name)?.adapters);
     if (taken !== undefined)
       throw new ShapeError(`eva: layers must be without an adapter, got one on ${taken}. Detach it`);
     const K = layer.weight.shape[1] ?? 0;
@@ -158,19 +160,26 @@ async function inputsOf(sources: readonly Source[], batch: CalibrationBatch): Pr
   const workspace: GPUBuffer[] = [];
   try {
     sources.forEach(({ layer }, i) => {
-      layer.adapter = {
-        apply: (x, W, bias) => {
-          copyTo(gatherRows(x, at), kept[i] as Tensor);
-          return matmul(x, W, "nt", bias);
+      const keep = (x: Tensor): void => copyTo(gatherRows(x, at), kept[i] as Tensor);
+      layer.adapters = [
+        {
+          apply: (x, W, bias) => {
+            keep(x);
+            return matmul(x, W, "nt", bias);
+          },
+          add: (y, x) => {
+            keep(x);
+            return y;
+          },
         },
-      };
+      ];
     });
     const plan = gpu.trace(() => void batch.forward(), workspace);
     plan.run();
     plan.destroy();
     return await readAll(kept);
   } finally {
-    for (const { layer } of sources) layer.adapter = undefined;
+    for (const { layer } of sources) layer.adapters = undefined;
     gpu.release(at, ...kept, ...workspace.map((buffer) => ({ buffer })));
   }
 }

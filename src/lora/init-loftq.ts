@@ -10,10 +10,11 @@ import { randomizedSvd } from "../tensor/linalg.ts";
 import { isPacked, type PackedMatrix, tensorsIn } from "../tensor/packed.ts";
 import { Random } from "../tensor/random.ts";
 import { read, type Tensor, tensor } from "../tensor/tensor.ts";
-import type { LoraAdapter, LoraPair } from "./adapter.ts";
+import type { LoraAdapter } from "./adapter.ts";
 import { deviceOperator } from "./device-operator.ts";
 import { rowSquares } from "./dora-linear.ts";
 import { asValues, principal } from "./init-factors.ts";
+import type { LoraPair } from "./parts.ts";
 
 export interface LoftqOptions {
   /**

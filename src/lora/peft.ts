@@ -1,20 +1,25 @@
 /** Adapters in PEFT's own format, both ways: `adapter_config.json` and `adapter_model.safetensors`. */
 import type { Directory } from "../io/bytes.ts";
 import { FormatError } from "../io/errors.ts";
-import { isObject, readJson } from "../io/json.ts";
+import { readJson } from "../io/json.ts";
 import { encodeSafetensors, type TensorToWrite } from "../io/safetensors.ts";
 import { scale } from "../kernels/axpy.ts";
 import { putColumns } from "../kernels/copy-rows.ts";
+import { transpose } from "../kernels/transpose.ts";
 import { type Checkpoint, listSome, loadTensor, madeToWrite, openCheckpoint, tensorToWrite } from "../nn/checkpoint.ts";
-import type { Linear } from "../nn/linear.ts";
+import type { Module } from "../nn/module.ts";
+import type { Table } from "../nn/table.ts";
 import { ShapeError } from "../tensor/errors.ts";
+import { piecesOf } from "../tensor/pieces.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
-import { attachPairs, type HasLinears, type LoraAdapter, type LoraParts, savedModulesOf } from "./adapter.ts";
-import { CLASSIFIER_HEADS, checkConfig, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
-import { isAllLinear, type TargetModules } from "./target-modules.ts";
+import type { LoraAdapter } from "./adapter.ts";
+import { attachParts, type Wanted, wantedOf } from "./attach.ts";
+import { type LoraConfig, settingsOf } from "./config.ts";
+import type { HasLinears, LoraParts, SavedParts, TableParts } from "./parts.ts";
+import { CONFIG, configWarnings, encodeConfig, readAdapterConfig } from "./peft-config.ts";
+import { tableSize, tablesOf } from "./tables.ts";
 
 export const PREFIX = "base_model.model.";
-export const CONFIG = "adapter_config.json";
 
 /** The two files of an adapter directory. */
 export interface AdapterFiles {
@@ -31,15 +36,26 @@ export const KEYS: Readonly<Record<keyof LoraParts, string>> = {
   bias: "base_layer.bias",
 };
 
+/** Those of a table, whether the file has the transpose: an embedding's A is [r,V] and its B [C,r]. */
+export const TABLE_KEYS: Readonly<
+  Record<Table["use"], { readonly X: string; readonly Y: string; readonly isTurned: boolean }>
+> = {
+  embedding: { X: "lora_embedding_A", Y: "lora_embedding_B", isTurned: true },
+  head: { X: KEYS.B, Y: KEYS.A, isTurned: false },
+};
+
+export const ROWS_KEY = "token_adapter.trainable_tokens_delta";
+
 /**
- * The two files of the adapter as PEFT writes them: f32, the adapter's name left out of the tensor names.
+ * The two files of the adapter as PEFT writes them: f32, the adapter's name left out of the tensor names. The base weight of an adapted
+ * embedding, which PEFT writes too and does not miss, is left out.
  *
  * `baseModel` is the model's path or Hub id, for `base_model_name_or_path`.
  */
 export function savePeft(adapter: LoraAdapter, baseModel: string): AdapterFiles {
   const { beginnings } = adapter;
   const settings = beginnings.size > 0 ? doubled(adapter.config) : adapter.config;
-  const tensors = [...adapter.pairs].flatMap(([name, pair]) =>
+  const pairs = [...adapter.pairs].flatMap(([name, pair]) =>
     Object.keys(KEYS).flatMap((part) => {
       const t = pair[part as keyof LoraParts];
       if (!t) return [];
@@ -49,45 +65,20 @@ export function savePeft(adapter: LoraAdapter, baseModel: string): AdapterFiles 
       return [tensorToWrite(key, t)];
     }),
   );
+  const tables = [...adapter.tables].flatMap(([name, { table, ...parts }]) => {
+    const { isTurned, ...keys } = TABLE_KEYS[table.use];
+    const order = table.use === "head" ? (["Y", "X"] as const) : (["X", "Y"] as const); // A, B
+    return order.map((part) => tensorToWrite(`${PREFIX}${name}.${keys[part]}`, parts[part], "F32", isTurned));
+  });
+  const rows = [...adapter.tokens].map(([name, token]) => tensorToWrite(`${PREFIX}${name}.${ROWS_KEY}`, token.rows));
   const whole = [...adapter.saved].flatMap(([name, { weight, bias }]) => [
-    tensorToWrite(`${PREFIX}${name}.weight`, weight),
+    ...(weight ? [tensorToWrite(`${PREFIX}${name}.weight`, weight)] : []),
     ...(bias ? [tensorToWrite(`${PREFIX}${name}.bias`, bias)] : []),
   ]);
   return {
     "adapter_config.json": encodeConfig(settings, [...adapter.pairs.keys()], baseModel),
-    "adapter_model.safetensors": encodeSafetensors([...tensors, ...whole], { format: "pt" }),
+    "adapter_model.safetensors": encodeSafetensors([...pairs, ...tables, ...rows, ...whole], { format: "pt" }),
   };
-}
-
-/** `adapter_config.json` of an adapter of these modules. */
-export function encodeConfig(settings: LoraConfig, modules: readonly string[], baseModel: string): string {
-  const { targetModules } = settings;
-  const leaves = [...new Set(modules.map((name) => name.split(".").at(-1)))].sort();
-  const config = {
-    alpha_pattern: settings.alphaPattern ?? {},
-    auto_mapping: null,
-    base_model_name_or_path: baseModel,
-    bias: settings.bias ?? "none",
-    exclude_modules: settings.excludeModules ?? null,
-    fan_in_fan_out: settings.fanInFanOut ?? false,
-    inference_mode: true,
-    init_lora_weights: true,
-    layers_pattern: settings.layersPattern ?? null,
-    layers_to_transform: settings.layersToTransform ?? null,
-    lora_alpha: settings.alpha,
-    lora_bias: settings.loraBias ?? false,
-    lora_dropout: settings.dropout ?? 0,
-    modules_to_save: settings.modulesToSave ?? null,
-    peft_type: "LORA",
-    r: settings.r,
-    rank_pattern: settings.rankPattern ?? {},
-    revision: null,
-    target_modules: isAllLinear(targetModules) ? leaves : targetModules,
-    task_type: settings.taskType ?? "CAUSAL_LM",
-    use_dora: settings.useDora ?? false,
-    use_rslora: settings.useRslora ?? false,
-  };
-  return `${JSON.stringify(config, null, 2)}\n`;
 }
 
 /**
@@ -118,54 +109,136 @@ function differenceToWrite(name: string, B: Tensor, B0: Tensor): TensorToWrite {
   });
 }
 
+export interface LoadPeftOptions {
+  /** Is told what is strange in the files and does no harm: settings that neither PEFT 0.21 nor this engine knows. */
+  readonly onWarning?: (text: string) => void;
+}
+
 /**
  * Loads a PEFT adapter onto a model, enabled. Strict: a missing, extra, misnamed or mis-shaped tensor is a FormatError that names
  * it, and so is a setting of `adapter_config.json` that changes the result and is not supported.
  */
-export async function loadPeft(model: HasLinears, directory: Directory): Promise<LoraAdapter> {
-  const name = `${directory.name}/${CONFIG}`;
+export async function loadPeft(
+  model: HasLinears,
+  directory: Directory,
+  { onWarning }: LoadPeftOptions = {},
+): Promise<LoraAdapter> {
   const config = await readAdapterConfig(directory);
+  for (const warning of configWarnings((await readJson(directory, CONFIG)) ?? {})) onWarning?.(warning);
   const checkpoint = await openCheckpoint(directory, "adapter_model");
-  const { targets, whole } = modulesFor(config, model, name);
-  const shapes = new Map(targets.map((module) => [module, partShapes(config, model, module)]));
-  const expected = [...shapes].flatMap(([module, parts]) => Object.keys(parts).map((part) => keyOf(module, part)));
-  const wholeShapes = new Map(
-    whole.flatMap((module) => {
-      const { weight, bias } = model.linears.get(module) as Linear;
-      const key = `${PREFIX}${module}`;
-      return [[`${key}.weight`, weight.shape] as const, ...(bias ? [[`${key}.bias`, bias.shape] as const] : [])];
-    }),
-  );
-  checkNames(checkpoint, [...expected, ...wholeShapes.keys()]);
-  const loaded = new Map<string, Tensor>();
+  const wanted = demandFit(config, model, `${directory.name}/${CONFIG}`);
   const gpu = [...model.linears.values()][0]?.weight.gpu;
   if (!gpu) throw new ShapeError("loadPeft: the model must have linear layers, got none");
+  const shapes = fileShapes(config, model, wanted);
+  checkNames(checkpoint, [...shapes.keys()], optionalShapes(model, wanted));
+  const loaded = new Map<string, readonly Tensor[]>();
   try {
-    for (const [module, parts] of shapes)
-      for (const [part, shape] of Object.entries(parts)) {
-        const key = keyOf(module, part);
-        loaded.set(key, await loadTensor(gpu, checkpoint, key, shape));
+    for (const [key, { shape, pieces = [shape[0] ?? 1], isTurned }] of shapes) {
+      const parts: Tensor[] = [];
+      loaded.set(key, parts);
+      let first = 0;
+      for (const rows of pieces) {
+        parts.push(await loadTensor(gpu, checkpoint, key, shape, first, rows));
+        first += rows;
       }
-    for (const [key, shape] of wholeShapes) loaded.set(key, await loadTensor(gpu, checkpoint, key, shape));
-    return attachPairs(
-      model,
-      config,
-      ({ name: module }) => {
-        const parts = Object.keys(shapes.get(module) ?? {}).map((part) => [part, loaded.get(keyOf(module, part))]);
-        return Object.fromEntries(parts) as LoraParts;
+      if (isTurned) loaded.set(key, parts.map(turned));
+    }
+    const one = (module: string, suffix: string): Tensor | undefined => loaded.get(`${PREFIX}${module}.${suffix}`)?.[0];
+    return attachParts(model, config, {
+      linear: ({ name }) =>
+        Object.fromEntries(Object.entries(KEYS).map(([part, key]) => [part, one(name, key)])) as unknown as LoraParts,
+      table: ({ name, table }) => {
+        const { X, Y } = TABLE_KEYS[table.use];
+        return { X: one(name, X), Y: one(name, Y) } as TableParts;
       },
-      ({ name: module }) => {
-        const [weight, bias] = ["weight", "bias"].map((part) => loaded.get(`${PREFIX}${module}.${part}`));
-        return { weight: weight as Tensor, bias };
-      },
-    );
+      rows: ({ name }) => one(name, ROWS_KEY) as Tensor,
+      save: ({ name, layer: { weight } }): SavedParts => ({
+        weight: "length" in weight ? loaded.get(`${PREFIX}${name}.weight`) : one(name, "weight"),
+        bias: one(name, "bias"),
+      }),
+    });
   } catch (error) {
-    gpu.release(...loaded.values());
+    gpu.release(...[...loaded.values()].flat());
     throw error;
   }
 }
 
+function turned(t: Tensor): Tensor {
+  const y = transpose(t);
+  t.gpu.release(t);
+  return y;
+}
+
 const keyOf = (module: string, part: string): string => `${PREFIX}${module}.${KEYS[part as keyof LoraParts]}`;
+
+/** A tensor of the file. */
+interface Stored {
+  readonly shape: readonly number[];
+  /** Rows of each of the tensors it becomes. */
+  readonly pieces?: readonly number[];
+  /** Whether the transpose is what is wanted. */
+  readonly isTurned?: boolean;
+}
+
+/** All that the file must have, by key. */
+function fileShapes(config: LoraConfig, model: HasLinears, wanted: Wanted): Map<string, Stored> {
+  const { linears, modules = linears } = model;
+  const tables = tablesOf(model);
+  const shapes = new Map<string, Stored>();
+  for (const name of wanted.linears)
+    for (const [part, shape] of Object.entries(partShapes(config, model, name)))
+      shapes.set(keyOf(name, part), { shape });
+  for (const name of wanted.tables) {
+    const table = tables.get(name) as Table;
+    const { X, Y, isTurned } = TABLE_KEYS[table.use];
+    const [[V, C], { r }] = [tableSize(table), settingsOf(config, name)];
+    const stored = (rows: number, columns: number): Stored => ({
+      shape: isTurned ? [columns, rows] : [rows, columns],
+      isTurned,
+    });
+    shapes.set(`${PREFIX}${name}.${X}`, stored(V, r));
+    shapes.set(`${PREFIX}${name}.${Y}`, stored(r, C));
+  }
+  for (const {
+    name,
+    tables: [table],
+    ids,
+  } of wanted.tokens)
+    shapes.set(`${PREFIX}${name}.${ROWS_KEY}`, { shape: [ids.length, tableSize(table as Table)[1]] });
+  const whole = (name: string, isWhole: boolean): void => {
+    const { weight, bias } = modules.get(name) as Module;
+    const pieces = piecesOf(weight);
+    const [, ...row] = pieces[0]?.W.shape ?? [];
+    const counts = pieces.map(({ rows }) => rows);
+    const shape = [counts.reduce((a, b) => a + b, 0), ...row];
+    if (isWhole) shapes.set(`${PREFIX}${name}.weight`, { shape, pieces: counts });
+    if (bias) shapes.set(`${PREFIX}${name}.bias`, { shape: bias.shape });
+  };
+  for (const name of wanted.saved) whole(name, true);
+  for (const name of wanted.biased) whole(name, false);
+  return shapes;
+}
+
+/**
+ * What PEFT writes too and says nothing that the rest does not: the base weights of adapted embeddings and heads, and with `bias: "all"`
+ * those of trained copies again.
+ */
+function optionalShapes(model: HasLinears, { tables, tokens, saved }: Wanted): Map<string, readonly number[]> {
+  const all = tablesOf(model);
+  const bases = [
+    ...tables.map((name) => [name, `${name}.base_layer.weight`] as const),
+    ...tokens.map(({ name }) => [name, `${name}.token_adapter.base_layer.weight`] as const),
+  ];
+  const copies = saved.flatMap((name) => {
+    const { bias } = (model.modules ?? model.linears).get(name) as Module;
+    const keys = ["modules_to_save.bias", "original_module.bias"].map((key) => `${PREFIX}${name}.${key}`);
+    return bias ? keys.map((key) => [key, bias.shape] as const) : [];
+  });
+  return new Map([
+    ...bases.map(([name, key]) => [`${PREFIX}${key}`, tableSize(all.get(name) as Table)] as const),
+    ...copies,
+  ]);
+}
 
 /** What the settings ask for of a module. */
 function partShapes(config: LoraConfig, model: HasLinears, module: string): Partial<Record<keyof LoraParts, number[]>> {
@@ -176,113 +249,13 @@ function partShapes(config: LoraConfig, model: HasLinears, module: string): Part
     ...{ A: [r, K], B: [N, r] },
     ...(config.useDora && { magnitude: [N] }),
     ...(config.loraBias && { loraBias: [N] }),
-    ...(config.bias === "lora_only" && layer?.bias && { bias: [N] }),
+    ...((config.bias ?? "none") !== "none" && layer?.bias && { bias: [N] }),
   };
 }
 
-/** Keys whose value changes what the adapter computes, with the values that mean "not used". */
-const UNSUPPORTED: Readonly<Record<string, readonly unknown[]>> = {
-  alora_invocation_tokens: [null],
-  arrow_config: [null],
-  kasa_config: [null],
-  layer_replication: [null],
-  monteclora_config: [null],
-  target_parameters: [null],
-  trainable_token_indices: [null],
-  use_bdlora: [null, false],
-  use_qalora: [false],
-  velora_config: [null],
-};
-
-/** The settings of a PEFT adapter. Throws FormatError for what is out of range or changes the result and is not supported. */
-export async function readAdapterConfig(directory: Directory): Promise<LoraConfig> {
-  const name = `${directory.name}/${CONFIG}`;
-  const json = await readJson(directory, CONFIG);
-  if (!json) throw new FormatError(`${name}: an adapter directory must have it, got no such file. Check the path`);
-  const fail = (key: string, rule: string): never => {
-    throw new FormatError(`${name}: "${key}" must be ${rule}, got ${JSON.stringify(json[key])}`);
-  };
-  if (json.peft_type !== "LORA") fail("peft_type", '"LORA"');
-  for (const [key, unused] of Object.entries(UNSUPPORTED)) {
-    const value = json[key] ?? unused[0];
-    const isEmpty = typeof value === "object" && value !== null && Object.keys(value).length === 0;
-    if (!unused.includes(value) && !isEmpty)
-      throw new FormatError(
-        `${name}: "${key}" must be ${JSON.stringify(unused[0])}, got ${JSON.stringify(value)}. This setting is not supported yet`,
-      );
-  }
-  const init = json.init_lora_weights ?? true;
-  if (typeof init === "string" && init !== "gaussian" && init !== "orthogonal" && init !== "eva")
-    fail(
-      "init_lora_weights",
-      "true, false, gaussian, orthogonal or eva: others change the base weights. Convert the adapter with PEFT's path_initial_model_for_weight_conversion",
-    );
-  const number = (key: string, fallback: number): number => {
-    const value = json[key] ?? fallback;
-    return typeof value === "number" && value > 0 ? value : fail(key, "a number above 0");
-  };
-  const flag = (key: string): boolean => {
-    const value = json[key] ?? false;
-    return typeof value === "boolean" ? value : fail(key, "true or false");
-  };
-  const listOf = <T>(key: string, isOne: (value: unknown) => value is T, rule: string): readonly T[] | undefined => {
-    const value = json[key] ?? [];
-    const list = isOne(value) ? [value] : value;
-    if (!Array.isArray(list) || !list.every(isOne)) return fail(key, rule);
-    return list.length > 0 ? list : undefined;
-  };
-  const patterns = (key: string): Readonly<Record<string, number>> => {
-    const value = json[key] ?? {};
-    if (!isObject(value) || !Object.values(value).every((n) => typeof n === "number"))
-      return fail(key, "an object of numbers");
-    return value as Record<string, number>;
-  };
-  const targets = (key: string): TargetModules | undefined => {
-    const value = json[key] ?? undefined;
-    return typeof value === "string"
-      ? value
-      : listOf(key, isString, "a list of names, a regular expression or all-linear");
-  };
-  const dropout = json.lora_dropout ?? 0;
-  if (typeof dropout !== "number" || !(dropout >= 0 && dropout < 1)) return fail("lora_dropout", "a number in [0, 1)");
-  const bias = json.bias ?? "none";
-  if (bias !== "none" && bias !== "lora_only") return fail("bias", '"none" or "lora_only": "all" is not supported yet');
-  const excludeModules = targets("exclude_modules");
-  const layersToTransform = listOf("layers_to_transform", isNumber, "a number or a list of numbers");
-  const isImplied = json.task_type === "SEQ_CLS" && !json.modules_to_save; // PEFT's early versions did not write it
-  const modulesToSave = isImplied ? CLASSIFIER_HEADS : listOf("modules_to_save", isString, "a list of names");
-  const layersPattern = layersToTransform && listOf("layers_pattern", isString, "a name or a list of names");
-  const config: LoraConfig = {
-    r: number("r", 8),
-    alpha: number("lora_alpha", 8),
-    targetModules: targets("target_modules") ?? ["q_proj", "v_proj"], // PEFT's default for Llama
-    ...(excludeModules && { excludeModules }),
-    ...(layersToTransform && { layersToTransform }),
-    ...(layersPattern && { layersPattern }),
-    ...(modulesToSave && { modulesToSave }),
-    ...{ rankPattern: patterns("rank_pattern"), alphaPattern: patterns("alpha_pattern") },
-    ...{ useRslora: flag("use_rslora"), useDora: flag("use_dora"), loraBias: flag("lora_bias"), bias, dropout },
-  };
-  return checked(name, config);
-}
-
-const isString = (value: unknown): value is string => typeof value === "string";
-const isNumber = (value: unknown): value is number => typeof value === "number";
-
-/** Settings out of range are the file's fault. */
-function checked(name: string, config: LoraConfig): LoraConfig {
+function demandFit(config: LoraConfig, model: HasLinears, name: string): Wanted {
   try {
-    checkConfig(config);
-    return config;
-  } catch (error) {
-    if (error instanceof ShapeError) throw new FormatError(`${name}: ${error.message}`);
-    throw error;
-  }
-}
-
-function modulesFor(config: LoraConfig, model: HasLinears, name: string): { targets: string[]; whole: string[] } {
-  try {
-    return { targets: modulesOf(config, [...model.linears.keys()]), whole: savedModulesOf(config, model) };
+    return wantedOf(config, model);
   } catch (error) {
     if (error instanceof ShapeError)
       throw new FormatError(`${name}: the adapter does not fit this model: ${error.message}`);
@@ -290,9 +263,21 @@ function modulesFor(config: LoraConfig, model: HasLinears, name: string): { targ
   }
 }
 
-function checkNames({ name, tensors }: Checkpoint, expected: readonly string[]): void {
+/** Throws FormatError for keys that are missing, or that are neither expected nor optional, or optional and of another shape. */
+function checkNames(
+  { name, tensors }: Checkpoint,
+  expected: readonly string[],
+  optional: ReadonlyMap<string, readonly number[]>,
+): void {
+  for (const [key, shape] of optional) {
+    const stored = tensors.get(key)?.tensors.get(key)?.shape ?? shape;
+    if (`${stored}` !== `${shape}`)
+      throw new FormatError(
+        `${name}: tensor "${key}" must be [${shape}], got [${stored}]. Is the adapter of a model with another vocabulary?`,
+      );
+  }
   const missing = expected.filter((key) => !tensors.has(key));
-  const extra = [...tensors.keys()].filter((key) => !expected.includes(key));
+  const extra = [...tensors.keys()].filter((key) => !expected.includes(key) && !optional.has(key));
   if (missing.length === 0 && extra.length === 0) return;
   const parts = [
     missing.length > 0 ? `missing ${listSome(missing, 3)}` : "",

@@ -2,8 +2,8 @@
 import { decodeFloats, encodeFloats, type FloatDtype } from "../io/dtype.ts";
 import { FormatError } from "../io/errors.ts";
 import type { TensorToWrite } from "../io/safetensors.ts";
-import type { LoraParts } from "./adapter.ts";
 import { type LoraConfig, settingsOf } from "./config.ts";
+import type { LoraParts } from "./parts.ts";
 
 /** Row-major; a vector has one row. */
 export interface Matrix {
@@ -23,9 +23,18 @@ export interface PlainAdapter {
   /** Path or Hub id of the model as the file names it; empty where it does not. */
   readonly baseModel: string;
   readonly modules: PlainModules;
+  /** Those of `modules` that are embeddings: A [r,V], B [C,r]. */
+  readonly embeddings?: ReadonlySet<string>;
+  /** What is trained whole, by the name of the weight: copies, biases, rows of tokens. Only PEFT has such. */
+  readonly others?: ReadonlyMap<string, PlainTensor>;
   /** The types of the file's tensors, and their bytes in all. */
   readonly dtypes: ReadonlySet<FloatDtype>;
   readonly sizeBytes: number;
+}
+
+export interface PlainTensor {
+  readonly shape: readonly number[];
+  readonly values: Float32Array;
 }
 
 /** Of a model, what formats have to know. `ModelConfig` has it. */
@@ -98,7 +107,7 @@ export function checkModules(file: string, config: LoraConfig, modules: PlainMod
     for (const [part, given, isAsked = false] of [
       ["magnitude", magnitude, config.useDora],
       ["bias of B", loraBias, config.loraBias],
-      ["bias", bias, bias && config.bias === "lora_only"],
+      ["bias", bias, bias && (config.bias ?? "none") !== "none"],
     ] as const)
       if (Boolean(given) !== isAsked)
         throw new FormatError(
@@ -107,14 +116,20 @@ export function checkModules(file: string, config: LoraConfig, modules: PlainMod
   }
 }
 
-/** Throws FormatError for the first part that a format has no words for. */
-export function refuse(format: string, modules: PlainModules, parts: readonly (keyof LoraParts)[]): void {
-  for (const [name, module] of modules)
-    for (const part of parts)
-      if (module[part])
-        throw new FormatError(
-          `${format}: an adapter must have A and B alone${parts.includes("magnitude") ? "" : ", or a magnitude with them"}, got ${part} of ${name}, for which the format has no words. Convert to PEFT, or merge it into the model`,
-        );
+/** Throws FormatError for the first part that a format has no words for, and for embeddings and what is trained whole. */
+export function refuse(
+  format: string,
+  { modules, embeddings = new Set(), others = new Map() }: PlainAdapter,
+  parts: readonly (keyof LoraParts)[],
+): void {
+  const found = [...modules].flatMap(([name, module]) =>
+    parts.filter((part) => module[part]).map((part) => `${part} of ${name}`),
+  );
+  const [strange] = [...found, ...embeddings, ...others.keys()];
+  if (strange !== undefined)
+    throw new FormatError(
+      `${format}: an adapter must have A and B alone${parts.includes("magnitude") ? "" : ", or a magnitude with them"}, got ${strange}, for which the format has no words. Convert to PEFT, or merge it into the model`,
+    );
 }
 
 /** The layer that a module is in and what it is there: "model.layers.3.mlp.up_proj" is the mlp.up_proj of layer 3. */
@@ -169,6 +184,11 @@ export function matrix(rows: number, columns: number, at: (row: number, column: 
 /** The transpose, cut or padded with zeros to a size. */
 export const transposed = (m: Matrix, rows: number = m.columns, columns: number = m.rows): Matrix =>
   matrix(rows, columns, (i, j) => (i < m.columns && j < m.rows ? (m.values[j * m.columns + i] ?? 0) : 0));
+
+/** The tensor as a file has it. */
+export async function readPlain({ dtype, shape, read }: StoredTensor): Promise<PlainTensor> {
+  return { shape, values: decodeFloats(dtype, await read()) };
+}
 
 /** What an encoder needs to write it as f32. */
 export function matrixToWrite(name: string, { rows, columns, values }: Matrix, isVector = false): TensorToWrite {

@@ -9,11 +9,13 @@
  */
 import { add, reshape, tanh } from "../autograd/basic-ops.ts";
 import { recompute } from "../autograd/engine.ts";
-import { attention, embedding, gatherRows, layerNorm } from "../autograd/model-ops.ts";
+import { attention, gatherRows, layerNorm } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import { isObject, type JsonObject } from "../io/json.ts";
 import { type Activation, activate } from "../nn/activation.ts";
 import { type Linear, linear, linears } from "../nn/linear.ts";
+import { inUse, type Module, type Norm } from "../nn/module.ts";
+import { embed, type Table } from "../nn/table.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { type Tensor, tensor } from "../tensor/tensor.ts";
 import { ConfigReader } from "./config-reader.ts";
@@ -41,11 +43,6 @@ export interface BertConfig {
   readonly labels: readonly string[];
   /** Standard deviation of the weights of a new head. */
   readonly initializerRange: number;
-}
-
-interface Norm {
-  readonly weight: Tensor;
-  readonly bias: Tensor;
 }
 
 interface Block {
@@ -129,6 +126,8 @@ export class BertClassifier {
   readonly config: BertConfig;
   /** Every linear layer, by module name: "bert.encoder.layer.0.attention.self.query". All can take an adapter. */
   readonly linears: ReadonlyMap<string, Linear>;
+  /** Every module with parameters of its own, by name. */
+  readonly modules: ReadonlyMap<string, Module>;
   /** Names of those that read the same input. */
   readonly groups: readonly (readonly string[])[];
   /** What PEFT calls it. */
@@ -136,9 +135,9 @@ export class BertClassifier {
   /** Keep only the input of each block for the backward pass and compute the block again there: less memory, a third more arithmetic. */
   checkpointing = false;
   readonly #weights: Weights;
-  readonly #words: readonly Tensor[];
-  readonly #positions: Tensor;
-  readonly #tokenTypes: Tensor;
+  readonly #words: Table;
+  readonly #positions: Table;
+  readonly #tokenTypes: Table;
   readonly #norm: Norm;
   readonly #blocks: readonly Block[];
   readonly #pool: Linear;
@@ -147,14 +146,14 @@ export class BertClassifier {
   /** `weights` by Hugging Face name, complete and in the order of `bertShapes`. */
   constructor(gpu: Gpu, config: BertConfig, weights: WeightMap) {
     const all = new Weights(weights);
-    const norm = (name: string): Norm => ({ weight: all.get(`${name}.weight`), bias: all.get(`${name}.bias`) });
+    const norm = (name: string): Norm => all.norm(name);
     const embeddings = `${config.modelType}.embeddings`;
     this.gpu = gpu;
     this.config = config;
     this.#weights = all;
-    this.#words = all.pieces(`${embeddings}.word_embeddings.weight`);
-    this.#positions = all.get(`${embeddings}.position_embeddings.weight`);
-    this.#tokenTypes = all.get(`${embeddings}.token_type_embeddings.weight`);
+    this.#words = all.table(`${embeddings}.word_embeddings`);
+    this.#positions = all.table(`${embeddings}.position_embeddings`);
+    this.#tokenTypes = all.table(`${embeddings}.token_type_embeddings`);
     this.#norm = norm(`${embeddings}.LayerNorm`);
     this.#blocks = Array.from({ length: config.layers }, (_, i): Block => {
       const at = layerName(config, i);
@@ -169,6 +168,7 @@ export class BertClassifier {
     });
     [this.#pool, this.#classify] = headNames(config).map((name) => all.linear(name)) as [Linear, Linear];
     this.linears = all.linears;
+    this.modules = all.modules;
     this.groups = this.#blocks.map((_, i) => inputNames(layerName(config, i)));
   }
 
@@ -190,10 +190,10 @@ export class BertClassifier {
     const i32 = (values: readonly number[], shape: readonly number[] = [values.length]): Tensor =>
       tensor(this.gpu, Int32Array.from(values), shape);
     const counts = lengths ?? i32(new Array(B).fill(T));
-    const types = embedding(this.#tokenTypes, tokenTypes ?? i32([0], [1, 1]));
+    const types = embed(this.#tokenTypes, tokenTypes ?? i32([0], [1, 1]));
     const at = upTo(T).map((t) => firstPosition + t); // of padding too, whatever it is: nothing comes of it
-    const places = embedding(this.#positions, i32(at, [1, T]));
-    let h = this.#normed(add(add(embedding(this.#words, ids), types), places), this.#norm);
+    const places = embed(this.#positions, i32(at, [1, T]));
+    let h = this.#normed(add(add(embed(this.#words, ids), types), places), this.#norm);
     for (const block of this.#blocks) {
       const run = (x: Tensor): Tensor => this.#block(block, x, counts);
       h = this.checkpointing ? recompute(h, run) : run(h);
@@ -204,8 +204,9 @@ export class BertClassifier {
     return linear(this.#classify, pooled);
   }
 
-  #normed(x: Tensor, { weight, bias }: Norm): Tensor {
-    return layerNorm(x, weight, bias, this.config.layerNormEps);
+  #normed(x: Tensor, norm: Norm): Tensor {
+    const { weight, bias } = inUse(norm);
+    return layerNorm(x, weight, bias as Tensor, this.config.layerNormEps);
   }
 
   #block({ inputs, o, attentionNorm, up, down, norm }: Block, x: Tensor, lengths: Tensor): Tensor {

@@ -1,14 +1,16 @@
-import { matmul, reshape } from "../autograd/basic-ops.ts";
+import { add, matmul, reshape, scale } from "../autograd/basic-ops.ts";
 import { record } from "../autograd/engine.ts";
 import { embedding } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import { copyRows } from "../kernels/copy-rows.ts";
 import { softCap } from "../kernels/soft-cap.ts";
 import type { Linear } from "../nn/linear.ts";
+import { inUse, type Module } from "../nn/module.ts";
+import { type HeadUpdate, headUpdates, type Table } from "../nn/table.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import type { PackedMatrix } from "../tensor/packed.ts";
 import { piecesOf } from "../tensor/pieces.ts";
-import { dims2, empty, type Tensor, tensor, view } from "../tensor/tensor.ts";
+import { dims2, empty, rowsOf, type Tensor, tensor, view } from "../tensor/tensor.ts";
 import type { CausalConfig } from "./decoder-config.ts";
 import { tensorsOf, type Weights } from "./weights.ts";
 
@@ -51,8 +53,9 @@ export abstract class CausalModel<C extends CausalConfig = CausalConfig> {
   readonly linears: ReadonlyMap<string, Linear>;
   /** Names of those that read the same input. */
   abstract readonly groups: readonly (readonly string[])[];
-  /** The output projection [V,C], in one piece or several. */
-  readonly head: readonly Tensor[];
+  /** Every module with parameters of its own, by name, with norms, embeddings and the head, "lm_head", which may be tied to one of them. */
+  readonly modules: ReadonlyMap<string, Module>;
+  readonly #head: Table;
   /** c: a logit x counts as c·tanh(x/c). */
   readonly logitCap: number | undefined;
   /** Keep only the input of each block for the backward pass and compute the block again there: less memory, a third more arithmetic. */
@@ -60,13 +63,24 @@ export abstract class CausalModel<C extends CausalConfig = CausalConfig> {
   readonly #weights: Weights;
 
   /** `weights` have been asked for every linear layer. */
-  constructor(gpu: Gpu, config: C, weights: Weights, head: readonly Tensor[], logitCap?: number) {
+  constructor(gpu: Gpu, config: C, weights: Weights, head: Table, logitCap?: number) {
     this.gpu = gpu;
     this.config = config;
     this.#weights = weights;
     this.linears = weights.linears;
-    this.head = head;
+    this.modules = weights.modules;
+    this.#head = head;
     this.logitCap = logitCap;
+  }
+
+  /** The output projection [V,C] as it is now, in one piece or several, without what an adapter adds. */
+  get head(): readonly Tensor[] {
+    return inUse(this.#head).weight;
+  }
+
+  /** What an adapter of the head adds to the logits of h [...,C]. */
+  headUpdates(h: Tensor): readonly HeadUpdate[] {
+    return headUpdates(this.#head, h);
   }
 
   /** Every weight as it is now, by Hugging Face name, but those that are packed: a merged layer shows its merged weight. */
@@ -96,13 +110,22 @@ export abstract class CausalModel<C extends CausalConfig = CausalConfig> {
     const y = this.hidden(ids, cache ? { cache } : {});
     if (!lastOnly) return this.#project(y);
     const last = Int32Array.from({ length: B }, (_, b) => b * T + T - 1);
-    const rows = embedding(reshape(y, [B * T, this.config.hiddenSize]), tensor(this.gpu, last, [B, 1]));
-    return this.#project(rows);
+    const lasts = embedding(reshape(y, [B * T, this.config.hiddenSize]), tensor(this.gpu, last, [B, 1]));
+    return this.#project(lasts);
   }
 
   /** y·headᵀ. Pieces are joined, and capped logits are for reading: there is no gradient through that. */
   #project(y: Tensor): Tensor {
-    const parts = this.head.map((W) => matmul(y, W, "nt"));
+    const updates = this.headUpdates(y);
+    const parts = piecesOf(this.head).map(({ W, first, rows }) =>
+      updates.reduce(
+        (sum, { u, X, scale: s }) => {
+          const part = rows === X.shape[0] ? X : rowsOf(X, first, rows);
+          return add(sum, scale(matmul(u, part, "nt"), s));
+        },
+        matmul(y, W, "nt"),
+      ),
+    );
     if (parts.length === 1 && this.logitCap === undefined) return parts[0] as Tensor;
     const [M] = dims2("logits", "hidden", y);
     const V = this.config.vocabSize;

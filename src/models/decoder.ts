@@ -9,10 +9,12 @@
  */
 import { add, reshape, scale, split } from "../autograd/basic-ops.ts";
 import { recompute } from "../autograd/engine.ts";
-import { addRmsNorm, attention, embedding, gated, rmsNorm, rope } from "../autograd/model-ops.ts";
+import { addRmsNorm, attention, gated, rmsNorm, rope } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import { type Linear, linear, linears } from "../nn/linear.ts";
+import { inUse, type Norm } from "../nn/module.ts";
 import { dependsOnLength, type RopeSettings, ropeTables } from "../nn/rope.ts";
+import { embed, type Table } from "../nn/table.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { CausalModel, cached, type HiddenOptions, type KvCache, type Places } from "./causal.ts";
 import type { DecoderConfig } from "./decoder-config.ts";
@@ -20,8 +22,8 @@ import { type Limits, Shapes, type WeightMap, Weights } from "./weights.ts";
 
 /** The norms around a part of a block; after it means: of what it adds. */
 interface Norms {
-  readonly before: Tensor | undefined;
-  readonly after: Tensor | undefined;
+  readonly before: Norm | undefined;
+  readonly after: Norm | undefined;
 }
 
 interface Block {
@@ -29,8 +31,8 @@ interface Block {
     readonly norms: Norms;
     /** q, k and v, or one layer that is all of them. */
     readonly inputs: readonly Linear[];
-    readonly queryNorm: Tensor | undefined;
-    readonly keyNorm: Tensor | undefined;
+    readonly queryNorm: Norm | undefined;
+    readonly keyNorm: Norm | undefined;
     readonly o: Linear;
     readonly window: number | undefined;
     readonly rope: Rope | undefined;
@@ -73,15 +75,15 @@ const layerName = (i: number): string => `model.layers.${i}`;
 
 export class Decoder extends CausalModel<DecoderConfig> {
   readonly groups: readonly (readonly string[])[];
-  readonly #embedding: readonly Tensor[];
+  readonly #embedding: Table;
   readonly #blocks: readonly Block[];
-  readonly #norm: Tensor;
+  readonly #norm: Norm;
   readonly #ropes: readonly Rope[];
 
   /** `weights` by Hugging Face name, complete and in the order of `decoderShapes`. */
   constructor(gpu: Gpu, config: DecoderConfig, weights: WeightMap) {
     const all = new Weights(weights);
-    const tables = all.pieces("model.embed_tokens.weight");
+    const tokens = all.table("model.embed_tokens");
     const ropeOf = (settings: RopeSettings): Rope => {
       const of = (length: number) =>
         ropeTables(gpu, config.rotaryDim ?? config.headDim, config.contextLength, settings, length);
@@ -95,10 +97,11 @@ export class Decoder extends CausalModel<DecoderConfig> {
       const hasRope = !config.isWithoutRope?.[i];
       return block(all, config, i, window, hasRope ? (window === undefined ? whole : windowed) : undefined);
     });
-    const norm = all.get("model.norm.weight");
-    super(gpu, config, all, config.tiedEmbeddings ? tables : all.pieces("lm_head.weight"), config.logitCap);
+    const norm = all.norm("model.norm");
+    const head = all.table("lm_head", "head", config.tiedEmbeddings ? tokens : undefined);
+    super(gpu, config, all, head, config.logitCap);
     this.groups = blocks.flatMap((_, i) => Object.values(inputNames(layerName(i), config.isFused)));
-    this.#embedding = tables;
+    this.#embedding = tokens;
     this.#blocks = blocks;
     this.#norm = norm;
     this.#ropes = [...new Set([whole, windowed])];
@@ -108,8 +111,8 @@ export class Decoder extends CausalModel<DecoderConfig> {
     const places = this.places(ids, options);
     const { cache } = options;
     const { embeddingScale = 1, logitScale = 1 } = this.config;
-    let sum = times(embedding(this.#embedding, ids), embeddingScale);
-    const first = (x: Tensor, norm: Tensor | undefined): Tensor => (norm ? this.#normed(x, norm) : x);
+    let sum = times(embed(this.#embedding, ids), embeddingScale);
+    const first = (x: Tensor, norm: Norm | undefined): Tensor => (norm ? this.#normed(x, norm) : x);
     if (this.checkpointing && !cache) {
       for (const { attention: attend, mlp } of this.#blocks)
         sum = recompute(sum, (x) => {
@@ -136,15 +139,15 @@ export class Decoder extends CausalModel<DecoderConfig> {
     this.gpu.release(...tables.flatMap(({ cos, sin }) => [cos, sin]));
   }
 
-  #normed(x: Tensor, weight: Tensor): Tensor {
-    return rmsNorm(x, weight, this.config.rmsNormEps, this.config.normOffset);
+  #normed(x: Tensor, norm: Norm): Tensor {
+    return rmsNorm(x, inUse(norm).weight, this.config.rmsNormEps, this.config.normOffset);
   }
 
   /** The residual stream with what a part of a block adds, and what the next part reads: its norm, where it has one. */
-  #join(x: Tensor, added: Tensor, { after }: Norms, next: Tensor | undefined): { sum: Tensor; y: Tensor } {
+  #join(x: Tensor, added: Tensor, { after }: Norms, next: Norm | undefined): { sum: Tensor; y: Tensor } {
     const { rmsNormEps, normOffset, residualScale = 1 } = this.config;
     const delta = times(after ? this.#normed(added, after) : added, residualScale);
-    if (next) return addRmsNorm(x, delta, next, rmsNormEps, normOffset);
+    if (next) return addRmsNorm(x, delta, inUse(next).weight, rmsNormEps, normOffset);
     const sum = add(x, delta);
     return { sum, y: sum };
   }
@@ -160,8 +163,8 @@ export class Decoder extends CausalModel<DecoderConfig> {
     const widths = [heads * headDim, kvHeads * headDim, kvHeads * headDim];
     const [ofQ, ofK, ofV] = parts(inputs, n, widths) as [Tensor, Tensor, Tensor];
     const tables = turn && this.#tables(turn, end);
-    const place = (x: Tensor, norm: Tensor | undefined, count: number): Tensor => {
-      const isWhole = norm?.size === x.shape.at(-1); // of all heads at once
+    const place = (x: Tensor, norm: Norm | undefined, count: number): Tensor => {
+      const isWhole = norm?.weight.size === x.shape.at(-1); // of all heads at once
       const apart = reshape(norm && isWhole ? this.#normed(x, norm) : x, [B, T, count, headDim]);
       const y = norm && !isWhole ? this.#normed(apart, norm) : apart;
       return tables ? rope(y, tables.cos, tables.sin, packing?.positions ?? start) : y;
@@ -211,7 +214,7 @@ function block(
   const at = layerName(i);
   const inputs = inputNames(at, isFused);
   const normsOf = (part: "attention" | "mlp"): Norms => {
-    const [before, after] = NORMS[norms][part].map((name) => name && weights.get(`${at}.${name}.weight`));
+    const [before, after] = NORMS[norms][part].map((name) => name && weights.norm(`${at}.${name}`));
     return { before, after };
   };
   const attentionInputs = inputs.attention.map((name) => weights.linear(name));
@@ -220,8 +223,8 @@ function block(
     attention: {
       norms: normsOf("attention"),
       inputs: attentionInputs,
-      queryNorm: queryKeyNorm && weights.get(`${at}.self_attn.q_norm.weight`),
-      keyNorm: queryKeyNorm && weights.get(`${at}.self_attn.k_norm.weight`),
+      queryNorm: queryKeyNorm && weights.norm(`${at}.self_attn.q_norm`),
+      keyNorm: queryKeyNorm && weights.norm(`${at}.self_attn.k_norm`),
       ...{ o, window, rope: turn },
     },
     mlp: {

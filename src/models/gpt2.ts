@@ -8,11 +8,13 @@
  */
 import { add, reshape, split } from "../autograd/basic-ops.ts";
 import { recompute } from "../autograd/engine.ts";
-import { attention, embedding, layerNorm } from "../autograd/model-ops.ts";
+import { attention, layerNorm } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import type { JsonObject } from "../io/json.ts";
 import { type Activation, activate } from "../nn/activation.ts";
 import { type Linear, linear } from "../nn/linear.ts";
+import { inUse, type Norm } from "../nn/module.ts";
+import { embed, type Table } from "../nn/table.ts";
 import { type Tensor, tensor } from "../tensor/tensor.ts";
 import { CausalModel, cached, type HiddenOptions, type KvCache, type Places } from "./causal.ts";
 import { ConfigReader, tokenIds } from "./config-reader.ts";
@@ -26,11 +28,6 @@ export interface Gpt2Config extends CausalConfig {
   readonly activation: Activation;
   /** Factors on q·k of each layer. */
   readonly attentionScales: readonly number[];
-}
-
-interface Norm {
-  readonly weight: Tensor;
-  readonly bias: Tensor;
 }
 
 interface Block {
@@ -77,16 +74,16 @@ export function gpt2Config(json: JsonObject, generation: JsonObject, name: strin
 
 export class Gpt2 extends CausalModel<Gpt2Config> {
   readonly groups: readonly (readonly string[])[] = [];
-  readonly #tokens: readonly Tensor[];
-  readonly #positions: Tensor;
+  readonly #tokens: Table;
+  readonly #positions: Table;
   readonly #blocks: readonly Block[];
   readonly #norm: Norm;
 
   /** `weights` by Hugging Face name, complete and in the order of `gpt2Shapes`, linear layers [N,K]. */
   constructor(gpu: Gpu, config: Gpt2Config, weights: WeightMap) {
     const all = new Weights(weights);
-    const norm = (name: string): Norm => ({ weight: all.get(`${name}.weight`), bias: all.get(`${name}.bias`) });
-    const tokens = all.pieces("transformer.wte.weight");
+    const norm = (name: string): Norm => all.norm(name);
+    const tokens = all.table("transformer.wte");
     const blocks = Array.from({ length: config.layers }, (_, i): Block => {
       const at = layerName(i);
       return {
@@ -97,11 +94,13 @@ export class Gpt2 extends CausalModel<Gpt2Config> {
         down: all.linear(`${at}.mlp.c_proj`),
       };
     });
-    super(gpu, config, all, config.tiedEmbeddings ? tokens : all.pieces("lm_head.weight"));
+    const positions = all.table("transformer.wpe");
+    const last = norm("transformer.ln_f");
+    super(gpu, config, all, all.table("lm_head", "head", config.tiedEmbeddings ? tokens : undefined));
     this.#tokens = tokens;
-    this.#positions = all.get("transformer.wpe.weight");
+    this.#positions = positions;
     this.#blocks = blocks;
-    this.#norm = norm("transformer.ln_f");
+    this.#norm = last;
   }
 
   override isTransposed(name: string): boolean {
@@ -119,7 +118,7 @@ export class Gpt2 extends CausalModel<Gpt2Config> {
         Int32Array.from({ length: T }, (_, t) => places.start + t),
         [1, T],
       );
-    let sum = add(embedding(this.#tokens, ids), embedding(this.#positions, at));
+    let sum = add(embed(this.#tokens, ids), embed(this.#positions, at));
     this.#blocks.forEach((block, i) => {
       const run = (x: Tensor): Tensor => this.#block(block, i, x, places, cache?.layers[i]);
       sum = this.checkpointing && !cache ? recompute(sum, run) : run(sum);
@@ -128,8 +127,9 @@ export class Gpt2 extends CausalModel<Gpt2Config> {
     return this.#normed(sum, this.#norm);
   }
 
-  #normed(x: Tensor, { weight, bias }: Norm): Tensor {
-    return layerNorm(x, weight, bias, this.config.layerNormEps);
+  #normed(x: Tensor, norm: Norm): Tensor {
+    const { weight, bias } = inUse(norm);
+    return layerNorm(x, weight, bias as Tensor, this.config.layerNormEps);
   }
 
   #block(

@@ -15,8 +15,11 @@ import {
   storedName,
 } from "../nn/checkpoint.ts";
 import type { Linear } from "../nn/linear.ts";
+import type { Module, Norm } from "../nn/module.ts";
+import type { Table } from "../nn/table.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { isPacked, type PackedFormat, type PackedMatrix, tensorsIn } from "../tensor/packed.ts";
+import { piecesOf } from "../tensor/pieces.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
 
 /** What a device can bind. */
@@ -79,7 +82,8 @@ export type WeightMap = ReadonlyMap<string, Tensor | PackedMatrix>;
 /** The weights of one model while it is put together. */
 export class Weights {
   readonly map: WeightMap;
-  /** Every linear layer that `linear` was asked for, by module name. */
+  /** Every module that was asked for, by name, and those of them that are linear layers. */
+  readonly modules: Map<string, Module> = new Map();
   readonly linears: Map<string, Linear> = new Map();
 
   constructor(map: WeightMap) {
@@ -103,13 +107,29 @@ export class Weights {
     const bias = this.map.has(`${module}.bias`) ? this.get(`${module}.bias`) : undefined;
     const made: Linear = { weight: this.#any(`${module}.weight`), ...(bias && { bias }) };
     this.linears.set(module, made);
+    this.modules.set(module, made);
     return made;
   }
 
-  /** A table of `Shapes.table`. */
-  pieces(name: string): readonly Tensor[] {
-    const found = [...this.map.keys()].flatMap((key) => (sliceOf(key).name === name ? [this.get(key)] : []));
-    return found.length > 0 ? found : [this.get(name)];
+  norm(module: string): Norm {
+    const bias = this.map.has(`${module}.bias`) ? this.get(`${module}.bias`) : undefined;
+    const made: Norm = { weight: this.get(`${module}.weight`), ...(bias && { bias }) };
+    this.modules.set(module, made);
+    return made;
+  }
+
+  /** A table of `Shapes.table`. One that is `tied` has its tensors, and no weight of its own. */
+  table(module: string, use: Table["use"] = "embedding", tied?: Table): Table {
+    const made: Table = { use, weight: tied ? tied.weight : this.#keys(module).map((key) => this.get(key)) };
+    this.modules.set(module, made);
+    return made;
+  }
+
+  /** What the pieces of a table go by. */
+  #keys(module: string): string[] {
+    const name = `${module}.weight`;
+    const found = [...this.map.keys()].filter((key) => sliceOf(key).name === name);
+    return found.length > 0 ? found : [name];
   }
 
   /** Those of `current` that are tensors. */
@@ -124,11 +144,14 @@ export class Weights {
 
   /** Every weight as it is now: a merged layer shows its merged weight. */
   current(): Map<string, Tensor | PackedMatrix> {
-    const merged = [...this.linears].flatMap(([module, { weight, bias }]) => [
-      [`${module}.weight`, weight] as const,
-      ...(bias ? [[`${module}.bias`, bias] as const] : []),
-    ]);
-    return new Map([...this.map, ...merged]);
+    const merged = [...this.modules].flatMap(([module, { weight, bias }]) => {
+      const keys = this.#keys(module);
+      return [
+        ...piecesOf(weight).map(({ W }, i) => [keys[i] ?? "", W] as const),
+        ...(bias ? [[`${module}.bias`, bias] as const] : []),
+      ];
+    });
+    return new Map([...this.map, ...merged.filter(([key]) => this.map.has(key))]);
   }
 }
 

@@ -4,7 +4,7 @@ import type { Gpu } from "../gpu/gpu.ts";
 import type { Uniform } from "../gpu/kernel.ts";
 import type { Plan } from "../gpu/plan.ts";
 import { addInto } from "../kernels/axpy.ts";
-import type { Head } from "../kernels/linear-cross-entropy.ts";
+import type { Head, LogitUpdate } from "../kernels/linear-cross-entropy.ts";
 import { readAll, type Tensor, tensor } from "../tensor/tensor.ts";
 import { type Batch, collateRounded, largestBatch, longest } from "./batches.ts";
 import { IGNORED, type Row } from "./data.ts";
@@ -14,6 +14,8 @@ export interface LanguageModel {
   readonly gpu: Gpu;
   /** The output projection [V,C], or pieces of it. */
   readonly head: Head;
+  /** What an adapter of the head adds to the logits of h [M,C]. */
+  headUpdates?(h: Tensor): readonly LogitUpdate[];
   /** c: a logit x counts as c·tanh(x/c). */
   readonly logitCap?: number | undefined;
   /** ids i32 [B,T] → [B,T,C], what `head` is applied to. */
@@ -67,7 +69,7 @@ export function batchLoss(model: LanguageModel, inputs: Inputs, scale: Uniform):
   const h = model.hidden(ids);
   const rows = reshape(h, [ids.size, h.shape.at(-1) ?? 0]);
   const counted = targets.size === ids.size ? rows : gatherRows(rows, targets, places);
-  return linearCrossEntropy(counted, model.head, labels, scale, model.logitCap);
+  return linearCrossEntropy(counted, model.head, labels, scale, model.logitCap, model.headUpdates?.(counted));
 }
 
 export interface Evaluation {

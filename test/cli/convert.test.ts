@@ -214,6 +214,18 @@ test("an adapter is found by its safetensors file, or by a directory with one GG
   expect(JSON.parse(gguf_ ?? "")).toMatchObject({ format: "gguf", parameters: 3712 });
 });
 
+test("inspect shows what is trained whole, and PEFT's format keeps it", async () => {
+  await convert(`${GOLDEN}/adapters/tokens/adapter`, "peft", at("tokens"));
+  out = "";
+  await inspect(at("tokens"));
+  expect(out.split("\n")).toContain("trained whole: model.embed_tokens.token_adapter.trainable_tokens_delta [4,32]");
+  await inspect(at("tokens"), "--json");
+  expect(JSON.parse(out.trimEnd().split("\n").at(-1) ?? "")).toMatchObject({
+    ...{ parameters: 2 * 4 * (32 + 32) + 4 * 32, warnings: [] },
+    trained_whole: [{ name: "model.embed_tokens.token_adapter.trainable_tokens_delta", shape: [4, 32] }],
+  });
+});
+
 test("inspect names DoRA and rsLoRA", async () => {
   await inspect(`${GOLDEN}/adapters/dora-patterns/adapter`);
   expect(out.split("\n")[0]).toBe("peft: DoRA with rsLoRA's scale, of gemma2");

@@ -13,7 +13,7 @@ import { trainCommand } from "../../src/cli/train.ts";
 import { GpuError } from "../../src/gpu/errors.ts";
 import { Gpu, openGpu } from "../../src/gpu/gpu.ts";
 import { FormatError } from "../../src/io/errors.ts";
-import { attachLora } from "../../src/lora/adapter.ts";
+import { attachLora } from "../../src/lora/attach.ts";
 import type { LoraConfig } from "../../src/lora/config.ts";
 import { readConfig } from "../../src/models/config.ts";
 import { weightShapes } from "../../src/models/load.ts";
@@ -87,6 +87,25 @@ test.each([
   ["--dropout", "1", "a number of at least 0 and below 1"],
 ])("train %s %s is refused by the rule for it", async (flag, value, rule) => {
   await expect(train(flag, value)).rejects.toThrow(new ShapeError(`train: ${flag} must be ${rule}, got ${value}`));
+});
+
+test.each(["x", "7,", "embed_tokens=", "-3"])("train --trainable-token-indices %s is refused", async (value) => {
+  await expect(train(`--trainable-token-indices=${value}`)).rejects.toThrow(
+    new ShapeError(
+      `train: --trainable-token-indices must be ids such as 7,9, or embed_tokens=7,9;lm_head=7, got ${value}`,
+    ),
+  );
+});
+
+test("eval says which settings of an adapter nobody knows, and goes on", async () => {
+  const place = await adapter("model", "strange");
+  const file = join(place, "adapter_config.json");
+  const json = JSON.parse(await readFile(file, "utf8")) as object;
+  await writeFile(file, JSON.stringify({ ...json, lora_magic: 1 }));
+  await evaluate("model", "--adapter", place);
+  expect(process.stderr.write).toHaveBeenCalledWith(
+    "warning: adapter_config.json has keys that PEFT 0.21 does not know: lora_magic\n",
+  );
 });
 
 test("a number that is missing is refused", async () => {

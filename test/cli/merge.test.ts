@@ -7,7 +7,7 @@ import { quantizeCommand } from "../../src/cli/quantize.ts";
 import { openGpu } from "../../src/gpu/gpu.ts";
 import { fileSource } from "../../src/io/files.ts";
 import { openSafetensors } from "../../src/io/safetensors.ts";
-import { attachLora } from "../../src/lora/adapter.ts";
+import { attachLora } from "../../src/lora/attach.ts";
 import { loadModelFrom, savePeftTo } from "../../src/node.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";

@@ -101,6 +101,69 @@ test.each([
   );
 });
 
+test.each([
+  ["one update", 1, 1, undefined],
+  ["two updates, capped logits and the vocabulary in pieces", 2, 2, 1.5],
+])("%s of the head: loss and gradients equal their f64 twins", async (_, count, parts, cap) => {
+  const gpu = await testGpu();
+  const [M, V, C, r] = [9, 128, 5, 4];
+  const labels = labelsOf(M, V);
+  const W = randomNd([V, C], new Random(freshSeed()));
+  const twin = (h: Nd, factors: readonly Nd[]): Nd => {
+    const logits = product(h, W);
+    for (let j = 0; j < factors.length; j += 2) {
+      const more = product(factors[j] as Nd, factors[j + 1] as Nd); // u·Xᵀ
+      logits.data.forEach((x, i) => {
+        logits.data[i] = x + 0.5 * (more.data[i] ?? 0);
+      });
+    }
+    const capped = nd(
+      logits.shape,
+      logits.data.map((x) => (cap ? cap * Math.tanh(x / cap) : x)),
+    );
+    return crossEntropyTwin(capped, labels, 0.25);
+  };
+  const shapes = Array.from({ length: count }, () => [
+    [M, r],
+    [V, r],
+  ]).flat();
+  await checkOp({
+    inputs: [[M, C], ...shapes],
+    op: (h, ...given) => {
+      const head = upload(gpu, W);
+      const pieces = Array.from({ length: parts }, (__, i) => rowsOf(head, (V / parts) * i, V / parts));
+      const updates = Array.from({ length: count }, (__, j) => ({
+        ...{ u: given[2 * j] as Tensor, X: given[2 * j + 1] as Tensor, scale: 0.5 },
+      }));
+      return linearCrossEntropy(h as Tensor, pieces, upload(gpu, labels, "i32"), 0.25, cap, updates);
+    },
+    twin: (h, ...given) => twin(h as Nd, given),
+  });
+});
+
+test("updates of the head with rows in chunks: as undivided", async () => {
+  const gpu = await testGpu();
+  const random = new Random(freshSeed());
+  const [M, V, C, r] = [200, 24, 32, 4];
+  const [h, W, u, X] = [
+    [M, C],
+    [V, C],
+    [M, r],
+    [V, r],
+  ].map((shape) => upload(gpu, randomNd(shape, random))) as [Tensor, Tensor, Tensor, Tensor];
+  u.requiresGrad = true;
+  X.requiresGrad = true;
+  const labels = upload(gpu, labelsOf(M, V), "i32");
+  const run = (bytes?: number) =>
+    kernels(h, W, labels, 1, { dh: false, dW: false }, undefined, bytes, [{ u, X, scale: 0.5 }]);
+  const [whole, divided] = [run(), run(4 * 24 * 64)];
+  const [loss, du, dX] = await readAll([whole.loss, whole.du[0] as Tensor, whole.dX[0] as Tensor]);
+  const [loss2, du2, dX2] = await readAll([divided.loss, divided.du[0] as Tensor, divided.dX[0] as Tensor]);
+  expectClose(loss2 ?? [], loss ?? [], 1e-6, "loss");
+  expectClose(du2 ?? [], du ?? [], 5e-5, "du");
+  expectClose(dX2 ?? [], dX ?? [], 5e-5, "dX");
+});
+
 test("a frozen head costs no gradient, a frozen everything neither", async () => {
   const gpu = await openGpu();
   const [h, W] = [upload(gpu, randomNd([5, 4], new Random(1))), upload(gpu, randomNd([8, 4], new Random(2)))];

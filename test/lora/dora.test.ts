@@ -2,7 +2,7 @@ import { describe, expect, test } from "vitest";
 import { doraNorms, gain, gainBackward } from "../../src/kernels/dora.ts";
 import { packMatrix } from "../../src/kernels/pack.ts";
 import { unpackMatrix } from "../../src/kernels/unpack.ts";
-import { attachLora } from "../../src/lora/adapter.ts";
+import { attachLora } from "../../src/lora/attach.ts";
 import { doraLinear, rowSquares } from "../../src/lora/dora-linear.ts";
 import type { LoraDropout } from "../../src/lora/lora-linear.ts";
 import type { Linear } from "../../src/nn/linear.ts";
@@ -152,7 +152,7 @@ test("a fresh DoRA adapter changes nothing but the last bits, and its magnitudes
   const model = { linears: new Map([["q_proj", layer]]) };
   const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: "all-linear", useDora: true });
   const x = randomNd([3, 12], new Random(freshSeed()));
-  const y = layer.adapter?.apply(upload(gpu, x), layer.weight) ?? expect.fail("an adapter");
+  const y = layer.adapters?.[0]?.apply(upload(gpu, x), layer.weight) ?? expect.fail("an adapter");
   expectClose(await read(y), matmulTwin(x, W, "nt").data, 1e-5, "y");
   const { magnitude } = adapter.pairs.get("q_proj") ?? {};
   const norms = normsTwin(W, nd([1, 12], new Float64Array(12)), nd([8, 1], new Float64Array(8)), 1);

@@ -1,17 +1,19 @@
 // Adapters between PEFT, mlx-lm and llama.cpp: what each format says is the same update ΔW = s·B·A of every module.
 import { existsSync, readdirSync } from "node:fs";
-import { expect, test } from "vitest";
+import { describe, expect, test } from "vitest";
 import { memoryDirectory, memorySource } from "../../src/io/bytes.ts";
 import { decodeFloats } from "../../src/io/dtype.ts";
 import { FormatError } from "../../src/io/errors.ts";
-import { diskDirectory } from "../../src/io/files.ts";
+import { diskDirectory, fileSource } from "../../src/io/files.ts";
 import { encodeGguf, type GgufEntry, openGguf } from "../../src/io/gguf.ts";
 import { encodeSafetensors, openSafetensors, type TensorToWrite } from "../../src/io/safetensors.ts";
 import { type EncodedAdapter, encodeMlx, encodePeft, readAdapter } from "../../src/lora/adapter-file.ts";
+import { combineAdapters } from "../../src/lora/combine.ts";
 import { modulesOf, settingsOf } from "../../src/lora/config.ts";
 import { encodeGgufAdapter, readGgufAdapter } from "../../src/lora/gguf-adapter.ts";
 import { norms, type PlainAdapter, type PlainModule } from "../../src/lora/plain-adapter.ts";
 import { type ModelConfig, readConfig } from "../../src/models/config.ts";
+import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { collect } from "../collect.ts";
 import { floatTensor } from "../tiny-model.ts";
@@ -357,16 +359,44 @@ test("a model that llama.cpp has by no name, and one that is not the adapter's, 
   );
 });
 
-test.each(["bert", "roberta"])(
-  "%s has modules that were trained whole, which only PEFT's own format holds",
-  async (model) => {
-    await expect(readGolden(`models/${model}`)).rejects.toThrow(
+describe("what is trained whole, and adapters of embeddings,", () => {
+  const WHOLE: [path: string, name: string][] = [
+    ["models/bert", "classifier.bias"],
+    ["adapters/whole", "lm_head.weight"],
+    ["adapters/tokens", "model.embed_tokens.token_adapter.trainable_tokens_delta"],
+    ["adapters/bias-all", "transformer.h.0.attn.c_proj.bias"],
+    ["adapters/vocabulary", "model.embed_tokens"],
+  ];
+
+  test.each(WHOLE)("stay as they are in PEFT's format: %s", async (path) => {
+    const adapter = await readGolden(path);
+    const folder = `${GOLDEN}/${path}/adapter/adapter_model.safetensors`;
+    const original = await openSafetensors(await fileSource(folder), folder);
+    const written = await collect(encodePeft(adapter).files["adapter_model.safetensors"] as AsyncIterable<Uint8Array>);
+    const saved = await openSafetensors(memorySource(written), "saved");
+    expect([...saved.tensors.keys()].sort()).toEqual([...original.tensors.keys()].sort());
+    for (const key of original.tensors.keys())
+      expect(Buffer.compare(await saved.read(key), await original.read(key)), key).toBe(0);
+  });
+
+  test.each(WHOLE)("have no words in other formats: %s", async (path, name) => {
+    const adapter = await readGolden(path);
+    // biases of adapted layers come first
+    const first = path.endsWith("bias-all") ? "bias of transformer.h.0.attn.c_attn" : name;
+    const refusal = (format: string, more: string): FormatError =>
       new FormatError(
-        `test/golden/models/${model}/adapter/adapter_config.json: "modules_to_save" must be null, got ["classifier","score"]. Modules that were trained whole stay in PEFT's format, and with the model`,
-      ),
-    );
-  },
-);
+        `${format}: an adapter must have A and B alone${more}, got ${first}, for which the format has no words. Convert to PEFT, or merge it into the model`,
+      );
+    const qwen = await baseOf("qwen2");
+    expect(() => encodeMlx(adapter)).toThrow(refusal("mlx", ", or a magnitude with them"));
+    expect(() => encodeGgufAdapter(adapter, qwen)).toThrow(refusal("gguf", ""));
+    const two = [adapter, adapter].map((one) => ({ adapter: one, weight: 1 }));
+    if (!path.endsWith("bias-all"))
+      expect(() => combineAdapters(two, { method: "cat" })).toThrow(
+        new ShapeError(`combine: adapters must be A and B alone, got ${name}. Merge it into the model instead`),
+      );
+  });
+});
 
 /** A PEFT or mlx-lm directory of these settings and tensors. */
 async function directory(config: object, stem: string, tensors: readonly TensorToWrite[]) {

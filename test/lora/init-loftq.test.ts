@@ -2,7 +2,7 @@
 import { beforeAll, expect, test } from "vitest";
 import { diskDirectory } from "../../src/io/files.ts";
 import { unpackMatrix } from "../../src/kernels/unpack.ts";
-import { attachLora } from "../../src/lora/adapter.ts";
+import { attachLora } from "../../src/lora/attach.ts";
 import { initLoftq } from "../../src/lora/init-loftq.ts";
 import type { CausalModel } from "../../src/models/causal.ts";
 import { loadModel, openLinears } from "../../src/models/load.ts";

@@ -2,7 +2,7 @@
 import { readFileSync } from "node:fs";
 import { expect, test } from "vitest";
 import { diskDirectory } from "../../src/io/files.ts";
-import { attachLora } from "../../src/lora/adapter.ts";
+import { attachLora } from "../../src/lora/attach.ts";
 import { loraFa } from "../../src/lora/lora-fa.ts";
 import { loadModel } from "../../src/models/load.ts";
 import { read } from "../../src/tensor/tensor.ts";

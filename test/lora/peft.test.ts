@@ -4,7 +4,8 @@ import { type Directory, memoryDirectory, memorySource } from "../../src/io/byte
 import { encodeFloats } from "../../src/io/dtype.ts";
 import { FormatError } from "../../src/io/errors.ts";
 import { encodeSafetensors, openSafetensors } from "../../src/io/safetensors.ts";
-import { attachLora, type HasLinears } from "../../src/lora/adapter.ts";
+import { attachLora } from "../../src/lora/attach.ts";
+import type { HasLinears } from "../../src/lora/parts.ts";
 import { loadPeft, savePeft } from "../../src/lora/peft.ts";
 import { readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { testGpu } from "../harness.ts";
@@ -140,10 +141,10 @@ describe("an adapter that does not fit is refused by name", () => {
       "a/adapter_config.json: the adapter does not fit this model: lora: exclude_modules and layers_to_transform must leave a target, got none of 2. The first is model.layers.0.self_attn.q_proj",
     ],
     [
-      "biases of all modules",
+      "biases of some modules",
       GOOD,
-      { bias: "all" },
-      'a/adapter_config.json: "bias" must be "none" or "lora_only": "all" is not supported yet, got "all"',
+      { bias: "some" },
+      'a/adapter_config.json: "bias" must be "none", "lora_only" or "all", got "some"',
     ],
     [
       "a flag that is none",

@@ -5,7 +5,8 @@ import { backward } from "../../src/autograd/engine.ts";
 import { memoryDirectory } from "../../src/io/bytes.ts";
 import { diskDirectory, fileSource } from "../../src/io/files.ts";
 import { openSafetensors } from "../../src/io/safetensors.ts";
-import { attachLora, type LoraAdapter } from "../../src/lora/adapter.ts";
+import type { LoraAdapter } from "../../src/lora/adapter.ts";
+import { attachLora } from "../../src/lora/attach.ts";
 import { loadPeft, savePeft } from "../../src/lora/peft.ts";
 import type { CausalModel } from "../../src/models/causal.ts";
 import { loadModel } from "../../src/models/load.ts";
@@ -27,7 +28,18 @@ const NAMES = [
   "dora-patterns",
   "lora-bias",
   "bias",
+  "bias-all",
+  "vocabulary",
+  "vocabulary-tied",
+  "whole",
+  "whole-tied",
+  "tokens",
+  "tokens-tied",
+  "tokens-head",
 ] as const;
+
+/** Only one of two tied tables is changed: such an adapter stays apart. */
+const UNMERGEABLE: readonly string[] = ["vocabulary-tied", "whole-tied"];
 
 interface Expected {
   readonly base: string;
@@ -45,14 +57,47 @@ const KEYS = {
   bias: "base_layer.bias",
 } as const;
 
+interface Keyed {
+  readonly key: string;
+  readonly t: Tensor;
+  /** Whether the file has the transpose. */
+  readonly isTurned?: boolean;
+}
+
 /** The adapter's tensors by the names that PEFT gives them. */
-const keyed = (adapter: LoraAdapter): [key: string, t: Tensor][] =>
-  [...adapter.pairs].flatMap(([module, pair]) =>
-    Object.entries(KEYS).flatMap(([part, key]): [string, Tensor][] => {
-      const t = pair[part as keyof typeof KEYS];
-      return t ? [[`base_model.model.${module}.${key}`, t]] : [];
-    }),
-  );
+function keyed({ pairs, tables, tokens, saved }: LoraAdapter): Keyed[] {
+  const at = (module: string, suffix: string): string => `base_model.model.${module}.${suffix}`;
+  return [
+    ...[...pairs].flatMap(([module, pair]) =>
+      Object.entries(KEYS).flatMap(([part, key]): Keyed[] => {
+        const t = pair[part as keyof typeof KEYS];
+        return t ? [{ key: at(module, key), t }] : [];
+      }),
+    ),
+    ...[...tables].flatMap(([module, { table, X, Y }]): Keyed[] =>
+      table.use === "head"
+        ? [
+            { key: at(module, "lora_A.weight"), t: Y },
+            { key: at(module, "lora_B.weight"), t: X },
+          ]
+        : [
+            { key: at(module, "lora_embedding_A"), t: X, isTurned: true },
+            { key: at(module, "lora_embedding_B"), t: Y, isTurned: true },
+          ],
+    ),
+    ...[...tokens].map(([module, { rows }]) => ({ key: at(module, "token_adapter.trainable_tokens_delta"), t: rows })),
+    ...[...saved].flatMap(([module, { weight, bias }]): Keyed[] => [
+      ...[weight ?? []].flat().map((t) => ({ key: at(module, "weight"), t })),
+      ...(bias ? [{ key: at(module, "bias"), t: bias }] : []),
+    ]),
+  ];
+}
+
+/** Values as the file has them. */
+function asStored(values: ArrayLike<number>, { t, isTurned }: Keyed): ArrayLike<number> {
+  const [rows = 0, columns = 0] = t.shape;
+  return isTurned ? Array.from(values, (_, i) => values[(i % rows) * columns + Math.floor(i / rows)] ?? 0) : values;
+}
 
 interface Opened {
   readonly model: CausalModel;
@@ -98,42 +143,54 @@ describe.each(NAMES)("%s", (name) => {
     });
     expectClose(await read(loss), [expected.lora_loss], 1e-5, "loss");
     const tensors = keyed(adapter);
-    expect(tensors.map(([, t]) => t).sort()).toEqual(adapter.parameters.sort());
+    expect(new Set(tensors.map(({ t }) => t))).toEqual(new Set(adapter.parameters));
     expect(grads.size).toBe(tensors.length);
-    for (const [key, t] of tensors)
+    for (const one of tensors)
       expectRelative(
-        await read(grads.get(t) ?? expect.fail(key)),
-        golden.get(`lora.grad.${key}`) ?? new Float32Array(),
+        asStored(await read(grads.get(one.t) ?? expect.fail(one.key)), one),
+        golden.get(`lora.grad.${one.key}`) ?? new Float32Array(),
         1e-3, // PyTorch's own f32 is not nearer to its f64 where s is 4
-        key,
+        one.key,
       );
     gpu.release(loss, ...grads.values());
     const step = new TrainingStep({ model, parameters: adapter.parameters });
     for (const _ of expected.steps.losses) step.run([batch], expected.steps.lr);
     const losses = (await step.read()).map((result) => result.loss);
     expectClose(losses, expected.steps.losses, 2e-4, "losses");
-    const finals = await readAll(tensors.map(([, t]) => t));
-    for (const [i, [key]] of tensors.entries())
-      expectRelative(finals[i] ?? [], golden.get(`lora.final.${key}`) ?? new Float32Array(), 2e-3, key);
+    const finals = await readAll(tensors.map(({ t }) => t));
+    for (const [i, one] of tensors.entries()) {
+      const final = golden.get(`lora.final.${one.key}`);
+      // Biases of keys have no gradient but rounding: see adapters.py.
+      if (final) expectRelative(asStored(finals[i] ?? [], one), final, 2e-3, one.key);
+      else expect(one.key).toMatch(/c_attn\.base_layer\.bias$/);
+    }
     step.destroy();
     adapter.detach();
     model.destroy();
   });
 
-  test("merged it gives PEFT's merged logits, unmerged the base's bits again", async () => {
-    const opened = await open(name);
-    const { model, adapter, golden } = opened;
-    adapter.disable();
-    const base = await logitsOf(opened);
-    adapter.enable();
-    adapter.merge();
-    expectClose(await logitsOf(opened), golden.get("merged.logits") ?? golden.get("lora.logits") ?? [], 5e-4, "merged");
-    adapter.unmerge();
-    adapter.disable();
-    expect(await logitsOf(opened)).toEqual(base);
-    adapter.detach();
-    model.destroy();
-  });
+  test.skipIf(UNMERGEABLE.includes(name))(
+    "merged it gives PEFT's merged logits, unmerged the base's bits again",
+    async () => {
+      const opened = await open(name);
+      const { model, adapter, golden } = opened;
+      adapter.disable();
+      const base = await logitsOf(opened);
+      adapter.enable();
+      adapter.merge();
+      expectClose(
+        await logitsOf(opened),
+        golden.get("merged.logits") ?? golden.get("lora.logits") ?? [],
+        5e-4,
+        "merged",
+      );
+      adapter.unmerge();
+      adapter.disable();
+      expect(await logitsOf(opened)).toEqual(base);
+      adapter.detach();
+      model.destroy();
+    },
+  );
 
   test("what is saved is what was loaded", async () => {
     const { model, adapter } = await open(name);
@@ -170,6 +227,25 @@ test("layers of all-linear are those layers, and PEFT is told so by names", asyn
   });
   adapter.detach();
   model.destroy();
+});
+
+test("a bias of B and the layer's own, which have one gradient but for s, are trained in a replayed step as in an eager one", async () => {
+  const gpu = await testGpu();
+  const inputIds = [1, 5, 9, 30, 2];
+  const batch = collate([{ inputIds, labels: inputIds }], 0);
+  const trained = async (eager: boolean): Promise<Float32Array[]> => {
+    const model = await loadModel(gpu, diskDirectory("test/golden/models/qwen2"));
+    const settings = { r: 2, alpha: 4, targetModules: ["q_proj"], loraBias: true, bias: "lora_only" } as const;
+    const adapter = attachLora(model, settings, 3);
+    const step = new TrainingStep({ model, parameters: adapter.parameters, eager });
+    for (let i = 0; i < 3; i++) step.run([batch], 0.01);
+    const values = await readAll(adapter.parameters);
+    step.destroy();
+    adapter.detach();
+    model.destroy();
+    return values;
+  };
+  expect(await trained(false)).toEqual(await trained(true));
 });
 
 test("a bias of B cannot be merged into a layer without a bias, and nothing is merged then", async () => {

@@ -2,7 +2,7 @@ import { expect, test } from "vitest";
 import { add, mul, scale, sum } from "../../src/autograd/basic-ops.ts";
 import { backward } from "../../src/autograd/engine.ts";
 import { diskDirectory } from "../../src/io/files.ts";
-import { attachLora } from "../../src/lora/adapter.ts";
+import { attachLora } from "../../src/lora/attach.ts";
 import { loadClassifier } from "../../src/models/load-classifier.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";

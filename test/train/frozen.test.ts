@@ -4,7 +4,7 @@ import { backward, type Gradients } from "../../src/autograd/engine.ts";
 import type { Gpu } from "../../src/gpu/gpu.ts";
 import { openGpu } from "../../src/gpu/gpu.ts";
 import { diskDirectory } from "../../src/io/files.ts";
-import { attachLora } from "../../src/lora/adapter.ts";
+import { attachLora } from "../../src/lora/attach.ts";
 import type { CausalModel } from "../../src/models/causal.ts";
 import { loadModel } from "../../src/models/load.ts";
 import type { Tensor } from "../../src/tensor/tensor.ts";

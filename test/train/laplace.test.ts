@@ -1,7 +1,7 @@
 import { expect, test } from "vitest";
 import { backward } from "../../src/autograd/engine.ts";
 import { diskDirectory } from "../../src/io/files.ts";
-import { attachLora } from "../../src/lora/adapter.ts";
+import { attachLora } from "../../src/lora/attach.ts";
 import type { BertClassifier } from "../../src/models/bert.ts";
 import { loadClassifier } from "../../src/models/load-classifier.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";

@@ -1,7 +1,8 @@
 import { describe, expect, test } from "vitest";
 import { backward } from "../../src/autograd/engine.ts";
 import { diskDirectory } from "../../src/io/files.ts";
-import { attachLora, type LoraAdapter } from "../../src/lora/adapter.ts";
+import type { LoraAdapter } from "../../src/lora/adapter.ts";
+import { attachLora } from "../../src/lora/attach.ts";
 import type { CausalModel } from "../../src/models/causal.ts";
 import { loadModel } from "../../src/models/load.ts";
 import { Random } from "../../src/tensor/random.ts";

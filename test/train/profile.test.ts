@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 import { diskDirectory } from "../../src/io/files.ts";
-import { attachLora } from "../../src/lora/adapter.ts";
+import { attachLora } from "../../src/lora/attach.ts";
 import { loadModel } from "../../src/models/load.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { readAll } from "../../src/tensor/tensor.ts";

@@ -2,7 +2,7 @@ import { readFileSync } from "node:fs";
 import { describe, expect, test } from "vitest";
 import { openGpu } from "../../src/gpu/gpu.ts";
 import { diskDirectory } from "../../src/io/files.ts";
-import { attachLora } from "../../src/lora/adapter.ts";
+import { attachLora } from "../../src/lora/attach.ts";
 import { readConfig } from "../../src/models/config.ts";
 import { loadModel, makeModel, weightShapes } from "../../src/models/load.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
