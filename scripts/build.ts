@@ -25,7 +25,10 @@ const kernels: Plugin = {
 
 rmSync("dist", { recursive: true, force: true });
 await build({
-  entryPoints: ["src/index.ts", "src/node.ts", "src/hub.ts", "src/browser.ts", "src/tokenizer.ts", "src/cli/main.ts"],
+  entryPoints: [
+    ...["src/index.ts", "src/node.ts", "src/hub.ts", "src/browser.ts", "src/tokenizer.ts", "src/data.ts"],
+    "src/cli/main.ts",
+  ],
   outdir: "dist",
   outbase: "src",
   bundle: true,

@@ -99,7 +99,18 @@ export {
   evaluateClassifier,
   type WeightedLoss,
 } from "./train/classify.ts";
-export { type DataLimits, type DataStats, IGNORED, type Row, readRows } from "./train/data.ts";
+export { splitRows } from "./train/data/split.ts";
+export {
+  type DataLimits,
+  type DataStats,
+  IGNORED,
+  type LossOn,
+  type Row,
+  RowMaker,
+  type RowOptions,
+  readRows,
+  rowsOf,
+} from "./train/data.ts";
 export { findLearningRate, type RatePoint, type RateSweep, type RateSweepOptions } from "./train/find-learning-rate.ts";
 export {
   bestPrecision,
@@ -135,6 +146,7 @@ export {
   type Prediction,
   predictionOf,
 } from "./train/metrics.ts";
+export { packRows, paddingShare } from "./train/packing.ts";
 export { type MemoryPlan, type PlanOptions, planTraining } from "./train/plan.ts";
 export {
   evaluatePreferences,

@@ -19,6 +19,8 @@ const OUTSIDE: readonly [file: RegExp, modules: RegExp][] = [
   [/^src\/(io\/files|node)\.ts$/, /^node:/],
   [/^src\/io\/(hub|lock)\.ts$/, /^node:/],
   [/^src\/io\/tokenizer\.ts$/, /^@huggingface\/tokenizers$/],
+  [/^src\/io\/chat-template\.ts$/, /^@huggingface\/jinja$/],
+  [/^src\/io\/tables\.ts$/, /^(csv-parse\/sync|hyparquet|hyparquet-compressors)$/],
   [/^src\/cli\//, /^(node:|commander$)/],
 ];
 

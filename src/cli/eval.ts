@@ -27,14 +27,16 @@ import {
   modelOption,
   numLabelsOption,
   quantizeOption,
+  type RowArguments,
   revisionOption,
+  rowOptions,
   weightFormat,
   whole,
 } from "./options.ts";
 import { located, readAnyConfig } from "./places.ts";
 import { bitsLine, dataLine, number, openPeft, readData, result, say, withGpu } from "./session.ts";
 
-export interface EvalArguments extends LaplaceArguments {
+export interface EvalArguments extends LaplaceArguments, RowArguments {
   readonly model: string;
   readonly revision?: string;
   readonly quantize?: "int8" | "nf4";
@@ -70,7 +72,7 @@ export function evalCommand(): Command {
     .addOption(maxLengthOption("eval"))
     .addOption(numLabelsOption("eval"))
     .addOption(jsonOption());
-  for (const option of laplaceOptions("eval")) command.addOption(option);
+  for (const option of [...rowOptions(), ...laplaceOptions("eval")]) command.addOption(option);
   return command.addHelpText("after", EXAMPLES).action(run);
 }
 
@@ -83,10 +85,10 @@ async function run(given: EvalArguments): Promise<void> {
   if (options.numLabels !== undefined)
     throw new ShapeError("eval: --num-labels is for encoders with a classifier. Leave it out");
   const { model: path, adapter, data, batchSize, maxLength: limit, json } = options;
-  const { rows, stats, maxLength } = await readData(path, data, limit);
+  const { rows, stats, maxLength } = await readData(path, data, limit, { ...options, splits: ["test", "valid"] });
   say(dataLine(stats, maxLength));
   if (options.laplace !== undefined) demandAdapter(adapter);
-  const seen = options.laplace === undefined ? undefined : (await readData(path, options.laplace, limit)).rows;
+  const seen = options.laplace === undefined ? undefined : (await readData(path, options.laplace, limit, options)).rows;
   await withGpu(async (gpu) => {
     const measured = async (weights: WeightFormat, isAsked: boolean) => {
       const model = await loadModelFrom(gpu, path, { weights });

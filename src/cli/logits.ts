@@ -1,11 +1,12 @@
 import { Command } from "commander";
+import { loadChatTemplate, readRecords } from "../data.ts";
 import { FormatError } from "../io/errors.ts";
 import { encodeSafetensors } from "../io/safetensors.ts";
 import { tensorToWrite } from "../nn/checkpoint.ts";
-import { writeFileAtomic } from "../node.ts";
+import { diskDirectory, fileSource, writeFileAtomic } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { tensor, view } from "../tensor/tensor.ts";
-import { type Row, readRows } from "../train/data.ts";
+import { type Row, RowMaker } from "../train/data.ts";
 import {
   adapterOption,
   dataOption,
@@ -16,7 +17,7 @@ import {
   whole,
 } from "./options.ts";
 import { located } from "./places.ts";
-import { openModel, openReader, readTextFile, result, say, withGpu } from "./session.ts";
+import { openModel, openReader, result, say, withGpu } from "./session.ts";
 
 interface LogitsArguments {
   readonly model: string;
@@ -59,20 +60,24 @@ async function run(options: LogitsArguments): Promise<void> {
   });
 }
 
-/** The row at this index of the file, blank lines not counted. */
+/** The row at this index of the file, whatever is to be learned of it. */
 async function readRow(model: string, file: string, index: number): Promise<Row> {
   const { config, tokenizer } = await openReader(model);
   const { contextLength, vocabSize } = config;
-  const lines = (await readTextFile(file)).split("\n");
-  const filled = [...lines.keys()].filter((line) => lines[line]?.trim());
-  const at = filled[index];
-  if (filled.length > 0 && at === undefined)
-    throw new ShapeError(`logits: --row must be from 0 to ${filled.length - 1}, the rows of ${file}, got ${index}`);
-  // The lines before it go in as blank ones, so that an error names the right line.
-  const alone = at === undefined ? "" : `${"\n".repeat(at)}${lines[at]}`;
-  const { rows, stats } = readRows(alone, file, tokenizer, { maxLength: contextLength, contextLength, vocabSize });
-  if (stats.truncated > 0) say(`row ${index} is longer than the model's context: cut to ${contextLength} tokens`);
-  const [row] = rows;
-  if (!row) throw new FormatError(`${file}: row ${index} must have tokens, got none`);
-  return row;
+  let count = 0;
+  for await (const record of readRecords(await fileSource(file), file)) {
+    if (count++ < index) continue;
+    const chatTemplate = await loadChatTemplate(diskDirectory(model));
+    const maker = new RowMaker(tokenizer, { maxLength: contextLength, contextLength, vocabSize, chatTemplate });
+    const row = maker.row(record);
+    if (maker.stats.truncated > 0)
+      say(`row ${index} is longer than the model's context: cut to ${contextLength} tokens`);
+    if (!row) throw new FormatError(`${record.where}: a row must leave a token to learn, got none`);
+    return row;
+  }
+  throw new ShapeError(
+    count === 0
+      ? `logits: ${file} must have at least one row, got an empty file`
+      : `logits: --row must be from 0 to ${count - 1}, the rows of ${file}, got ${index}`,
+  );
 }

@@ -2,6 +2,7 @@
 import { Command } from "commander";
 import { combineCommand } from "./combine.ts";
 import { convertCommand } from "./convert.ts";
+import { dataCommand } from "./data.ts";
 import { doctorCommand } from "./doctor.ts";
 import { evalCommand } from "./eval.ts";
 import { extractCommand } from "./extract.ts";
@@ -12,7 +13,7 @@ import { mergeCommand } from "./merge.ts";
 import { planCommand } from "./plan.ts";
 import { quantizeCommand } from "./quantize.ts";
 import { withConfig } from "./run-config.ts";
-import { say } from "./session.ts";
+import { exitCode, say } from "./session.ts";
 import { trainCommand } from "./train.ts";
 import { version } from "./version.ts";
 
@@ -20,6 +21,7 @@ const program = new Command("lowrank")
   .description("Fine-tune and serve LoRA adapters of Hugging Face models on any GPU, through WebGPU")
   .version(version())
   .addCommand(trainCommand())
+  .addCommand(dataCommand())
   .addCommand(planCommand())
   .addCommand(evalCommand())
   .addCommand(generateCommand())
@@ -48,5 +50,5 @@ try {
 } catch (error) {
   say(`error: ${error instanceof Error ? error.message : String(error)}`);
   if (process.env.LOWRANK_DEBUG === "1" && error instanceof Error) say(error.stack ?? "");
-  process.exitCode = 1;
+  process.exitCode = exitCode(error);
 }

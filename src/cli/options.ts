@@ -5,6 +5,7 @@ import { type LoraInit, takesFromBase } from "../lora/init.ts";
 import type { TargetModules } from "../lora/target-modules.ts";
 import type { WeightFormat } from "../models/weights.ts";
 import { ShapeError } from "../tensor/errors.ts";
+import type { LossOn } from "../train/data.ts";
 
 /** An option that takes a number for which `holds` is true; `rule` says in words what that is. Parsing throws ShapeError. */
 export function numeric(
@@ -80,9 +81,35 @@ export const weightFormat = (quantize: "int8" | "nf4" | undefined): WeightFormat
 
 export const dataOption = (): Option =>
   new Option(
-    "--data <file>",
-    'JSONL: {"text"}, {"prompt","completion"} or {"input_ids","labels"}; for a classifier {"text","text_pair"?,"label"}',
+    "--data <place>",
+    'a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a directory with train, valid and test ones (see lowrank data --help); for a classifier JSONL of {"text","text_pair"?,"label"}',
   ).makeOptionMandatory();
+
+/** How records become rows. */
+export const rowOptions = (): Option[] => [
+  new Option(
+    "--loss-on <what>",
+    "what is learned of a row (default: assistant for messages, completion for prompts, all for text)",
+  ).choices(["assistant", "last", "completion", "all"]),
+  new Option("--chat-template <file>", "Jinja file that writes messages as text, or chatml (default: the model's own)"),
+  new Option("--prompt-separator <text>", "in .txt files, each line is a prompt, this separator and a completion"),
+];
+
+/** What `rowOptions` give. */
+export interface RowArguments {
+  readonly lossOn?: LossOn;
+  readonly chatTemplate?: string;
+  readonly promptSeparator?: string;
+}
+
+export const validSplitOption = (command: string): Option =>
+  numeric(command, "--valid-split <share>", "hold out this share of the rows and evaluate on them now and then", {
+    rule: "a number above 0 and below 1",
+    holds: (x) => x > 0 && x < 1,
+  });
+
+export const packingOption = (): Option =>
+  new Option("--packing", "put several rows into one of --max-length, each seeing only itself: less padding");
 
 export const numLabelsOption = (command: string): Option =>
   whole(command, "--num-labels <n>", "give an encoder a new classifier for so many classes, in place of its own", 2);

@@ -40,6 +40,8 @@ export interface RunSize {
   readonly maxLength: number;
   readonly gradAccumulation: number;
   readonly checkpointing: boolean;
+  /** Whether rows are packed. */
+  readonly packing?: boolean;
 }
 
 interface PlanArguments extends Omit<RunSize, "maxLength" | "weights">, LoraArguments {

@@ -1,8 +1,10 @@
 /** What the commands do alike: open the GPU, read model, adapter and data, speak. */
-
+import { statSync } from "node:fs";
+import { CHATML, type ChatTemplate, type DataFile, dataSplits, loadChatTemplate, readRecords } from "../data.ts";
 import { type Gpu, type OpenGpuOptions, openGpu } from "../gpu/gpu.ts";
+import { FormatError } from "../io/errors.ts";
 import { diskDirectory, fileSource } from "../io/files.ts";
-import { utf8 } from "../io/json.ts";
+import { excerpt, utf8 } from "../io/json.ts";
 import type { Tokenizer } from "../io/tokenizer.ts";
 import type { LoraAdapter } from "../lora/adapter.ts";
 import type { HasLinears } from "../lora/parts.ts";
@@ -10,8 +12,12 @@ import type { CausalModel } from "../models/causal.ts";
 import { type ModelConfig, readConfig } from "../models/config.ts";
 import type { bitsPerWeight, WeightFormat } from "../models/weights.ts";
 import { loadModelFrom, loadPeftFrom } from "../node.ts";
+import { ShapeError } from "../tensor/errors.ts";
 import { loadTokenizer } from "../tokenizer.ts";
-import { type DataStats, type Row, readRows } from "../train/data.ts";
+import { splitRows } from "../train/data/split.ts";
+import { type DataStats, type Row, RowMaker, rowsOf } from "../train/data.ts";
+import { paddingShare } from "../train/packing.ts";
+import type { RowArguments } from "./options.ts";
 
 /** A line for people: on stderr, so that stdout holds only results. */
 export const say = (line: string): void => {
@@ -21,6 +27,9 @@ export const say = (line: string): void => {
 export const result = (line: string): void => {
   process.stdout.write(`${line}\n`);
 };
+
+/** The exit status that an error gives: 2 for a file or place that cannot be used, 1 for all else. */
+export const exitCode = (error: unknown): number => (error instanceof FormatError ? 2 : 1);
 
 /** Runs a command on the GPU and frees it. Says so when it is a software adapter. */
 export async function withGpu<T>(run: (gpu: Gpu) => Promise<T>, options?: OpenGpuOptions): Promise<T> {
@@ -74,27 +83,91 @@ export async function openReader(path: string): Promise<Reader> {
   return { config, tokenizer: files.some(Boolean) ? await loadTokenizer(directory) : undefined };
 }
 
-/** The rows of a data file, cut to maxLength: 512 unless given, or the model's context if that is smaller. */
+/** How `readData` reads. */
+export interface ReadOptions extends RowArguments {
+  /** Of a directory, the first of these splits that is there. */
+  readonly splits?: readonly Split[];
+  /** Share of the rows that is held out, drawn by `seed`. */
+  readonly validSplit?: number | undefined;
+  readonly seed?: number;
+}
+
+type Split = "train" | "valid" | "test";
+
+export interface ReadData {
+  readonly rows: readonly Row[];
+  readonly stats: DataStats;
+  readonly maxLength: number;
+  /** Held out, or the file `valid` beside `train`. */
+  readonly valid: readonly Row[] | undefined;
+}
+
+/** The rows of a file or a directory of data, cut to maxLength: 512 unless given, or the model's context if that is smaller. */
 export async function readData(
   model: string,
-  file: string,
+  place: string,
   maxLength: number | undefined,
-): Promise<{ readonly rows: readonly Row[]; readonly stats: DataStats; readonly maxLength: number }> {
+  { splits = ["train"], validSplit, seed = 0, ...options }: ReadOptions = {},
+): Promise<ReadData> {
   const { config, tokenizer } = await openReader(model);
   const { contextLength, vocabSize } = config;
   const length = maxLength ?? Math.min(512, contextLength);
-  const read = readRows(await readTextFile(file), file, tokenizer, { maxLength: length, contextLength, vocabSize });
-  return { ...read, maxLength: length };
+  const chatTemplate = await openTemplate(model, options.chatTemplate);
+  const limits = { maxLength: length, contextLength, vocabSize, chatTemplate, lossOn: options.lossOn };
+  const rowsOfFile = async ({ name, source }: DataFile): Promise<{ rows: Row[]; stats: DataStats }> => {
+    const maker = new RowMaker(tokenizer, limits);
+    const rows: Row[] = [];
+    const records = readRecords(source, name, { separator: options.promptSeparator });
+    for await (const row of rowsOf(records, maker)) rows.push(row);
+    maker.demandRows(name);
+    return { rows, stats: maker.stats };
+  };
+  const found = await findData(place, splits);
+  const { rows, stats } = await rowsOfFile(found.file);
+  if (validSplit === undefined) {
+    const valid = found.valid && (await rowsOfFile(found.valid)).rows;
+    return { rows, stats, maxLength: length, valid };
+  }
+  if (found.valid)
+    throw new ShapeError(`--valid-split: must go with data of one file, got ${place}, which has ${found.valid.name}`);
+  const { train, valid } = splitRows(rows, validSplit, seed);
+  return { rows: train, stats, maxLength: length, valid };
 }
 
-/** "160 rows (3 cut to 128 tokens, 0 without a token to learn left out), 9,120 tokens, 4,210 to learn" */
-export function dataLine(
-  { rows, truncated, dropped, tokens, trainedTokens, unclearBoundaries }: DataStats,
-  maxLength: number,
-): string {
-  const unclear =
-    unclearBoundaries > 0 ? `; in ${number(unclearBoundaries)} the end of the prompt falls inside a token` : "";
-  return `data: ${number(rows)} rows (${number(truncated)} truncated to ${maxLength} tokens, ${number(dropped)} dropped with nothing to learn), ${number(tokens)} tokens, ${number(trainedTokens)} of them to learn${unclear}`;
+async function openTemplate(model: string, given: string | undefined): Promise<ChatTemplate | undefined> {
+  const directory = diskDirectory(model);
+  if (given === undefined) return loadChatTemplate(directory);
+  const text = given === "chatml" ? CHATML : await readTextFile(given);
+  return loadChatTemplate(directory, { name: given, text });
+}
+
+/** The file itself, or the first split that a directory has. */
+async function findData(
+  place: string,
+  splits: readonly Split[],
+): Promise<{ readonly file: DataFile; readonly valid?: DataFile | undefined }> {
+  if (!statSync(place, { throwIfNoEntry: false })?.isDirectory())
+    return { file: { name: place, source: await fileSource(place) } };
+  const files = await dataSplits(diskDirectory(place));
+  const split = splits.find((name) => files[name]);
+  const file = split && files[split];
+  if (!file) throw new FormatError(`${place}: must have a file of ${splits.join(" or ")}, got none`);
+  return { file, valid: split === "train" ? files.valid : undefined };
+}
+
+/** "data: 160 rows (3 truncated to 128 tokens, 0 dropped with nothing to learn), 9,120 tokens, 4,210 of them to learn", and what is odd. */
+export function dataLine(stats: DataStats, maxLength: number): string {
+  const { rows, truncated, dropped, tokens, trainedTokens, unclearBoundaries, firstUnclear, ignoredKeys } = stats;
+  const line = `data: ${number(rows)} rows (${number(truncated)} truncated to ${maxLength} tokens, ${number(dropped)} dropped with nothing to learn), ${number(tokens)} tokens, ${number(trainedTokens)} of them to learn`;
+  const unclear = `warning: in ${number(unclearBoundaries)} rows, first at ${firstUnclear}, what comes before an answer does not end at a token of its own: learning starts where the two part`;
+  const ignored = `keys that are not used: ${ignoredKeys.map((key) => JSON.stringify(excerpt(key))).join(", ")}`;
+  return [line, ...(unclearBoundaries > 0 ? [unclear] : []), ...(ignoredKeys.length > 0 ? [ignored] : [])].join("\n");
+}
+
+/** "packing: 160 rows in 41; of the positions of a batch 31.2 % were padding, 2.0 % are" */
+export function packingLine(rows: readonly Row[], packed: readonly Row[], batchSize: number): string {
+  const [before, after] = [rows, packed].map((all) => `${number(100 * paddingShare(all, batchSize), 1)} %`);
+  return `packing: ${number(rows.length)} rows in ${number(packed.length)}; of the positions of a batch ${before} were padding, ${after} are`;
 }
 
 export const number = (value: number, digits = 0): string =>

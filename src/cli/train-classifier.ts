@@ -56,6 +56,7 @@ export async function trainClassifier(options: Arguments): Promise<void> {
     });
     if (interrupted) process.exitCode = 130;
     report(gpu, options.json ?? false, {
+      loss_valid: last?.validation?.loss ?? null,
       ...{ steps: last?.step ?? saved?.step ?? 0, loss_first: first?.loss ?? null, loss_last: last?.loss ?? null },
       ...{
         out: options.out,

@@ -10,6 +10,8 @@ export interface Outcome {
   readonly steps: number;
   readonly loss_first: number | null;
   readonly loss_last: number | null;
+  /** Over the rows that were not trained on, after the last step. */
+  readonly loss_valid: number | null;
   readonly out: string;
   readonly interrupted: boolean;
   readonly rows: number;
@@ -31,8 +33,9 @@ export function report(gpu: Gpu, json: boolean, outcome: Outcome): void {
     result(JSON.stringify({ ...outcome, device: deviceName(gpu.info), software: gpu.isSoftware }));
     return;
   }
-  const { steps, loss_first, loss_last, seconds, peak_bytes } = outcome;
-  const course = `loss ${loss_first?.toFixed(4) ?? "none"} → ${loss_last?.toFixed(4) ?? "none"}`;
+  const { steps, loss_first, loss_last, loss_valid, seconds, peak_bytes } = outcome;
+  const held = loss_valid === null ? "" : ` (${loss_valid.toFixed(4)} on rows not trained on)`;
+  const course = `loss ${loss_first?.toFixed(4) ?? "none"} → ${loss_last?.toFixed(4) ?? "none"}${held}`;
   result(`${number(steps)} steps in ${number(seconds, 1)} s, ${course}, at most ${bytes(peak_bytes)} of GPU memory`);
 }
 

@@ -44,7 +44,7 @@ const KEPT = [
     "schedule",
     "weightDecay",
   ],
-  ...["loraFa", "loraplusLrRatio", "maxGradNorm", "seed", "shuffle"],
+  ...["loraFa", "loraplusLrRatio", "maxGradNorm", "seed", "shuffle", "packing"],
 ];
 
 interface RunPlan {

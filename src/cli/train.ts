@@ -17,6 +17,7 @@ import { batchesPerEpoch, longest } from "../train/batches.ts";
 import { calibrationBatches } from "../train/calibration.ts";
 import type { Row } from "../train/data.ts";
 import { evaluate } from "../train/loss.ts";
+import { packRows } from "../train/packing.ts";
 import type { Schedule } from "../train/schedule.ts";
 import { languageTask } from "../train/task.ts";
 import {
@@ -32,24 +33,28 @@ import {
   modelOption,
   numeric,
   numLabelsOption,
+  packingOption,
   plannedConfig,
   quantizeOption,
+  type RowArguments,
   revisionOption,
+  rowOptions,
   stepOptions,
   timeOption,
+  validSplitOption,
   weightFormat,
   whole,
 } from "./options.ts";
 import { located, readAnyConfig } from "./places.ts";
 import { budgetOption, demandFit } from "./plan.ts";
-import { bitsLine, bytes, dataLine, number, openPeft, readData, say, withGpu } from "./session.ts";
+import { bitsLine, bytes, dataLine, number, openPeft, packingLine, readData, say, withGpu } from "./session.ts";
 import { trainClassifier } from "./train-classifier.ts";
 import { report } from "./train-report.ts";
 import { begin, keptSettings } from "./train-resume.ts";
 import { runTraining } from "./train-run.ts";
 import { version } from "./version.ts";
 
-export interface TrainArguments extends LoraArguments {
+export interface TrainArguments extends LoraArguments, RowArguments {
   readonly model: string;
   readonly revision?: string;
   readonly quantize?: "int8" | "nf4";
@@ -66,6 +71,8 @@ export interface TrainArguments extends LoraArguments {
   readonly loraplusLrRatio?: number;
   readonly maxGradNorm: number;
   readonly maxLength?: number;
+  readonly validSplit?: number;
+  readonly packing?: boolean;
   readonly seed: number;
   readonly shuffle: boolean;
   readonly tune?: boolean;
@@ -146,7 +153,11 @@ export function trainCommand(): Command {
     .addOption(whole(name, "--save-every <n>", "save the adapter and a checkpoint after every so many steps, too", 1))
     .addOption(whole(name, "--keep <n>", "checkpoints that are kept", 1, 2))
     .option("--resume", "go on from the newest checkpoint in --out")
-    .option("--valid-data <file>", "evaluate on this file now and then, written as --data")
+    .addOption(
+      new Option("--valid-data <place>", "evaluate on these rows now and then, written as --data").conflicts(
+        "validSplit",
+      ),
+    )
     .addOption(whole(name, "--valid-every <n>", "steps between evaluations (default: a tenth of the steps)", 1))
     .addOption(whole(name, "--patience <n>", "stop after so many evaluations in a row without a lower loss", 1))
     .addOption(timeOption(name, "--time-budget <time>", "stop and save after 90s, 20m or 1.5h"))
@@ -155,6 +166,7 @@ export function trainCommand(): Command {
       "time the kernels of step 3 (or the last) and write profile.txt, .html and .trace.json to --out",
     )
     .addOption(jsonOption());
+  for (const option of [...rowOptions(), validSplitOption(name), packingOption()]) command.addOption(option);
   for (const option of [...loraOptions(name), ...stepOptions(name), budgetOption(name)]) command.addOption(option);
   return command.addHelpText("after", EXAMPLES).action(run);
 }
@@ -165,13 +177,16 @@ async function run(given: TrainArguments): Promise<void> {
   if (await isClassifier(diskDirectory(options.model))) return trainClassifier(options);
   if (options.numLabels !== undefined)
     throw new ShapeError("train: --num-labels is for encoders with a classifier. Leave it out");
-  const { rows, stats, maxLength } = await readData(options.model, options.data, options.maxLength);
+  const { batchSize, gradAccumulation, seed, checkpointing = false, packing = false } = options;
+  const read = await readData(options.model, options.data, options.maxLength, options);
+  const { stats, maxLength } = read;
   say(dataLine(stats, maxLength));
-  const { batchSize, gradAccumulation, seed, checkpointing = false } = options;
+  const rows = packing ? packRows(read.rows, maxLength) : read.rows;
+  if (packing) say(packingLine(read.rows, rows, batchSize));
   const perEpoch = batchesPerEpoch({ rows: rows.length, batchSize });
   const steps = options.steps ?? Math.ceil(((options.epochs ?? 1) * perEpoch) / gradAccumulation);
   const warmupSteps = Math.ceil(options.warmup * steps);
-  const valid = await readValidation(options, maxLength);
+  const valid = await readValidation(options, read.valid, maxLength);
   const settings = await keptSettings(options, { steps, warmupSteps, rows });
   const saved = await begin(options.out, options.resume ?? false, settings, version());
   const size = {
@@ -182,6 +197,7 @@ async function run(given: TrainArguments): Promise<void> {
     loraFa: options.loraFa ?? false,
     weights: weightFormat(options.quantize),
     maxLength: longest(rows),
+    packing,
   };
 
   const work = async (gpu: Gpu): Promise<void> => {
@@ -206,7 +222,7 @@ async function run(given: TrainArguments): Promise<void> {
     );
     const { first, last, interrupted, skipped } = await runTraining({
       ...options,
-      ...{ ...trained, task: languageTask(model), adapter, rows, steps, warmupSteps, settings, saved },
+      ...{ ...trained, task: languageTask(model, 0, packing), adapter, rows, steps, warmupSteps, settings, saved },
       rates: options.loraplusLrRatio === undefined ? undefined : adapter.rates(options.loraplusLrRatio),
       shuffleSeed: options.shuffle ? seed : undefined,
       validation: valid && {
@@ -220,6 +236,7 @@ async function run(given: TrainArguments): Promise<void> {
       steps: last?.step ?? saved?.step ?? 0,
       loss_first: first?.loss ?? null,
       loss_last: last?.loss ?? null,
+      loss_valid: last?.validation?.loss ?? null,
       out: options.out,
       interrupted,
       rows: stats.rows,
@@ -237,13 +254,20 @@ async function run(given: TrainArguments): Promise<void> {
 }
 
 async function readValidation(
-  { model, validData, validEvery, patience }: TrainArguments,
+  options: TrainArguments,
+  held: readonly Row[] | undefined,
   maxLength: number,
 ): Promise<readonly Row[] | undefined> {
-  if (validData !== undefined) return (await readData(model, validData, maxLength)).rows;
-  if (validEvery !== undefined || patience !== undefined)
-    throw new ShapeError("train: --valid-every and --patience need --valid-data, got none");
-  return undefined;
+  const { model, validData, validEvery, patience } = options;
+  if (validData !== undefined) {
+    const { validSplit, ...others } = options;
+    return (await readData(model, validData, maxLength, { ...others, splits: ["valid", "test"] })).rows;
+  }
+  if (!held && (validEvery !== undefined || patience !== undefined))
+    throw new ShapeError(
+      "train: --valid-every and --patience need --valid-data, --valid-split or a directory with a valid file, got none",
+    );
+  return held;
 }
 
 type TrainedParts = Pick<LoraFa, "parameters"> & Partial<LoraFa>;

@@ -37,6 +37,15 @@ export function parseJsonObject(text: string, where: string): JsonObject {
   return value;
 }
 
+/** As `parseJsonObject`, and throws a FormatError where a key occurs twice. */
+export function parseRecord(text: string, where: string): JsonObject {
+  const value = parseJsonObject(text, where);
+  const duplicate = duplicateKey(text);
+  if (duplicate !== undefined)
+    throw new FormatError(`${where}: a key must not occur twice, got ${JSON.stringify(excerpt(duplicate))}`);
+  return value;
+}
+
 export const isObject = (value: unknown): value is JsonObject =>
   typeof value === "object" && value !== null && !Array.isArray(value);
 
@@ -47,6 +56,29 @@ export function utf8(bytes: Uint8Array, where: string): string {
   } catch {
     throw new FormatError(`${where}: must be UTF-8 text, got bytes that are not. Save it as UTF-8`);
   }
+}
+
+/** The first key that an object of this (valid) JSON text holds twice: `JSON.parse` keeps the last and says nothing. */
+export function duplicateKey(json: string): string | undefined {
+  const objects: (Set<string> | undefined)[] = []; // the keys of each open object; undefined for an open array
+  let mayBeKey = false;
+  for (let i = 0; i < json.length; i++) {
+    const c = json[i];
+    if (c === "{") objects.push(new Set());
+    else if (c === "[") objects.push(undefined);
+    else if (c === "}" || c === "]") objects.pop();
+    if (c === "{" || c === ",") mayBeKey = true;
+    if (c !== '"') continue;
+    const begin = i++;
+    while (json[i] !== '"') i += json[i] === "\\" ? 2 : 1;
+    const keys = mayBeKey ? objects.at(-1) : undefined;
+    mayBeKey = false;
+    if (!keys) continue;
+    const key = JSON.parse(json.slice(begin, i + 1)) as string;
+    if (keys.has(key)) return key;
+    keys.add(key);
+  }
+  return undefined;
 }
 
 /** At most 60 characters, for a message. */

@@ -5,7 +5,7 @@
  */
 import type { ByteSource } from "./bytes.ts";
 import { FormatError } from "./errors.ts";
-import { excerpt, isObject, parseJsonObject, utf8 } from "./json.ts";
+import { duplicateKey, excerpt, isObject, parseJsonObject, utf8 } from "./json.ts";
 
 /** In upstream's order: its files hold the tensors of the last type first. */
 const DTYPES = [
@@ -213,29 +213,6 @@ function byteLength(dtype: Dtype, shape: readonly number[]): number | undefined 
     if (!Number.isSafeInteger(bits)) return undefined;
   }
   return bits % 8 === 0 ? bits / 8 : undefined;
-}
-
-/** The first key that an object of this (valid) JSON text holds twice: `JSON.parse` keeps the last and says nothing. */
-function duplicateKey(json: string): string | undefined {
-  const objects: (Set<string> | undefined)[] = []; // the keys of each open object; undefined for an open array
-  let mayBeKey = false;
-  for (let i = 0; i < json.length; i++) {
-    const c = json[i];
-    if (c === "{") objects.push(new Set());
-    else if (c === "[") objects.push(undefined);
-    else if (c === "}" || c === "]") objects.pop();
-    if (c === "{" || c === ",") mayBeKey = true;
-    if (c !== '"') continue;
-    const begin = i++;
-    while (json[i] !== '"') i += json[i] === "\\" ? 2 : 1;
-    const keys = mayBeKey ? objects.at(-1) : undefined;
-    mayBeKey = false;
-    if (!keys) continue;
-    const key = JSON.parse(json.slice(begin, i + 1)) as string;
-    if (keys.has(key)) return key;
-    keys.add(key);
-  }
-  return undefined;
 }
 
 const isDtype = (value: unknown): value is Dtype => DTYPES.some((dtype) => dtype === value);

@@ -1,7 +1,7 @@
 /** Rows → batches: which rows, in which order, and side by side. */
 import { ShapeError } from "../tensor/errors.ts";
 import { Random } from "../tensor/random.ts";
-import { IGNORED, type Row } from "./data.ts";
+import { IGNORED, type Row } from "./data/row.ts";
 
 export interface Batch {
   /** [B,T], padded on the right. */
@@ -15,6 +15,8 @@ export interface Batch {
   readonly tokens: number;
   /** Positions b·T + t that have a target, padded with −1, or all where nearly all have one: only there are logits worked out. */
   readonly targets: Int32Array;
+  /** Of packed rows, each [B,T]: the position of each token within its segment, and where in the row that begins. */
+  readonly packing?: { readonly positions: Int32Array; readonly starts: Int32Array };
 }
 
 /** Share of all positions by which the number of `targets` grows, so that there are few shapes. */
@@ -27,6 +29,9 @@ const LENGTH_STEP = 16;
 export const longest = (rows: readonly Pick<Row, "inputIds">[]): number =>
   rows.reduce((most, row) => Math.max(most, row.inputIds.length), 0);
 
+/** Whether the batches of these rows may be packed. */
+export const isPacked = (rows: readonly Pick<Row, "starts">[]): boolean => rows.some(({ starts }) => starts);
+
 /** `collate` to a length that is a multiple of 16, or `most`, the longest that any row is. */
 export function collateRounded(rows: readonly Row[], padId: number, most: number): Batch {
   return collate(rows, padId, roundedLength(longest(rows), most));
@@ -37,12 +42,12 @@ export const roundedLength = (length: number, most: number): number =>
   Math.min(most, Math.ceil(length / LENGTH_STEP) * LENGTH_STEP);
 
 /** The largest batch that rows of a run may make: `batchSize` of the longest, of which every token counts. */
-export function largestBatch(batchSize: number, length: number): Batch {
+export function largestBatch(batchSize: number, length: number, hasPacked = false): Batch {
   const ids = new Array<number>(length).fill(0);
-  return collate(new Array<Row>(batchSize).fill({ inputIds: ids, labels: ids }), 0);
+  return collate(new Array<Row>(batchSize).fill({ inputIds: ids, labels: ids, ...(hasPacked && { starts: [0] }) }), 0);
 }
 
-/** Lays rows side by side, padded to the longest or to `length`. Throws a ShapeError if there are none. */
+/** Lays rows side by side, padded to the longest or to `length`; with a packed row among them all are. Throws a ShapeError if there are none. */
 export function collate(rows: readonly Row[], padId: number, length: number = longest(rows)): Batch {
   const B = rows.length;
   if (B === 0) throw new ShapeError("collate: a batch must have at least one row, got none");
@@ -58,7 +63,25 @@ export function collate(rows: readonly Row[], padId: number, length: number = lo
   const places = Math.min(B * T, Math.max(1, Math.ceil(counted.length / step)) * step);
   const targets = new Int32Array(places).fill(-1);
   targets.set(places === B * T ? labels.map((_, at) => at) : counted);
-  return { ids, labels, B, T, tokens: counted.length, targets };
+  const packing = isPacked(rows) && { packing: packingOf(rows, T) };
+  return { ids, labels, B, T, tokens: counted.length, targets, ...packing };
+}
+
+/** Padding is a segment of its own. */
+function packingOf(rows: readonly Row[], T: number): NonNullable<Batch["packing"]> {
+  const positions = new Int32Array(rows.length * T);
+  const starts = new Int32Array(rows.length * T);
+  for (const [b, { inputIds, starts: begins = [0] }] of rows.entries()) {
+    const bounds = [...begins, inputIds.length, T];
+    for (let s = 0; s + 1 < bounds.length; s++) {
+      const [first = 0, end = 0] = [bounds[s], bounds[s + 1]];
+      for (let t = first; t < end; t++) {
+        positions[b * T + t] = t - first;
+        starts[b * T + t] = first;
+      }
+    }
+  }
+  return { positions, starts };
 }
 
 export interface Sampling {

@@ -1,17 +1,16 @@
-/** JSONL → rows of token ids with labels. */
+/** Records of training data → rows of token ids with labels. */
+import type { ChatTemplate } from "../io/chat-template.ts";
 import { FormatError } from "../io/errors.ts";
-import { excerpt, type JsonObject, parseJsonObject } from "../io/json.ts";
+import { type JsonObject, parseRecord } from "../io/json.ts";
 import type { Tokenizer } from "../io/tokenizer.ts";
 import { ShapeError } from "../tensor/errors.ts";
+import { encodeExample } from "./data/encode.ts";
+import { FORM_LIST, parseExample } from "./data/forms.ts";
+import type { LossOn } from "./data/masks.ts";
+import { type Row, trainedCount } from "./data/row.ts";
 
-/** A label that takes no part in the loss. */
-export const IGNORED = -100;
-
-export interface Row {
-  readonly inputIds: readonly number[];
-  /** As long as inputIds and not shifted: labels[t] is inputIds[t], or IGNORED. */
-  readonly labels: readonly number[];
-}
+export type { LossOn } from "./data/masks.ts";
+export { IGNORED, type Row } from "./data/row.ts";
 
 export interface DataStats {
   /** Rows kept. */
@@ -23,8 +22,14 @@ export interface DataStats {
   /** Ids of the rows kept, and how many of them are a target of the loss. */
   readonly tokens: number;
   readonly trainedTokens: number;
-  /** Rows whose prompt, tokenised alone, is not a prefix of prompt + completion: the loss starts where the two part. */
+  /** Rows whose prompt, tokenised alone, is not a prefix of the whole: the loss starts where the two part. */
   readonly unclearBoundaries: number;
+  /** The first of those, such as "train.jsonl:12". */
+  readonly firstUnclear?: string;
+  /** Rows of each form, also those left out: "messages", "text" and so on. */
+  readonly forms: Readonly<Record<string, number>>;
+  /** Keys of records that were not looked at. */
+  readonly ignoredKeys: readonly string[];
 }
 
 export interface DataLimits {
@@ -36,121 +41,131 @@ export interface DataLimits {
   readonly vocabSize: number;
 }
 
-const FORMS = '{"text"}, {"prompt","completion"}, {"input_ids"} or {"input_ids","labels"}';
+export interface RowOptions extends DataLimits {
+  /** Writes messages as text. */
+  readonly chatTemplate?: ChatTemplate | undefined;
+  /** See `LossOn`. */
+  readonly lossOn?: LossOn | undefined;
+}
+
+/** A record and where it is from, as `readRecords` of `lowrank/data` gives them. */
+interface SourceRecord {
+  readonly value: JsonObject;
+  readonly where: string;
+}
+
+/** Turns one record after the other into a row, and counts. */
+export class RowMaker {
+  readonly #tokenizer: Tokenizer | undefined;
+  readonly #options: RowOptions;
+  readonly #ignoredKeys = new Set<string>();
+  readonly #forms = new Map<string, number>();
+  readonly #counts = { rows: 0, truncated: 0, dropped: 0, tokens: 0, trainedTokens: 0, unclearBoundaries: 0 };
+  readonly #promptIds = new Map<string, readonly number[]>();
+  #firstUnclear: string | undefined;
+
+  /** Throws a ShapeError if maxLength does not suit the model. */
+  constructor(tokenizer: Tokenizer | undefined, options: RowOptions) {
+    const { maxLength, contextLength } = options;
+    if (!Number.isInteger(maxLength) || maxLength < 2)
+      throw new ShapeError(`readRows: maxLength must be a whole number of at least 2, got ${maxLength}`);
+    if (maxLength > contextLength)
+      throw new ShapeError(
+        `readRows: maxLength must be at most the model's context of ${contextLength}, got ${maxLength}. Set it to ${contextLength} or less`,
+      );
+    this.#tokenizer = tokenizer;
+    this.#options = options;
+  }
+
+  /** The row of a record, cut to maxLength, or undefined where it leaves nothing to learn. Throws a FormatError. */
+  row({ value, where }: SourceRecord): Row | undefined {
+    const { maxLength, chatTemplate, lossOn, vocabSize } = this.#options;
+    const { form, example, ignored } = parseExample(value, where, chatTemplate !== undefined);
+    const encoder = { tokenizer: this.#tokenizer, chatTemplate, lossOn, vocabSize, promptIds: this.#promptIds };
+    const { inputIds, labels, unclear } = encodeExample(example, encoder, where);
+    for (const key of ignored) this.#ignoredKeys.add(key);
+    this.#forms.set(form, (this.#forms.get(form) ?? 0) + 1);
+    const counts = this.#counts;
+    if (unclear) {
+      counts.unclearBoundaries++;
+      this.#firstUnclear ??= where;
+    }
+    if (inputIds.length > maxLength) counts.truncated++;
+    const row = { inputIds: inputIds.slice(0, maxLength), labels: labels.slice(0, maxLength) };
+    const trained = trainedCount(row);
+    if (trained === 0) {
+      counts.dropped++;
+      return undefined;
+    }
+    counts.rows++;
+    counts.tokens += row.inputIds.length;
+    counts.trainedTokens += trained;
+    return row;
+  }
+
+  get stats(): DataStats {
+    return {
+      ...this.#counts,
+      ...(this.#firstUnclear !== undefined && { firstUnclear: this.#firstUnclear }),
+      forms: Object.fromEntries(this.#forms),
+      ignoredKeys: [...this.#ignoredKeys],
+    };
+  }
+
+  /** Throws a FormatError unless there was a row to learn from in the file. */
+  demandRows(fileName: string): void {
+    const { rows, dropped } = this.#counts;
+    if (rows > 0) return;
+    throw new FormatError(
+      dropped === 0
+        ? `${fileName}: must have at least one row, got an empty file. Write one JSON object per line: ${FORM_LIST}`
+        : `${fileName}: a row must leave a token to learn, got ${dropped} rows with none in their first ${this.#options.maxLength}. Raise maxLength, or shorten the prompts`,
+    );
+  }
+}
 
 /**
- * Reads one JSON object per line, in these forms:
+ * Reads JSON Lines, a row each, in one of these forms, which a record's keys say; other keys are ignored and listed:
  *
- *     {"text"}                  loss on every token
- *     {"prompt","completion"}   loss on the completion; where it starts is the common prefix of prompt and prompt + completion
- *     {"input_ids","labels"?}   as they are; labels default to input_ids
+ *     {"messages","tools"?}                            a chat, written by the chat template
+ *     {"prompt","completion"}                          two texts, or two lists of messages
+ *     {"text"}
+ *     {"instruction","output","input"?,"system"?,"history"?}
+ *     {"conversations","system"?,"tools"?}             ShareGPT's turns of {"from","value"}
+ *     {"segments"}                                     {"label","text"}: those with a true label are learned
+ *     {"input_ids","labels"?}                          as they are; labels default to input_ids
  *
- * Text gets the special tokens of the tokenizer's template, and an EOS at the end where it has none; the EOS is learned too.
- * Throws a FormatError that names file and line, and a ShapeError if maxLength does not suit the model.
+ * `lossOn` says what is learned. Text and completions get the special tokens of the tokenizer, and an EOS at the end where they have
+ * none; the EOS is learned too. Throws a FormatError that names file and line, and a ShapeError if maxLength does not suit the model.
  */
 export function readRows(
   text: string,
   fileName: string,
   tokenizer: Tokenizer | undefined,
-  { maxLength, contextLength, vocabSize }: DataLimits,
+  options: RowOptions,
 ): { rows: Row[]; stats: DataStats } {
-  if (!Number.isInteger(maxLength) || maxLength < 2)
-    throw new ShapeError(`readRows: maxLength must be a whole number of at least 2, got ${maxLength}`);
-  if (maxLength > contextLength)
-    throw new ShapeError(
-      `readRows: maxLength must be at most the model's context of ${contextLength}, got ${maxLength}. Set it to ${contextLength} or less`,
-    );
+  const maker = new RowMaker(tokenizer, options);
   const rows: Row[] = [];
-  let [truncated, dropped, tokens, trainedTokens, unclearBoundaries] = [0, 0, 0, 0, 0];
   for (const [index, line] of text
     .replace(/^\ufeff/, "")
     .split("\n")
     .entries()) {
     if (line.trim() === "") continue;
     const where = `${fileName}:${index + 1}`;
-    const full = parseRow(parseJsonObject(line, where), where, tokenizer, vocabSize);
-    if (full.unclear) unclearBoundaries++;
-    if (full.inputIds.length > maxLength) truncated++;
-    const row = { inputIds: full.inputIds.slice(0, maxLength), labels: full.labels.slice(0, maxLength) };
-    const trained = trainedCount(row);
-    if (trained === 0) {
-      dropped++;
-      continue;
-    }
-    rows.push(row);
-    tokens += row.inputIds.length;
-    trainedTokens += trained;
+    const row = maker.row({ value: parseRecord(line, where), where });
+    if (row) rows.push(row);
   }
-  if (rows.length === 0)
-    throw new FormatError(
-      dropped === 0
-        ? `${fileName}: must have at least one row, got an empty file. Write one JSON object per line: ${FORMS}`
-        : `${fileName}: a row must leave a token to learn, got ${dropped} rows with none in their first ${maxLength}. Raise maxLength, or shorten the prompts`,
-    );
-  return { rows, stats: { rows: rows.length, truncated, dropped, tokens, trainedTokens, unclearBoundaries } };
+  maker.demandRows(fileName);
+  return { rows, stats: maker.stats };
 }
 
-/** Targets of the loss in one row: the first label is nobody's target. */
-const trainedCount = ({ labels }: Row): number =>
-  labels.reduce((n, label, t) => n + Number(t > 0 && label !== IGNORED), 0);
-
-function parseRow(
-  row: JsonObject,
-  where: string,
-  tokenizer: Tokenizer | undefined,
-  vocabSize: number,
-): Row & { readonly unclear?: boolean } {
-  const keys = Object.keys(row).sort().join(" ");
-  if (keys === "input_ids" || keys === "input_ids labels") return idsRow(row, where, vocabSize);
-  if (keys !== "text" && keys !== "completion prompt")
-    throw new FormatError(
-      `${where}: a row must be ${FORMS}, got ${
-        Object.keys(row)
-          .map((key) => JSON.stringify(excerpt(key)))
-          .join(", ") || "no keys"
-      }`,
-    );
-  const string = (key: string): string => {
-    const value = row[key];
-    if (typeof value !== "string")
-      throw new FormatError(`${where}: "${key}" must be a string, got ${excerpt(JSON.stringify(value))}`);
-    return value;
-  };
-  const prompt = keys === "text" ? undefined : string("prompt");
-  const written = prompt === undefined ? string("text") : prompt + string("completion");
-  if (!tokenizer)
-    throw new FormatError(
-      `${where}: a row of text needs a tokenizer, got a model without one. Use rows of {"input_ids"}`,
-    );
-  const inputIds = tokenizer.encode(written);
-  if (tokenizer.eosId !== undefined && inputIds.at(-1) !== tokenizer.eosId) inputIds.push(tokenizer.eosId);
-  checkIds(inputIds, "the tokenizer's ids", where, vocabSize);
-  if (prompt === undefined) return { inputIds, labels: inputIds };
-  const promptIds = tokenizer.encode(prompt);
-  const parting = promptIds.findIndex((id, t) => id !== inputIds[t]);
-  const start = parting < 0 ? promptIds.length : parting;
-  return { inputIds, labels: inputIds.map((id, t) => (t < start ? IGNORED : id)), unclear: parting >= 0 };
-}
-
-function idsRow(row: JsonObject, where: string, vocabSize: number): Row {
-  const inputIds = checkIds(row.input_ids, "input_ids", where, vocabSize);
-  if (inputIds.length === 0) throw new FormatError(`${where}: input_ids must have at least one id, got none`);
-  if (row.labels === undefined) return { inputIds, labels: inputIds };
-  const labels = checkIds(row.labels, "labels", where, vocabSize, IGNORED);
-  if (labels.length !== inputIds.length)
-    throw new FormatError(
-      `${where}: labels must be as many as input_ids (${inputIds.length}), got ${labels.length}. Do not shift them, and write ${IGNORED} where a token is not to be learned`,
-    );
-  return { inputIds, labels };
-}
-
-function checkIds(value: unknown, name: string, where: string, vocabSize: number, alsoAllowed?: number): number[] {
-  if (!Array.isArray(value))
-    throw new FormatError(`${where}: ${name} must be a list of ids, got ${excerpt(JSON.stringify(value))}`);
-  const bad = value.findIndex((id) => id !== alsoAllowed && !(Number.isInteger(id) && id >= 0 && id < vocabSize));
-  if (bad >= 0)
-    throw new FormatError(
-      `${where}: ${name} must be whole numbers from 0 to ${vocabSize - 1}${alsoAllowed === undefined ? "" : ` or ${alsoAllowed}`}, got ${excerpt(JSON.stringify(value[bad]))} at index ${bad}. Was this made for another model?`,
-    );
-  return value;
+/** The rows of records, one after the other, as they come. The maker counts them. */
+export async function* rowsOf(
+  records: AsyncIterable<SourceRecord> | Iterable<SourceRecord>,
+  maker: RowMaker,
+): AsyncGenerator<Row, void, undefined> {
+  for await (const record of records) {
+    const row = maker.row(record);
+    if (row) yield row;
+  }
 }

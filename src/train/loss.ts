@@ -6,7 +6,7 @@ import type { Plan } from "../gpu/plan.ts";
 import { addInto } from "../kernels/axpy.ts";
 import type { Head, LogitUpdate } from "../kernels/linear-cross-entropy.ts";
 import { readAll, type Tensor, tensor } from "../tensor/tensor.ts";
-import { type Batch, collateRounded, largestBatch, longest } from "./batches.ts";
+import { type Batch, collateRounded, isPacked, largestBatch, longest } from "./batches.ts";
 import { IGNORED, type Row } from "./data.ts";
 
 /** Anything that predicts tokens, such as a model with or without an adapter: logits = hidden·headᵀ. */
@@ -18,8 +18,8 @@ export interface LanguageModel {
   headUpdates?(h: Tensor): readonly LogitUpdate[];
   /** c: a logit x counts as c·tanh(x/c). */
   readonly logitCap?: number | undefined;
-  /** ids i32 [B,T] → [B,T,C], what `head` is applied to. */
-  hidden(ids: Tensor): Tensor;
+  /** ids i32 [B,T] → [B,T,C], what `head` is applied to. Of packed rows: positions and first places of segments, each i32 [B,T]. */
+  hidden(ids: Tensor, options?: { readonly packing?: { readonly positions: Tensor; readonly starts: Tensor } }): Tensor;
 }
 
 /** A batch on the device. */
@@ -29,12 +29,15 @@ export interface Inputs {
   readonly targets: Tensor;
   readonly labels: Tensor;
   readonly places: Tensor;
+  /** Of packed rows. */
+  readonly packing?: { readonly positions: Tensor; readonly starts: Tensor };
   /** All of them, to be released. */
   readonly tensors: readonly Tensor[];
 }
 
 /** Batches with the same key have inputs of the same shapes. */
-export const shapeKey = ({ B, T, targets }: Batch): string => `${B}×${T}/${targets.length}`;
+export const shapeKey = ({ B, T, targets, packing }: Batch): string =>
+  `${B}×${T}/${targets.length}${packing ? " packed" : ""}`;
 
 /** The batch on the device. */
 export function batchInputs(gpu: Gpu, batch: Batch): Inputs {
@@ -46,13 +49,20 @@ export function batchInputs(gpu: Gpu, batch: Batch): Inputs {
     labels: tensor(gpu, labels, [labels.length]),
     places: tensor(gpu, places, [places.length]),
   };
-  return { ...made, tensors: Object.values(made) };
+  const packing = batch.packing && {
+    positions: tensor(gpu, batch.packing.positions, [B, T]),
+    starts: tensor(gpu, batch.packing.starts, [B, T]),
+  };
+  return { ...made, ...(packing && { packing }), tensors: [...Object.values(made), ...Object.values(packing ?? {})] };
 }
 
 /** Puts another batch of the same shape in their place. What was dispatched before still sees the old one. */
 export function writeInputs(inputs: Inputs, batch: Batch): void {
   for (const [name, values] of Object.entries(hostInputs(batch)))
     inputs.ids.gpu.write(inputs[name as "ids" | "targets" | "labels" | "places"], values);
+  if (!inputs.packing || !batch.packing) return;
+  inputs.ids.gpu.write(inputs.packing.positions, batch.packing.positions);
+  inputs.ids.gpu.write(inputs.packing.starts, batch.packing.starts);
 }
 
 function hostInputs({ ids, labels, targets }: Batch) {
@@ -65,8 +75,8 @@ function hostInputs({ ids, labels, targets }: Batch) {
 
 /** Σ over the batch's target tokens of −log p(target), times `scale`: one number, shape []. */
 export function batchLoss(model: LanguageModel, inputs: Inputs, scale: Uniform): Tensor {
-  const { ids, targets, labels, places } = inputs;
-  const h = model.hidden(ids);
+  const { ids, targets, labels, places, packing } = inputs;
+  const h = model.hidden(ids, packing && { packing });
   const rows = reshape(h, [ids.size, h.shape.at(-1) ?? 0]);
   const counted = targets.size === ids.size ? rows : gatherRows(rows, targets, places);
   return linearCrossEntropy(counted, model.head, labels, scale, model.logitCap, model.headUpdates?.(counted));
@@ -105,7 +115,7 @@ export async function evaluate(
   let total = 0;
   let tokens = 0;
   try {
-    shapeOf(largestBatch(Math.min(batchSize, rows.length), most)); // takes the memory for all
+    shapeOf(largestBatch(Math.min(batchSize, rows.length), most, isPacked(rows))); // takes the memory for all
     for (let at = 0; at < rows.length; at += batchSize) {
       const batch = collateRounded(rows.slice(at, at + batchSize), padId, most);
       gpu.write(sum, new Float32Array(1));

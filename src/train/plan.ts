@@ -12,6 +12,8 @@ export interface PlanOptions {
   /** Tokens of its longest row. */
   readonly maxLength: number;
   readonly gradAccumulation?: number;
+  /** Whether rows are packed. */
+  readonly packing?: boolean;
 }
 
 /** Bytes of GPU memory, as `gpu.counters()` counts them. */
@@ -51,7 +53,7 @@ interface Planned {
 export async function planTraining(
   gpu: Gpu,
   build: (dry: Gpu) => Planned | Promise<Planned>,
-  { batchSize, maxLength, gradAccumulation = 1 }: PlanOptions,
+  { batchSize, maxLength, gradAccumulation = 1, packing = false }: PlanOptions,
 ): Promise<MemoryPlan> {
   const dry = dryGpu(gpu);
   const { model, parameters, adapter, projections } = await build(dry);
@@ -59,7 +61,7 @@ export async function planTraining(
   const weights = dry.counters().bytesLive - trained;
   const settings = { projections, accumulates: gradAccumulation > 1 };
   const step = new TrainingStep({ model, parameters, ...(adapter && { adapter }), ...settings });
-  const batch = largestBatch(batchSize, maxLength);
+  const batch = largestBatch(batchSize, maxLength, packing);
   step.run(new Array(gradAccumulation).fill(batch), 0);
   const { bytesPeak, dispatches } = dry.counters();
   const { gradientBytes: gradients, sizeBytes: optimizer } = step.optimizer;

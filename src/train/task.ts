@@ -35,8 +35,11 @@ export interface RowTask<R, B> extends Task<B> {
   largest(batchSize: number, most: number): B;
 }
 
-/** Next tokens. `padId` fills rows up to the longest of a batch and is never seen by the loss. */
-export function languageTask(model: LanguageModel, padId = 0): RowTask<Row, Batch> {
+/**
+ * Next tokens. `padId` fills rows up to the longest of a batch and is never seen by the loss; `hasPacked` says that rows of the run are packed,
+ * which its largest batch has to know.
+ */
+export function languageTask(model: LanguageModel, padId = 0, hasPacked = false): RowTask<Row, Batch> {
   return {
     gpu: model.gpu,
     weights: { loss: 1 },
@@ -51,6 +54,6 @@ export function languageTask(model: LanguageModel, padId = 0): RowTask<Row, Batc
       };
     },
     collate: (rows, most) => collateRounded(rows, padId, most),
-    largest: largestBatch,
+    largest: (batchSize, most) => largestBatch(batchSize, most, hasPacked),
   };
 }

@@ -3,7 +3,7 @@ import type { Tuning } from "../gpu/tuner.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { AdamWSettings } from "./adamw.ts";
-import { batchIndices, longest } from "./batches.ts";
+import { batchIndices, isPacked, longest } from "./batches.ts";
 import type { TrainingState } from "./checkpoint.ts";
 import type { Row } from "./data.ts";
 import type { LanguageModel } from "./loss.ts";
@@ -84,7 +84,7 @@ const READ_EVERY_MS = 250;
  * the parameters as they are; after five such steps in a row it throws ShapeError, and the parameters are those of the last good step.
  */
 export const train = ({ model, padId, ...options }: TrainOptions): AsyncGenerator<StepMetrics, void, undefined> =>
-  trainTask({ ...options, task: languageTask(model, padId) });
+  trainTask({ ...options, task: languageTask(model, padId, isPacked(options.rows)) });
 
 /** As `train`, for another task. */
 export async function* trainTask<R extends HasIds, B>(

@@ -299,7 +299,7 @@ test("as commands of lowrank, both need no GPU and keep stdout for results", asy
       "note: mlx has one rank, 6: 13 modules were padded with zeros",
   });
   const failed = await lowrank(["inspect", at("process")]);
-  expect(failed).toMatchObject({ code: 1, stdout: "" });
+  expect(failed).toMatchObject({ code: 2, stdout: "" });
   expect(failed.stderr).toBe(
     `error: ${at("process")}: must have an adapter_config.json with "peft_type" (PEFT) or "lora_parameters" (mlx-lm), got no such file. A GGUF adapter is a file`,
   );

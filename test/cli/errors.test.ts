@@ -353,7 +353,8 @@ describe("a device that is lost in the middle", () => {
 });
 
 test("bad data is refused with file and line", async () => {
-  const forms = '{"text"}, {"prompt","completion"}, {"input_ids"} or {"input_ids","labels"}';
+  const forms =
+    '{"messages"}, {"prompt","completion"}, {"text"}, {"instruction","output"}, {"conversations"}, {"segments"} or {"input_ids"}';
   await expect(train(...(await data("empty.jsonl")))).rejects.toThrow(
     new FormatError(
       `${at("empty.jsonl")}: must have at least one row, got an empty file. Write one JSON object per line: ${forms}`,
@@ -413,8 +414,8 @@ test("a row that the data has not is refused with those it has", async () => {
   );
 });
 
-test("a row's error names its own line, and other rows are not read", async () => {
-  const file = await data("mixed.jsonl", "{", "", '{"input_ids":[64]}');
+test("a row's error names its own line, and rows after it are not read", async () => {
+  const file = await data("mixed.jsonl", '{"input_ids":[1]}', "", '{"input_ids":[64]}', "{");
   await expect(
     run(logitsCommand(), "--model", at("model"), ...file, "--out", at("l.safetensors"), "--row", "1"),
   ).rejects.toThrow(

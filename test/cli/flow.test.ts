@@ -223,7 +223,7 @@ test("doctor says what there is, and where there is no hardware adapter every co
 test("an error is one line, and LOWRANK_DEBUG=1 shows where it arose", async () => {
   const args = ["eval", "--model", at("nowhere"), "--data", at("data.jsonl")];
   const line = `error: --model: must be a directory, or org/name of a model on the Hugging Face Hub, got ${at("nowhere")}, which is neither. Check the path; relative paths start at ${process.cwd()}`;
-  expect(await lowrank(args)).toEqual({ code: 1, stdout: "", stderr: line });
+  expect(await lowrank(args)).toEqual({ code: 2, stdout: "", stderr: line });
   const debug = await lowrank(args, { LOWRANK_DEBUG: "1" });
   expect(debug.stderr.startsWith(`${line}\nFormatError: --model: `)).toBe(true);
   expect(debug.stderr).toMatch(/ {4}at /);

@@ -4,7 +4,15 @@ import { FormatError } from "../../src/io/errors.ts";
 import { diskDirectory } from "../../src/io/files.ts";
 import { loadTokenizer, type Tokenizer } from "../../src/io/tokenizer.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
-import { type DataLimits, IGNORED, readRows } from "../../src/train/data.ts";
+import {
+  type DataLimits,
+  IGNORED,
+  type LossOn,
+  RowMaker,
+  type RowOptions,
+  readRows,
+  rowsOf,
+} from "../../src/train/data.ts";
 import { hasShared, shared } from "../shared.ts";
 
 /** One id per letter: a is 3, b is 4; "ab" side by side is one token, 99. BOS 1, EOS 2 ("$"). */
@@ -19,7 +27,7 @@ const letters: Tokenizer = {
   vocabSize: 100,
 };
 const limits: DataLimits = { maxLength: 16, contextLength: 32, vocabSize: 100 };
-const read = (lines: string, more: Partial<DataLimits> = {}, tokenizer: Tokenizer | undefined = letters) =>
+const read = (lines: string, more: Partial<RowOptions> = {}, tokenizer: Tokenizer | undefined = letters) =>
   readRows(lines, "train.jsonl", tokenizer, { ...limits, ...more });
 
 test("a text row is learned whole, with an EOS at its end where it has none", () => {
@@ -28,7 +36,10 @@ test("a text row is learned whole, with an EOS at its end where it has none", ()
     { inputIds: [1, 5, 6, 2], labels: [1, 5, 6, 2] },
     { inputIds: [1, 5, 2], labels: [1, 5, 2] },
   ]);
-  expect(stats).toEqual({ rows: 2, truncated: 0, dropped: 0, tokens: 7, trainedTokens: 5, unclearBoundaries: 0 });
+  expect(stats).toEqual({
+    ...{ rows: 2, truncated: 0, dropped: 0, tokens: 7, trainedTokens: 5, unclearBoundaries: 0 },
+    ...{ forms: { text: 2 }, ignoredKeys: [] },
+  });
 });
 
 test("of a prompt and its completion only the completion and its EOS are learned", () => {
@@ -43,7 +54,7 @@ test("where the prompt's ids are no prefix of the whole, learning starts where t
     { inputIds: [1, 5, 99, 6, 2], labels: [IGNORED, IGNORED, 99, 6, 2] },
     { inputIds: [1, 5, 99, 6, 2], labels: [IGNORED, IGNORED, 99, 6, 2] },
   ]);
-  expect(stats.unclearBoundaries).toBe(1);
+  expect(stats).toMatchObject({ unclearBoundaries: 1, firstUnclear: "train.jsonl:1" });
 });
 
 test("rows of ids need no tokenizer, and their labels default to the ids", () => {
@@ -69,10 +80,14 @@ test("a longer row is cut and counted; a row that is left with no target is drop
     [1, 5, 6, 7, 8],
     [1, 2, 3, 4, 5],
   ]);
-  expect(stats).toEqual({ rows: 2, truncated: 2, dropped: 3, tokens: 10, trainedTokens: 8, unclearBoundaries: 0 });
+  expect(stats).toEqual({
+    ...{ rows: 2, truncated: 2, dropped: 3, tokens: 10, trainedTokens: 8, unclearBoundaries: 0 },
+    ...{ forms: { text: 1, completion: 1, ids: 3 }, ignoredKeys: [] },
+  });
 });
 
-const forms = '{"text"}, {"prompt","completion"}, {"input_ids"} or {"input_ids","labels"}';
+const forms =
+  '{"messages"}, {"prompt","completion"}, {"text"}, {"instruction","output"}, {"conversations"}, {"segments"} or {"input_ids"}';
 const good = '{"text":"a"}\n';
 
 test.each<[what: string, lines: string, message: string]>([
@@ -89,10 +104,14 @@ test.each<[what: string, lines: string, message: string]>([
   ["a list", `${good}[1]`, "train.jsonl:2: must be a JSON object, got [1]"],
   [
     "keys of another form",
-    `${good}\n{"messages":[],"tools":[]}`,
-    `train.jsonl:3: a row must be ${forms}, got "messages", "tools"`,
+    `${good}\n{"question":"a","answer":"b"}`,
+    `train.jsonl:3: a row must be ${forms}, got "question", "answer"`,
   ],
-  ["a key too many", '{"text":"a","id":1}', `train.jsonl:1: a row must be ${forms}, got "text", "id"`],
+  [
+    "two forms",
+    '{"text":"a","messages":[]}',
+    'train.jsonl:1: a row must have one form, got both "messages" and "text". Leave one of them out',
+  ],
   ["labels alone", '{"labels":[1]}', `train.jsonl:1: a row must be ${forms}, got "labels"`],
   [
     "a key that sets a prototype",
@@ -102,9 +121,9 @@ test.each<[what: string, lines: string, message: string]>([
   ["no keys", "{}", `train.jsonl:1: a row must be ${forms}, got no keys`],
   ["text that is not a string", '{"text":5}', 'train.jsonl:1: "text" must be a string, got 5'],
   [
-    "a prompt of messages",
+    "a prompt of messages and a completion of text",
     '{"prompt":[{"role":"user"}],"completion":"x"}',
-    'train.jsonl:1: "prompt" must be a string, got [{"role":"user"}]',
+    'train.jsonl:1: "prompt" and "completion" must both be strings, or both lists of messages',
   ],
   ["ids that are no list", '{"input_ids":"1 2"}', 'train.jsonl:1: input_ids must be a list of ids, got "1 2"'],
   ["no ids", '{"input_ids":[]}', "train.jsonl:1: input_ids must have at least one id, got none"],
@@ -171,6 +190,54 @@ test("a maximum length that the model does not have, or that leaves nothing to l
   expect(() => read(good, { maxLength: 1 })).toThrow(
     new ShapeError("readRows: maxLength must be a whole number of at least 2, got 1"),
   );
+});
+
+test("rows come one by one from records that come one by one", async () => {
+  let asked = 0;
+  async function* records() {
+    for (const text of ["cd", "e"]) {
+      asked++;
+      yield { value: { text }, where: `record ${asked}` };
+    }
+  }
+  const maker = new RowMaker(letters, limits);
+  const rows = rowsOf(records(), maker);
+  expect((await rows.next()).value).toEqual({ inputIds: [1, 5, 6, 2], labels: [1, 5, 6, 2] });
+  expect({ asked, rows: maker.stats.rows }).toEqual({ asked: 1, rows: 1 });
+});
+
+test("keys beside those of a form are ignored and listed once", () => {
+  const lines = '{"text":"a","id":1}\n{"text":"b","id":2,"source":"s"}\n{"prompt":"c","completion":"d","tag":null}';
+  expect(read(lines).stats.ignoredKeys).toEqual(["id", "source", "tag"]);
+});
+
+test("a row is learned as asked", () => {
+  const of = (line: string, lossOn: LossOn) => read(line, { lossOn }).rows[0]?.labels;
+  expect(of('{"prompt":"c","completion":"d"}', "all")).toEqual([1, 5, 6, 2]);
+  expect(of('{"prompt":"c","completion":"d"}', "assistant")).toEqual([IGNORED, IGNORED, 6, 2]);
+  expect(of('{"text":"cd"}', "all")).toEqual([1, 5, 6, 2]);
+  expect(() => of('{"text":"cd"}', "last")).toThrow(
+    new FormatError(
+      "train.jsonl:1: a row of text can be learned as a whole, got --loss-on last. Use all, or leave it out",
+    ),
+  );
+});
+
+test("segments are learned where their label is true, each in tokens of its own and no others", () => {
+  const line = '{"segments":[{"label":false,"text":"ca"},{"label":true,"text":"b$"},{"label":false,"text":"c"}]}';
+  const plain = { ...letters, encode: (text: string) => letters.encode(text).slice(1) };
+  const { rows } = read(line, {}, plain);
+  expect(rows).toEqual([{ inputIds: [5, 3, 4, 2, 5], labels: [IGNORED, IGNORED, 4, 2, IGNORED] }]);
+});
+
+test("an instruction without a chat template is its text, its input and its answer with blank lines between", () => {
+  const seen: string[] = [];
+  const encode = (text: string): number[] => {
+    seen.push(text);
+    return letters.encode(text);
+  };
+  read('{"instruction":"a","input":"b","output":"c","system":"d","history":[["e","f"]]}', {}, { ...letters, encode });
+  expect(seen).toEqual(["d\n\ne\n\nf\n\na\n\nb\n\nc", "d\n\ne\n\nf\n\na\n\nb\n\n"]);
 });
 
 test.skipIf(!hasShared)("the rows of the golden run are read as they are", async () => {
