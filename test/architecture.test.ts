@@ -21,7 +21,7 @@ const OUTSIDE: readonly [file: RegExp, modules: RegExp][] = [
   [/^src\/io\/tokenizer\.ts$/, /^@huggingface\/tokenizers$/],
   [/^src\/io\/chat-template\.ts$/, /^@huggingface\/jinja$/],
   [/^src\/io\/tables\.ts$/, /^(csv-parse\/sync|hyparquet|hyparquet-compressors)$/],
-  [/^src\/cli\//, /^(node:|commander$)/],
+  [/^src\/cli\//, /^(node:|commander$|yaml$)/],
 ];
 
 const files = readdirSync("src", { recursive: true, encoding: "utf8" })
