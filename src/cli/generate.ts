@@ -1,5 +1,4 @@
 import { Command, type Option } from "commander";
-import type { Tokenizer } from "../io/tokenizer.ts";
 import { diskDirectory } from "../node.ts";
 import { generate } from "../serve/generate.ts";
 import { loadTokenizer } from "../tokenizer.ts";
@@ -14,7 +13,7 @@ import {
   whole,
 } from "./options.ts";
 import { located } from "./places.ts";
-import { openModel, result, withGpu } from "./session.ts";
+import { continuation, openModel, result, withGpu } from "./session.ts";
 
 interface GenerateArguments {
   readonly model: string;
@@ -129,10 +128,4 @@ function settled(text: string, stops: readonly string[]): string {
   for (let at = Math.max(0, known.length - Math.max(0, ...stops.map((stop) => stop.length))); at < known.length; at++)
     if (isOpen(at)) return known.slice(0, at);
   return known;
-}
-
-/** The text that `ids` add to the prompt: decoded with it, for a decoder may drop a space at the start of a text. */
-function continuation(tokenizer: Tokenizer, promptIds: readonly number[], ids: readonly number[]): string {
-  const [before, all] = [tokenizer.decode(promptIds), tokenizer.decode([...promptIds, ...ids])];
-  return all.startsWith(before) ? all.slice(before.length) : tokenizer.decode(ids);
 }

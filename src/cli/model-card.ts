@@ -4,6 +4,7 @@ import { stringify } from "yaml";
 export interface ModelCard {
   /** Directory or Hub id of the base. */
   readonly baseModel: string;
+  readonly isOnHub: boolean;
   readonly taskType: string;
   /** What the run was and came to, by name. */
   readonly facts: readonly (readonly [name: string, value: string])[];
@@ -12,8 +13,7 @@ export interface ModelCard {
 }
 
 /** Markdown with the front matter that the Hub reads. The base is named there only where it is one of the Hub's. */
-export function modelCard({ baseModel, taskType, facts, command }: ModelCard): string {
-  const isOnHub = /^[\w.-]+\/[\w.-]+$/.test(baseModel) && !baseModel.startsWith(".");
+export function modelCard({ baseModel, isOnHub, taskType, facts, command }: ModelCard): string {
   const front = {
     ...(isOnHub && { base_model: baseModel }),
     library_name: "peft",

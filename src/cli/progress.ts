@@ -8,6 +8,7 @@ export class Progress {
   readonly #every: number;
   readonly #started: number = performance.now();
   readonly #done: number;
+  readonly #losses: number[] = [];
 
   /** `done`: steps of the run that it goes on from. */
   constructor(steps: number, done = 0) {
@@ -22,7 +23,9 @@ export class Progress {
       ? `  validation loss ${validation.loss.toFixed(4)}${validation.best ? ", the best so far" : ""}`
       : "";
     const line = `step ${step}/${this.#steps}  loss ${loss.toFixed(4)}${valid}  ${number(tokens_per_second)} tokens/s  ${duration(left)} left${skipped ? ", not finite: no update" : ""}`;
-    if (process.stderr.isTTY) process.stderr.write(`\r\x1b[K${line}${validation ? "\n" : ""}`);
+    if (Number.isFinite(loss)) this.#losses.push(loss);
+    if (process.stderr.isTTY)
+      process.stderr.write(`\r\x1b[K${sparkline(this.#losses)}  ${line}${validation ? "\n" : ""}`);
     else if (skipped || validation || step === this.#done + 1 || step % this.#every === 0 || step === this.#steps)
       say(line);
   }
@@ -31,6 +34,20 @@ export class Progress {
   end(): void {
     if (process.stderr.isTTY) process.stderr.write("\n");
   }
+}
+
+const BARS = "▁▂▃▄▅▆▇█";
+
+/** The course of some numbers in at most `width` bars, each the mean of its share of them. */
+export function sparkline(values: readonly number[], width = 16): string {
+  const bars = Math.min(width, values.length);
+  const means = Array.from({ length: bars }, (_, i) => {
+    const part = values.slice(Math.floor((i * values.length) / bars), Math.floor(((i + 1) * values.length) / bars));
+    return part.reduce((a, b) => a + b, 0) / part.length;
+  });
+  const [low, high] = [Math.min(...means), Math.max(...means)];
+  const levels = BARS.length - 1;
+  return means.map((mean) => BARS[high > low ? Math.round((levels * (mean - low)) / (high - low)) : 0]).join("");
 }
 
 /** Shows a download: a bar on a terminal, on a pipe one line that says it has begun. */

@@ -125,11 +125,33 @@ export function resolvedConfig(command: Command, args: readonly string[]): strin
   const said = optionsIn(command, args);
   const entries = command.options.flatMap((option): [string, unknown][] => {
     const name = String(option.long).replace(/^--(no-)?/, "");
-    if (["config", "json", "help", "resume"].includes(name)) return [];
+    if (["config", "json", "help", "resume", "dry-run"].includes(name)) return [];
     const value = said.get(option);
     if (value === true) return [[name, !option.negate]];
-    if (value) return [[name, option.variadic ? value : value.at(-1)]];
+    if (value) return [[name, option.variadic ? value : plain(value.at(-1))]];
     return option.defaultValue === undefined || option.negate ? [] : [[name, option.defaultValue]];
   });
   return stringify(Object.fromEntries(entries));
+}
+
+/** A number as such, where that is written the same. */
+const plain = (text = ""): string | number => (String(Number(text)) === text ? Number(text) : text);
+
+/** How a command was run. */
+export interface SaidCommand {
+  /** "lowrank train --model base", to be typed again. */
+  readonly line: string;
+  /** See `resolvedConfig`. */
+  readonly config: string;
+}
+
+export function saidCommand(command: Command): SaidCommand {
+  const { rawArgs } = (command.parent ?? command) as Command & { readonly rawArgs: readonly string[] };
+  const args = command.parent ? rawArgs.slice(rawArgs.indexOf(command.name()) + 1) : rawArgs;
+  const quoted = (word: string): string =>
+    /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`;
+  return {
+    line: ["lowrank", command.name(), ...args.map(quoted)].join(" "),
+    config: resolvedConfig(command, args),
+  };
 }

@@ -9,20 +9,23 @@ import { batchesPerEpoch } from "../train/batches.ts";
 import { classificationTask, evaluateClassifier } from "../train/classify.ts";
 import { openClassifier, readClassRows, refuse } from "./classifiers.ts";
 import { keepsTwice, loraConfig } from "./options.ts";
-import { number, openPeft, say, withGpu } from "./session.ts";
+import type { SaidCommand } from "./run-config.ts";
+import { deviceName, number, openPeft, say, withGpu } from "./session.ts";
 import type { TrainArguments } from "./train.ts";
-import { report } from "./train-report.ts";
+import { writeDocuments } from "./train-documents.ts";
+import { report, runFacts } from "./train-report.ts";
 import { begin, keptSettings } from "./train-resume.ts";
 import { runTraining } from "./train-run.ts";
 import { version } from "./version.ts";
 
 type Arguments = TrainArguments & { readonly baseModel: string };
 
-export async function trainClassifier(options: Arguments): Promise<void> {
+export async function trainClassifier(options: Arguments, said: SaidCommand): Promise<void> {
   const { quantize, profile, budget, init, seed, batchSize } = options;
   const isByData = init === "eva" || init === "lora_ga" || init === "loftq";
   refuse("train", {
     ...{ "--quantize": quantize, "--profile": profile, "--budget": budget, "--lora-fa": options.loraFa },
+    ...{ "--sample-prompt": options.samplePrompt, "--packing": options.packing, "--dry-run": options.dryRun },
     ...(isByData && { [`--init ${init}`]: init }),
   });
   const { rows, stats } = await readClassRows(options, options.data);
@@ -55,6 +58,17 @@ export async function trainClassifier(options: Arguments): Promise<void> {
       },
     });
     if (interrupted) process.exitCode = 130;
+    const seconds = (performance.now() - started) / 1000;
+    await writeDocuments({
+      ...{ out: options.out, adapter, baseModel: options.baseModel, said, tensorboard: options.tensorboard ?? false },
+      facts: runFacts({ adapter, trainable, first, last, seconds, device: deviceName(gpu.info) }),
+      tables: {
+        Data: [
+          ["rows", number(stats.rows)],
+          ["tokens", number(stats.tokens)],
+        ],
+      },
+    });
     report(gpu, options.json ?? false, {
       loss_valid: last?.validation?.loss ?? null,
       ...{ steps: last?.step ?? saved?.step ?? 0, loss_first: first?.loss ?? null, loss_last: last?.loss ?? null },
@@ -67,7 +81,7 @@ export async function trainClassifier(options: Arguments): Promise<void> {
         tokens: stats.tokens,
       },
       ...{ trainable_parameters: trainable, peak_bytes: gpu.counters().bytesPeak, skipped_steps: skipped },
-      seconds: (performance.now() - started) / 1000,
+      seconds,
     });
   });
 }

@@ -1,10 +1,13 @@
 /** What a training run says and leaves behind at its end. */
 import { join } from "node:path";
 import type { Gpu } from "../gpu/gpu.ts";
+import type { LoraAdapter } from "../lora/adapter.ts";
 import { writeFileAtomic } from "../node.ts";
 import { byKernel, chromeTrace, type ProfiledDispatch, profileTable } from "../train/profile.ts";
 import { profilePage } from "../train/profile-page.ts";
-import { bytes, deviceName, number, result, say } from "./session.ts";
+import type { StepMetrics } from "../train/step-metrics.ts";
+import type { Fact } from "./report-page.ts";
+import { bytes, deviceName, duration, number, result, say } from "./session.ts";
 
 export interface Outcome {
   readonly steps: number;
@@ -25,6 +28,32 @@ export interface Outcome {
   /** Steps whose loss or gradient was not finite. */
   readonly skipped_steps: number;
   readonly seconds: number;
+}
+
+interface RunCourse {
+  readonly adapter: LoraAdapter;
+  readonly trainable: number;
+  readonly first: StepMetrics | undefined;
+  readonly last: StepMetrics | undefined;
+  readonly seconds: number;
+  readonly device: string;
+}
+
+/** What a run was and came to, for its documents. */
+export function runFacts({ adapter, trainable, first, last, seconds, device }: RunCourse): Fact[] {
+  const { r, alpha } = adapter.config;
+  const loss = (metrics: StepMetrics | undefined): string => metrics?.loss.toFixed(4) ?? "none";
+  const validation = last?.validation;
+  return [
+    ["rank, alpha", `${r}, ${alpha}`],
+    ["modules", number(adapter.pairs.size + adapter.tables.size)],
+    ["trained parameters", number(trainable)],
+    ["steps", number(last?.step ?? 0)],
+    ["training loss", `${loss(first)} → ${loss(last)}`],
+    ...(validation ? [["validation loss", validation.loss.toFixed(4)] as const] : []),
+    ["time", duration(seconds)],
+    ["device", device],
+  ];
 }
 
 /** The outcome as a line for people or as JSON. */

@@ -77,7 +77,7 @@ async function hash(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
 }
 
 /**
- * Clears what a run that was cut off left in `out`, and prepares metrics.jsonl: empty, or with the steps up to the checkpoint that `resume`
+ * Clears what a run that was cut off left in `out`, and prepares metrics.jsonl and samples.jsonl: empty, or with the steps up to the checkpoint that `resume`
  * finds, which is given back. Throws FormatError where there is none, ShapeError where its settings differ or `out` has another run's.
  */
 export async function begin(
@@ -93,8 +93,12 @@ export async function begin(
     );
   const saved = resume ? await openSaved(out, settings, version) : undefined;
   await removeLeftovers(disk, out);
-  const metrics = join(out, "metrics.jsonl");
-  await writeFileAtomic(metrics, saved && existsSync(metrics) ? upTo(await readFile(metrics, "utf8"), saved.step) : "");
+  for (const file of ["metrics.jsonl", "samples.jsonl"]) {
+    const path = join(out, file);
+    const isThere = existsSync(path);
+    if (isThere || file === "metrics.jsonl")
+      await writeFileAtomic(path, saved && isThere ? upTo(await readFile(path, "utf8"), saved.step) : "");
+  }
   if (saved) say(`going on from the checkpoint of step ${saved.step}`);
   return saved;
 }

@@ -25,10 +25,14 @@ interface RunOptions<R extends Pick<Row, "inputIds">, B> extends Omit<TrainTaskO
   readonly saveEvery?: number;
   /** Checkpoints. */
   readonly keep: number;
+  /** What the model makes of some prompts, asked for after each evaluation and at the end. */
+  readonly sample?: Sample | undefined;
   /** In milliseconds. */
   readonly timeBudget?: number;
   readonly profile?: boolean;
 }
+
+export type Sample = () => Promise<readonly { readonly prompt: string; readonly text: string }[]>;
 
 interface RunEnd {
   /** Of this process. */
@@ -67,10 +71,12 @@ export async function runTraining<R extends Pick<Row, "inputIds">, B>(options: R
       if (metrics.skipped) skipped++;
       await files.add(metrics);
       progress.show(metrics);
+      if (metrics.validation && metrics.step < steps) await files.addSamples(metrics.step);
     }
     progress.end();
     const done = last?.step ?? saved?.step ?? 0;
     if (done < steps && !ctrlC.signal.aborted) say(whyEarly(done, timeIsOver[0]?.aborted ?? false));
+    await files.addSamples(done);
     say(await files.saveAdapter());
     if (profiles.length > 0) await writeProfile(profiles, out, deviceName(task.gpu.info));
     return { first, last, interrupted: ctrlC.signal.aborted && done < steps, skipped };
@@ -100,7 +106,10 @@ function interruption(before: () => void): { readonly signal: AbortSignal; reado
   return { signal: stop.signal, forget: () => void process.off("SIGINT", onInterrupt) };
 }
 
-type FileOptions = Pick<RunOptions<Row, never>, "adapter" | "out" | "baseModel" | "settings" | "saved" | "keep"> & {
+type FileOptions = Pick<
+  RunOptions<Row, never>,
+  "adapter" | "out" | "baseModel" | "settings" | "saved" | "keep" | "sample"
+> & {
   readonly task: { readonly gpu: Gpu };
 };
 
@@ -128,6 +137,13 @@ class RunFiles {
     if (!metrics.validation?.best) return;
     await savePeftTo(adapter, join(out, "best"), baseModel);
     this.#best = metrics.step;
+  }
+
+  async addSamples(step: number): Promise<void> {
+    for (const sample of (await this.#options.sample?.()) ?? []) {
+      await appendLine(join(this.#options.out, "samples.jsonl"), JSON.stringify({ step, ...sample }));
+      say(`after step ${step}: ${sample.prompt}\u2192${sample.text}`);
+    }
   }
 
   /** The metrics first: a checkpoint must not know of steps that they do not. */

@@ -1,40 +1,20 @@
 import { Command, Option } from "commander";
-import type { Gpu } from "../gpu/gpu.ts";
-import type { LoraAdapter } from "../lora/adapter.ts";
-import { attachLora } from "../lora/attach.ts";
-import { initLora } from "../lora/init.ts";
-import { attachEva } from "../lora/init-eva.ts";
-import { initLoftq } from "../lora/init-loftq.ts";
-import { initLoraGa } from "../lora/init-lora-ga.ts";
-import { type LoraFa, loraFa } from "../lora/lora-fa.ts";
-import { loadPeft } from "../lora/peft.ts";
-import type { CausalModel } from "../models/causal.ts";
 import { isClassifier } from "../models/config.ts";
-import { openLinears } from "../models/load.ts";
-import { diskDirectory, ensureWritableDirectory, loadModelFrom, type SavedCheckpoint, startAsIn } from "../node.ts";
+import { diskDirectory, ensureWritableDirectory } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { batchesPerEpoch, longest } from "../train/batches.ts";
-import { calibrationBatches } from "../train/calibration.ts";
-import type { Row } from "../train/data.ts";
-import { evaluate } from "../train/loss.ts";
-import { packRows } from "../train/packing.ts";
 import type { Schedule } from "../train/schedule.ts";
-import { languageTask } from "../train/task.ts";
 import {
   amount,
   dataOption,
   jsonOption,
-  keepsTwice,
   LORA_OPTIONS,
   type LoraArguments,
-  loraConfig,
   loraOptions,
   maxLengthOption,
   modelOption,
   numeric,
   numLabelsOption,
   packingOption,
-  plannedConfig,
   quantizeOption,
   type RowArguments,
   revisionOption,
@@ -42,17 +22,13 @@ import {
   stepOptions,
   timeOption,
   validSplitOption,
-  weightFormat,
   whole,
 } from "./options.ts";
 import { located, readAnyConfig } from "./places.ts";
-import { budgetOption, demandFit } from "./plan.ts";
-import { bitsLine, bytes, dataLine, number, openPeft, packingLine, readData, say, withGpu } from "./session.ts";
+import { budgetOption } from "./plan.ts";
+import { configOption, saidCommand } from "./run-config.ts";
 import { trainClassifier } from "./train-classifier.ts";
-import { report } from "./train-report.ts";
-import { begin, keptSettings } from "./train-resume.ts";
-import { runTraining } from "./train-run.ts";
-import { version } from "./version.ts";
+import { trainLanguage } from "./train-language.ts";
 
 export interface TrainArguments extends LoraArguments, RowArguments {
   readonly model: string;
@@ -89,6 +65,9 @@ export interface TrainArguments extends LoraArguments, RowArguments {
   readonly profile?: boolean;
   readonly json?: boolean;
   readonly numLabels?: number;
+  readonly samplePrompt?: readonly string[];
+  readonly tensorboard?: boolean;
+  readonly dryRun?: boolean;
 }
 
 const EXAMPLES = `
@@ -102,6 +81,7 @@ Examples:
 
   $ lowrank train --model models/base --data train.jsonl --out adapters/pirate --save-every 50 --resume
   $ lowrank train --model models/base --data train.jsonl --out adapters/pirate --valid-data valid.jsonl --patience 3
+  $ lowrank train --config adapters/pirate/run.yaml --out adapters/again --seed 1
 
 Ctrl-C ends training after the step in progress, saves the adapter and writes a checkpoint; a second one quits at once. The same command with
 --resume goes on from the newest whole checkpoint in --out, bit for bit. Its settings must be the same; with --schedule constant, --steps
@@ -115,7 +95,7 @@ export function trainCommand(): Command {
     .addOption(revisionOption())
     .addOption(quantizeOption())
     .addOption(dataOption())
-    .requiredOption("--out <dir>", "where adapter_model.safetensors, adapter_config.json and metrics.jsonl go")
+    .requiredOption("--out <dir>", "where the adapter, metrics.jsonl, run.yaml and report.html go")
     .addOption(whole(name, "--steps <n>", "optimizer steps", 1).conflicts("epochs"))
     .addOption(whole(name, "--epochs <n>", "times to go through the data (default: 1)", 1))
     .addOption(amount(name, "--learning-rate <x>", "peak learning rate", 2e-4))
@@ -165,141 +145,25 @@ export function trainCommand(): Command {
       "--profile",
       "time the kernels of step 3 (or the last) and write profile.txt, .html and .trace.json to --out",
     )
+    .option(
+      "--sample-prompt <text...>",
+      "continue these texts after each evaluation and at the end, into samples.jsonl",
+    )
+    .option("--tensorboard", "write TensorBoard's event file, too")
+    .option("--dry-run", "do everything but the steps, and write nothing")
+    .addOption(configOption())
     .addOption(jsonOption());
   for (const option of [...rowOptions(), validSplitOption(name), packingOption()]) command.addOption(option);
   for (const option of [...loraOptions(name), ...stepOptions(name), budgetOption(name)]) command.addOption(option);
   return command.addHelpText("after", EXAMPLES).action(run);
 }
 
-async function run(given: TrainArguments): Promise<void> {
+async function run(given: TrainArguments, command: Command): Promise<void> {
   await ensureWritableDirectory(given.out);
   const options = await located(given, true, readAnyConfig);
-  if (await isClassifier(diskDirectory(options.model))) return trainClassifier(options);
+  const said = saidCommand(command);
+  if (await isClassifier(diskDirectory(options.model))) return trainClassifier(options, said);
   if (options.numLabels !== undefined)
     throw new ShapeError("train: --num-labels is for encoders with a classifier. Leave it out");
-  const { batchSize, gradAccumulation, seed, checkpointing = false, packing = false } = options;
-  const read = await readData(options.model, options.data, options.maxLength, options);
-  const { stats, maxLength } = read;
-  say(dataLine(stats, maxLength));
-  const rows = packing ? packRows(read.rows, maxLength) : read.rows;
-  if (packing) say(packingLine(read.rows, rows, batchSize));
-  const perEpoch = batchesPerEpoch({ rows: rows.length, batchSize });
-  const steps = options.steps ?? Math.ceil(((options.epochs ?? 1) * perEpoch) / gradAccumulation);
-  const warmupSteps = Math.ceil(options.warmup * steps);
-  const valid = await readValidation(options, read.valid, maxLength);
-  const settings = await keptSettings(options, { steps, warmupSteps, rows });
-  const saved = await begin(options.out, options.resume ?? false, settings, version());
-  const size = {
-    batchSize: Math.min(batchSize, rows.length),
-    gradAccumulation,
-    checkpointing,
-    takesFromBase: keepsTwice(options),
-    loraFa: options.loraFa ?? false,
-    weights: weightFormat(options.quantize),
-    maxLength: longest(rows),
-    packing,
-  };
-
-  const work = async (gpu: Gpu): Promise<void> => {
-    const started = performance.now();
-    const plan = await demandFit(
-      gpu,
-      options.model,
-      options.initAdapter ?? plannedConfig(options),
-      size,
-      options.budget,
-    );
-    say(
-      `memory: at most ${bytes(plan.peak)} of the GPU's, ${bytes(plan.weights)} of it weights, ${bitsLine(plan.bits)}`,
-    );
-    const model = await loadModelFrom(gpu, options.model, { weights: size.weights });
-    model.checkpointing = checkpointing;
-    const adapter = await startAdapter(model, options, rows, saved);
-    const trained: TrainedParts = options.loraFa ? await loraFa(adapter) : { parameters: adapter.parameters };
-    const trainable = trained.parameters.reduce((sum, p) => sum + p.size, 0);
-    say(
-      `adapter: rank ${adapter.config.r} on ${adapter.pairs.size + adapter.tables.size} layers, ${number(trainable)} parameters to train`,
-    );
-    const { first, last, interrupted, skipped } = await runTraining({
-      ...options,
-      ...{ ...trained, task: languageTask(model, 0, packing), adapter, rows, steps, warmupSteps, settings, saved },
-      rates: options.loraplusLrRatio === undefined ? undefined : adapter.rates(options.loraplusLrRatio),
-      shuffleSeed: options.shuffle ? seed : undefined,
-      validation: valid && {
-        every: options.validEvery ?? Math.ceil(steps / 10),
-        evaluate: () => evaluate(model, valid, batchSize),
-        patience: options.patience,
-      },
-    });
-    if (interrupted) process.exitCode = 130;
-    report(gpu, options.json ?? false, {
-      steps: last?.step ?? saved?.step ?? 0,
-      loss_first: first?.loss ?? null,
-      loss_last: last?.loss ?? null,
-      loss_valid: last?.validation?.loss ?? null,
-      out: options.out,
-      interrupted,
-      rows: stats.rows,
-      truncated: stats.truncated,
-      dropped: stats.dropped,
-      tokens: stats.tokens,
-      trainable_parameters: trainable,
-      peak_bytes: gpu.counters().bytesPeak,
-      planned_bytes: plan.peak,
-      skipped_steps: skipped,
-      seconds: (performance.now() - started) / 1000,
-    });
-  };
-  await withGpu(work, options.budget === undefined ? {} : { budgetBytes: options.budget });
-}
-
-async function readValidation(
-  options: TrainArguments,
-  held: readonly Row[] | undefined,
-  maxLength: number,
-): Promise<readonly Row[] | undefined> {
-  const { model, validData, validEvery, patience } = options;
-  if (validData !== undefined) {
-    const { validSplit, ...others } = options;
-    return (await readData(model, validData, maxLength, { ...others, splits: ["valid", "test"] })).rows;
-  }
-  if (!held && (validEvery !== undefined || patience !== undefined))
-    throw new ShapeError(
-      "train: --valid-every and --patience need --valid-data, --valid-split or a directory with a valid file, got none",
-    );
-  return held;
-}
-
-type TrainedParts = Pick<LoraFa, "parameters"> & Partial<LoraFa>;
-
-/** As it begins; one that goes on gets the values of its parameters from the checkpoint's state. */
-async function startAdapter(
-  model: CausalModel,
-  options: TrainArguments,
-  rows: readonly Row[],
-  saved: SavedCheckpoint | undefined,
-): Promise<LoraAdapter> {
-  const { initAdapter, init, seed } = options;
-  const isGiven = initAdapter !== undefined || init === "eva" || init === "loftq"; // by the file alone
-  if (saved && isGiven) return loadPeft(model, saved.directory);
-  if (initAdapter !== undefined) return openPeft(model, initAdapter);
-  if (!saved && (init === "eva" || init === "lora_ga")) return startByData(model, options, rows);
-  const adapter = attachLora(model, loraConfig(options), seed);
-  if (saved && keepsTwice(options)) await startAsIn(saved, adapter);
-  else if (init === "loftq") await initLoftq(adapter, await openLinears(diskDirectory(options.model)), { seed });
-  else if (init !== undefined && init !== "eva" && init !== "lora_ga") await initLora(adapter, init, seed);
-  return adapter;
-}
-
-async function startByData(model: CausalModel, options: TrainArguments, rows: readonly Row[]): Promise<LoraAdapter> {
-  const { init, seed, batchSize, initBatches } = options;
-  const batches = calibrationBatches(model, rows, { batchSize, batches: initBatches });
-  try {
-    if (init === "eva") return await attachEva(model, loraConfig(options), batches, { seed });
-    const adapter = attachLora(model, loraConfig(options), seed);
-    await initLoraGa(adapter, batches, { seed });
-    return adapter;
-  } finally {
-    for (const batch of batches) batch.destroy();
-  }
+  return trainLanguage(options, said);
 }

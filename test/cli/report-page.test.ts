@@ -72,7 +72,13 @@ describe("the model card", () => {
   ] as const;
 
   test("names a base on the Hub where the Hub looks for it", () => {
-    const card = modelCard({ baseModel: "org/base", taskType: "CAUSAL_LM", facts, command: "lowrank train --rank 8" });
+    const card = modelCard({
+      baseModel: "org/base",
+      isOnHub: true,
+      taskType: "CAUSAL_LM",
+      facts,
+      command: "lowrank train --rank 8",
+    });
     expect(parse(card.split("---\n")[1] ?? "")).toEqual({
       base_model: "org/base",
       library_name: "peft",
@@ -84,7 +90,7 @@ describe("the model card", () => {
   });
 
   test("names no directory as one", () => {
-    const card = modelCard({ baseModel: "./models/base", taskType: "SEQ_CLS", facts, command: "x" });
+    const card = modelCard({ baseModel: "models/base", isOnHub: false, taskType: "SEQ_CLS", facts, command: "x" });
     expect(parse(card.split("---\n")[1] ?? "")).toEqual({
       library_name: "peft",
       pipeline_tag: "text-classification",

@@ -104,7 +104,7 @@ describe("--config", () => {
     ];
     const text = resolvedConfig(command(), args);
     expect(text).toBe(
-      'model: base\nrank: 16\nbatch-size: 4\nsteps: "9"\ntarget-modules: /a|b/\nsample-prompt:\n  - x\nshuffle: false\n',
+      "model: base\nrank: 16\nbatch-size: 4\nsteps: 9\ntarget-modules: /a|b/\nsample-prompt:\n  - x\nshuffle: false\n",
     );
     const made = command().action(() => {});
     await made.parseAsync(args, { from: "user" });

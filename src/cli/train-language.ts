@@ -1,0 +1,220 @@
+import type { Gpu } from "../gpu/gpu.ts";
+import type { LoraAdapter } from "../lora/adapter.ts";
+import { attachLora } from "../lora/attach.ts";
+import { initLora } from "../lora/init.ts";
+import { attachEva } from "../lora/init-eva.ts";
+import { initLoftq } from "../lora/init-loftq.ts";
+import { initLoraGa } from "../lora/init-lora-ga.ts";
+import { type LoraFa, loraFa } from "../lora/lora-fa.ts";
+import { loadPeft } from "../lora/peft.ts";
+import type { CausalModel } from "../models/causal.ts";
+import { openLinears } from "../models/load.ts";
+import { diskDirectory, loadModelFrom, type SavedCheckpoint, startAsIn } from "../node.ts";
+import { generate } from "../serve/generate.ts";
+import { ShapeError } from "../tensor/errors.ts";
+import { loadTokenizer } from "../tokenizer.ts";
+import { batchesPerEpoch, longest } from "../train/batches.ts";
+import { calibrationBatches } from "../train/calibration.ts";
+import type { Row } from "../train/data.ts";
+import { evaluate } from "../train/loss.ts";
+import { packRows } from "../train/packing.ts";
+import { languageTask } from "../train/task.ts";
+import { keepsTwice, loraConfig, plannedConfig, weightFormat } from "./options.ts";
+import { demandFit } from "./plan.ts";
+import type { SaidCommand } from "./run-config.ts";
+import {
+  bitsLine,
+  bytes,
+  continuation,
+  dataLine,
+  deviceName,
+  number,
+  openPeft,
+  packingLine,
+  readData,
+  say,
+  withGpu,
+} from "./session.ts";
+import type { TrainArguments } from "./train.ts";
+import { writeDocuments } from "./train-documents.ts";
+import { report, runFacts } from "./train-report.ts";
+import { begin, keptSettings } from "./train-resume.ts";
+import type { Sample } from "./train-run.ts";
+import { runTraining } from "./train-run.ts";
+import { version } from "./version.ts";
+
+type Arguments = TrainArguments & { readonly baseModel: string };
+
+export async function trainLanguage(options: Arguments, said: SaidCommand): Promise<void> {
+  const { batchSize, gradAccumulation, seed, checkpointing = false, packing = false } = options;
+  const read = await readData(options.model, options.data, options.maxLength, options);
+  const { stats, maxLength } = read;
+  say(dataLine(stats, maxLength));
+  const rows = packing ? packRows(read.rows, maxLength) : read.rows;
+  if (packing) say(packingLine(read.rows, rows, batchSize));
+  const perEpoch = batchesPerEpoch({ rows: rows.length, batchSize });
+  const steps = options.steps ?? Math.ceil(((options.epochs ?? 1) * perEpoch) / gradAccumulation);
+  const warmupSteps = Math.ceil(options.warmup * steps);
+  const valid = await readValidation(options, read.valid, maxLength);
+  const settings = await keptSettings(options, { steps, warmupSteps, rows });
+  const { dryRun = false } = options;
+  const saved = dryRun ? undefined : await begin(options.out, options.resume ?? false, settings, version());
+  const size = {
+    batchSize: Math.min(batchSize, rows.length),
+    gradAccumulation,
+    checkpointing,
+    takesFromBase: keepsTwice(options),
+    loraFa: options.loraFa ?? false,
+    weights: weightFormat(options.quantize),
+    maxLength: longest(rows),
+    packing,
+  };
+
+  const work = async (gpu: Gpu): Promise<void> => {
+    const started = performance.now();
+    const plan = await demandFit(
+      gpu,
+      options.model,
+      options.initAdapter ?? plannedConfig(options),
+      size,
+      options.budget,
+    );
+    const besides = valid || options.samplePrompt ? "; evaluations and samples come on top" : "";
+    say(
+      `memory: at most ${bytes(plan.peak)} of the GPU's, ${bytes(plan.weights)} of it weights, ${bitsLine(plan.bits)}${besides}`,
+    );
+    const model = await loadModelFrom(gpu, options.model, { weights: size.weights });
+    model.checkpointing = checkpointing;
+    const adapter = await startAdapter(model, options, rows, saved);
+    const trained: TrainedParts = options.loraFa ? await loraFa(adapter) : { parameters: adapter.parameters };
+    const trainable = trained.parameters.reduce((sum, p) => sum + p.size, 0);
+    say(
+      `adapter: rank ${adapter.config.r} on ${adapter.pairs.size + adapter.tables.size} layers, ${number(trainable)} parameters to train`,
+    );
+    if (dryRun) {
+      say(
+        `dry run: ${number(steps)} steps of ${number(batchSize * gradAccumulation)} rows would follow. Nothing was written`,
+      );
+      return;
+    }
+    const { first, last, interrupted, skipped } = await runTraining({
+      ...options,
+      sample: options.samplePrompt && (await sampler(model, options.model, options.samplePrompt)),
+      ...{ ...trained, task: languageTask(model, 0, packing), adapter, rows, steps, warmupSteps, settings, saved },
+      rates: options.loraplusLrRatio === undefined ? undefined : adapter.rates(options.loraplusLrRatio),
+      shuffleSeed: options.shuffle ? seed : undefined,
+      validation: valid && {
+        every: options.validEvery ?? Math.ceil(steps / 10),
+        evaluate: () => evaluate(model, valid, batchSize),
+        patience: options.patience,
+      },
+    });
+    if (interrupted) process.exitCode = 130;
+    const peak = gpu.counters().bytesPeak;
+    const seconds = (performance.now() - started) / 1000;
+    await writeDocuments({
+      ...{ out: options.out, adapter, baseModel: options.baseModel, said, tensorboard: options.tensorboard ?? false },
+      facts: runFacts({ adapter, trainable, first, last, seconds, device: deviceName(gpu.info) }),
+      tables: {
+        Data: [
+          ["rows", number(stats.rows)],
+          ["truncated", number(stats.truncated)],
+          ["dropped", number(stats.dropped)],
+          ["tokens", number(stats.tokens)],
+          ["of them learned", number(stats.trainedTokens)],
+        ],
+        "GPU memory": [
+          ["planned at most", bytes(plan.peak)],
+          ["peak", bytes(peak)],
+          ["weights", bytes(plan.weights)],
+          ["activations", bytes(plan.activations)],
+          ["optimizer", bytes(plan.optimizer)],
+        ],
+      },
+    });
+    report(gpu, options.json ?? false, {
+      steps: last?.step ?? saved?.step ?? 0,
+      loss_first: first?.loss ?? null,
+      loss_last: last?.loss ?? null,
+      loss_valid: last?.validation?.loss ?? null,
+      out: options.out,
+      interrupted,
+      rows: stats.rows,
+      truncated: stats.truncated,
+      dropped: stats.dropped,
+      tokens: stats.tokens,
+      trainable_parameters: trainable,
+      peak_bytes: peak,
+      planned_bytes: plan.peak,
+      skipped_steps: skipped,
+      seconds,
+    });
+  };
+  await withGpu(work, options.budget === undefined ? {} : { budgetBytes: options.budget });
+}
+
+/** Continues the prompts by the model as it is, 48 likeliest tokens each. */
+async function sampler(model: CausalModel, directory: string, prompts: readonly string[]): Promise<Sample> {
+  const tokenizer = await loadTokenizer(diskDirectory(directory));
+  return async () => {
+    const samples: { readonly prompt: string; readonly text: string }[] = [];
+    for (const prompt of prompts) {
+      const promptIds = tokenizer.encode(prompt);
+      const ids: number[] = [];
+      for await (const id of generate(model, { promptIds, maxTokens: 48 })) ids.push(id);
+      samples.push({ prompt, text: continuation(tokenizer, promptIds, ids) });
+    }
+    return samples;
+  };
+}
+
+async function readValidation(
+  options: TrainArguments,
+  held: readonly Row[] | undefined,
+  maxLength: number,
+): Promise<readonly Row[] | undefined> {
+  const { model, validData, validEvery, patience } = options;
+  if (validData !== undefined) {
+    const { validSplit, ...others } = options;
+    return (await readData(model, validData, maxLength, { ...others, splits: ["valid", "test"] })).rows;
+  }
+  if (!held && (validEvery !== undefined || patience !== undefined))
+    throw new ShapeError(
+      "train: --valid-every and --patience need --valid-data, --valid-split or a directory with a valid file, got none",
+    );
+  return held;
+}
+
+type TrainedParts = Pick<LoraFa, "parameters"> & Partial<LoraFa>;
+
+/** As it begins; one that goes on gets the values of its parameters from the checkpoint's state. */
+async function startAdapter(
+  model: CausalModel,
+  options: TrainArguments,
+  rows: readonly Row[],
+  saved: SavedCheckpoint | undefined,
+): Promise<LoraAdapter> {
+  const { initAdapter, init, seed } = options;
+  const isGiven = initAdapter !== undefined || init === "eva" || init === "loftq"; // by the file alone
+  if (saved && isGiven) return loadPeft(model, saved.directory);
+  if (initAdapter !== undefined) return openPeft(model, initAdapter);
+  if (!saved && (init === "eva" || init === "lora_ga")) return startByData(model, options, rows);
+  const adapter = attachLora(model, loraConfig(options), seed);
+  if (saved && keepsTwice(options)) await startAsIn(saved, adapter);
+  else if (init === "loftq") await initLoftq(adapter, await openLinears(diskDirectory(options.model)), { seed });
+  else if (init !== undefined && init !== "eva" && init !== "lora_ga") await initLora(adapter, init, seed);
+  return adapter;
+}
+
+async function startByData(model: CausalModel, options: TrainArguments, rows: readonly Row[]): Promise<LoraAdapter> {
+  const { init, seed, batchSize, initBatches } = options;
+  const batches = calibrationBatches(model, rows, { batchSize, batches: initBatches });
+  try {
+    if (init === "eva") return await attachEva(model, loraConfig(options), batches, { seed });
+    const adapter = attachLora(model, loraConfig(options), seed);
+    await initLoraGa(adapter, batches, { seed });
+    return adapter;
+  } finally {
+    for (const batch of batches) batch.destroy();
+  }
+}

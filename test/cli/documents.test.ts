@@ -1,0 +1,88 @@
+// What a training run leaves beside its adapter. In this process: SwiftShader compiles its kernels once.
+import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { parseHTML } from "linkedom";
+import { afterAll, beforeAll, expect, test } from "vitest";
+import { parse } from "yaml";
+import { sparkline } from "../../src/cli/progress.ts";
+import { withConfig } from "../../src/cli/run-config.ts";
+import { trainCommand } from "../../src/cli/train.ts";
+import { writeTinyModel } from "../tiny-model.ts";
+
+let home = "";
+const at = (name: string): string => join(home, name);
+
+beforeAll(async () => {
+  home = await mkdtemp(join(tmpdir(), "lowrank-documents-"));
+  await writeTinyModel(at("model"), { tokenizer: true });
+  await writeFile(at("rows.jsonl"), '{"text":"Once there was a fox."}\n{"text":"One day it rained."}\n');
+});
+afterAll(() => rm(home, { recursive: true, force: true }));
+
+async function train(...args: string[]): Promise<void> {
+  const command = trainCommand();
+  await command.parseAsync(await withConfig(command, args), { from: "user" });
+}
+
+const lines = async (file: string): Promise<Record<string, unknown>[]> =>
+  (await readFile(at(file), "utf8"))
+    .trim()
+    .split("\n")
+    .map((line) => JSON.parse(line) as Record<string, unknown>);
+
+test("a run leaves its configuration, card, report, samples and events, and its configuration makes the same run", async () => {
+  await train(
+    ...["--model", at("model"), "--data", at("rows.jsonl"), "--valid-data", at("rows.jsonl"), "--out", at("first")],
+    ...["--steps", "2", "--rank", "2", "--valid-every", "1", "--sample-prompt", "Once", "--tensorboard"],
+  );
+  const files = (await readdir(at("first"))).map((file) => file.replace(/\d{10}/, "N")).sort();
+  expect(files).toEqual([
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "best",
+    "events.out.tfevents.N.lowrank",
+    "metrics.jsonl",
+    "report.html",
+    "run.yaml",
+    "samples.jsonl",
+  ]);
+  expect((await lines("first/samples.jsonl")).map(({ step, prompt }) => ({ step, prompt }))).toEqual([
+    { step: 1, prompt: "Once" },
+    { step: 2, prompt: "Once" },
+  ]);
+  const { document } = parseHTML(await readFile(at("first/report.html"), "utf8"));
+  expect(document.querySelectorAll(".bar").length).toBe(14);
+  expect([...document.querySelectorAll("h2")].map((heading) => heading.textContent)).toEqual([
+    "Norm of the update, by module",
+    "Samples",
+    "Data",
+    "GPU memory",
+    "Configuration",
+    "Command",
+  ]);
+  expect(await readFile(at("first/README.md"), "utf8")).toContain(`lowrank train --model ${at("model")}`);
+  expect(parse(await readFile(at("first/run.yaml"), "utf8"))).toMatchObject({
+    rank: 2,
+    steps: 2,
+    "sample-prompt": ["Once"],
+  });
+
+  await train("--config", at("first/run.yaml"), "--out", at("second"));
+  expect(await readFile(at("second/adapter_model.safetensors"))).toEqual(
+    await readFile(at("first/adapter_model.safetensors")),
+  );
+}, 240_000);
+
+test("a dry run writes nothing", async () => {
+  await train("--config", at("first/run.yaml"), "--out", at("dry"), "--dry-run");
+  expect(await readdir(at("dry"))).toEqual([]);
+}, 120_000);
+
+test("a sparkline has the course of the losses in few bars", () => {
+  expect(sparkline([8, 7, 6, 5, 4, 3, 2, 1])).toBe("█▇▆▅▄▃▂▁");
+  expect(sparkline([1, 1, 4, 4], 2)).toBe("▁█");
+  expect(sparkline([2, 2])).toBe("▁▁");
+  expect(sparkline([])).toBe("");
+});
