@@ -11,7 +11,7 @@ import { bitsPerWeight, type WeightFormat } from "../models/weights.ts";
 import { diskDirectory, loadPeftFrom } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
-import { type MemoryPlan, planTraining } from "../train/plan.ts";
+import { type MemoryPlan, type PlanOptions, planTraining } from "../train/plan.ts";
 import {
   jsonOption,
   keepsTwice,
@@ -42,6 +42,8 @@ export interface RunSize {
   readonly checkpointing: boolean;
   /** Whether rows are packed. */
   readonly packing?: boolean;
+  /** See `PlanOptions`. */
+  readonly evaluation?: PlanOptions["evaluation"];
 }
 
 interface PlanArguments extends Omit<RunSize, "maxLength" | "weights">, LoraArguments {

@@ -68,6 +68,7 @@ export async function trainLanguage(options: Arguments, said: SaidCommand): Prom
     weights: weightFormat(options.quantize),
     maxLength: longest(rows),
     packing,
+    evaluation: valid && { batchSize: Math.min(batchSize, valid.length), maxLength: longest(valid) },
   };
 
   const work = async (gpu: Gpu): Promise<void> => {
@@ -79,7 +80,7 @@ export async function trainLanguage(options: Arguments, said: SaidCommand): Prom
       size,
       options.budget,
     );
-    const besides = valid || options.samplePrompt ? "; evaluations and samples come on top" : "";
+    const besides = options.samplePrompt ? "; samples come on top" : "";
     say(
       `memory: at most ${bytes(plan.peak)} of the GPU's, ${bytes(plan.weights)} of it weights, ${bitsLine(plan.bits)}${besides}`,
     );

@@ -82,10 +82,14 @@ function cell(column: string, text: string, where: string): unknown {
 /** Rows group by group. What is null counts as not there: Parquet gives every struct the fields of all. */
 export async function* parquetRecords(source: ByteSource, name: string): AsyncGenerator<DataRecord, void, undefined> {
   if (source.sizeBytes < 12) throw new FormatError(`${name}: must be a Parquet file, got ${source.sizeBytes} bytes`);
+  const read = async (start: number, length: number): Promise<ArrayBuffer> =>
+    (await source.read(start, length)).slice().buffer as ArrayBuffer;
   const file = {
     byteLength: source.sizeBytes,
-    async slice(start: number, end: number = source.sizeBytes): Promise<ArrayBuffer> {
-      return (await source.read(start, end - start)).slice().buffer as ArrayBuffer;
+    slice(start: number, end: number = source.sizeBytes): Promise<ArrayBuffer> {
+      const bytes = read(start, end - start);
+      bytes.catch(() => {}); // the reader asks for several ranges at once and leaves the others when one fails
+      return bytes;
     },
   };
   const metadata = await parquet(name, () => parquetMetadataAsync(file));

@@ -3,7 +3,7 @@ import { dryGpu } from "../gpu/dry.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { largestBatch } from "./batches.ts";
-import type { LanguageModel } from "./loss.ts";
+import { batchInputs, batchLoss, type LanguageModel } from "./loss.ts";
 import { type HasTrainingMode, TrainingStep } from "./step.ts";
 
 export interface PlanOptions {
@@ -14,6 +14,8 @@ export interface PlanOptions {
   readonly gradAccumulation?: number;
   /** Whether rows are packed. */
   readonly packing?: boolean;
+  /** Batches of the evaluations on the way, if there are any. */
+  readonly evaluation?: { readonly batchSize: number; readonly maxLength: number } | undefined;
 }
 
 /** Bytes of GPU memory, as `gpu.counters()` counts them. */
@@ -53,7 +55,7 @@ interface Planned {
 export async function planTraining(
   gpu: Gpu,
   build: (dry: Gpu) => Planned | Promise<Planned>,
-  { batchSize, maxLength, gradAccumulation = 1, packing = false }: PlanOptions,
+  { batchSize, maxLength, gradAccumulation = 1, packing = false, evaluation }: PlanOptions,
 ): Promise<MemoryPlan> {
   const dry = dryGpu(gpu);
   const { model, parameters, adapter, projections } = await build(dry);
@@ -63,6 +65,10 @@ export async function planTraining(
   const step = new TrainingStep({ model, parameters, ...(adapter && { adapter }), ...settings });
   const batch = largestBatch(batchSize, maxLength, packing);
   step.run(new Array(gradAccumulation).fill(batch), 0);
+  if (evaluation) {
+    const inputs = batchInputs(dry, largestBatch(evaluation.batchSize, evaluation.maxLength));
+    dry.trace(() => void batchLoss(model, inputs, 1), []);
+  }
   const { bytesPeak, dispatches } = dry.counters();
   const { gradientBytes: gradients, sizeBytes: optimizer } = step.optimizer;
   const activations = step.workspaceBytes;

@@ -227,7 +227,7 @@ test("an adapter of another model is refused with what does not fit", async () =
 });
 
 test("a target that matches no module lists those there are", async () => {
-  const choices = "The model has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj";
+  const choices = "The model has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, embed_tokens, lm_head";
   await expect(train("--target-modules", "q_proj,qkv")).rejects.toThrow(
     new ShapeError(`target modules: "qkv" must match a module, got none. ${choices}`),
   );

@@ -176,6 +176,8 @@ test("a run ends when its time is over, and one that went on from an adapter in 
     new ShapeError("train: --time-budget must be a time such as 90s, 20m or 1.5h, got 20"),
   );
   await expect(train("alone", "--patience", "2")).rejects.toThrow(
-    new ShapeError("train: --valid-every and --patience need --valid-data, got none"),
+    new ShapeError(
+      "train: --valid-every and --patience need --valid-data, --valid-split or a directory with a valid file, got none",
+    ),
   );
 });
