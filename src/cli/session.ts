@@ -1,5 +1,5 @@
 /** What the commands do alike: open the GPU, read model, adapter and data, speak. */
-import { statSync } from "node:fs";
+import { existsSync, statSync } from "node:fs";
 import { CHATML, type ChatTemplate, type DataFile, dataSplits, loadChatTemplate, readRecords } from "../data.ts";
 import { type Gpu, type OpenGpuOptions, openGpu } from "../gpu/gpu.ts";
 import { FormatError } from "../io/errors.ts";
@@ -146,7 +146,7 @@ async function findData(
   place: string,
   splits: readonly Split[],
 ): Promise<{ readonly file: DataFile; readonly valid?: DataFile | undefined }> {
-  if (!statSync(place, { throwIfNoEntry: false })?.isDirectory())
+  if (!(existsSync(place) && statSync(place).isDirectory()))
     return { file: { name: place, source: await fileSource(place) } };
   const files = await dataSplits(diskDirectory(place));
   const split = splits.find((name) => files[name]);
