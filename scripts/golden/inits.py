@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SEED = 77
 BATCHES, TOKENS = 3, 24
+SKETCH = torch.svd_lowrank
 
 
 def load() -> torch.nn.Module:
@@ -85,8 +86,17 @@ def make_eva() -> None:
     print(sorted(json.dumps(value) for value in found.values()))
 
 
+def sketch_or_exact(matrix: torch.Tensor, q: int, niter: int):
+    """torch.svd_lowrank, but exact for q = r = 4, where PEFT looks for the largest singular value of W: its sketch is up to 2 % below."""
+    if q != 4:
+        return SKETCH(matrix, q=q, niter=niter)
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, :q], S[:q], Vh[:q].T
+
+
 def make_lora_ga() -> None:
     deterministic(SEED)
+    torch.svd_lowrank = sketch_or_exact
     data = batches()
     tensors = {}
     for direction, scale in [("ArB2r", "stable"), ("A2rBr", "weight_svd"), ("ArBr", "gd_scale"), ("ArB2r", "unit")]:
@@ -109,7 +119,11 @@ def make_lora_ga() -> None:
 
 
 def make_lora_fa() -> None:
-    """lora-fa: A and B to begin with, and B after 4 steps of PEFT's optimizer, in f32 as its autocast to bf16 is switched off."""
+    """lora-fa: A and B to begin with, and B after 4 steps of PEFT's optimizer, in f32 as its autocast to bf16 is switched off.
+
+    It adds eps to √v before the bias correction, which makes it eps/√(1 − β2ᵗ) of Adam's rule, 32 times as much in the first step: eps is given
+    so that it is Adam's 1e-6.
+    """
     deterministic(SEED)
     data = batches()[:1]
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
@@ -123,8 +137,10 @@ def make_lora_fa() -> None:
     lorafa.is_bf16_available = lambda: False
     optimizer = lorafa.create_lorafa_optimizer(adapted, r=4, lora_alpha=6, lr=0.01)
     losses = []
-    for _ in range(4):
+    for step in range(4):
         optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["eps"] = 1e-6 * (1 - 0.999 ** (step + 1)) ** 0.5
         loss = adapted(**data[0]).loss
         loss.backward()
         losses.append(loss.item())

@@ -143,7 +143,7 @@ export function loraOptions(command: string): Option[] {
     new Option(
       "--init <start>",
       "gaussian, orthogonal; a part of the base: pissa, pissa_niter_N (faster), olora; by the data: eva, lora_ga; with --quantize: loftq (default: PEFT's usual start)",
-    ),
+    ).argParser((text) => parseInit(command, text)),
     whole(command, "--init-batches <n>", "batches of the data that --init eva and lora_ga look at", 1, 8),
     new Option("--lora-fa", "train B alone, its gradient projected for a frozen A (LoRA-FA)"),
     new Option("--modules-to-save <names>", "modules that are trained whole, such as norm,lm_head").argParser(
@@ -168,7 +168,7 @@ export interface LoraArguments {
   readonly targetModules: TargetModules;
   readonly excludeModules?: TargetModules;
   readonly layersToTransform?: readonly number[];
-  readonly init?: LoraInit | DataInit | "loftq";
+  readonly init?: Init;
   readonly initBatches: number;
   readonly loraFa?: boolean;
   readonly modulesToSave?: readonly string[];
@@ -180,7 +180,9 @@ export interface LoraArguments {
 }
 
 /** Starts that are fitted to data. */
-export type DataInit = "eva" | "lora_ga";
+type DataInit = "eva" | "lora_ga";
+
+type Init = LoraInit | DataInit | "loftq";
 
 /** Whether W is kept twice: a part of the base is taken. */
 export const keepsTwice = ({ init }: Pick<LoraArguments, "init">): boolean =>
@@ -223,6 +225,15 @@ export const LORA_OPTIONS: string[] = [
   "useDora",
   "useRslora",
 ];
+
+function parseInit(command: string, text: string): Init {
+  const names = ["gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "eva", "lora_ga", "loftq"];
+  if (!names.includes(text.replace(/^pissa_niter_\d+$/, "pissa_niter_N")) || text === "pissa_niter_N")
+    throw new ShapeError(
+      `${command}: --init must be one of ${names.join(", ")}, got "${text}". Leave it out for PEFT's usual start`,
+    );
+  return text as Init;
+}
 
 /** "0,4-7" */
 function parseLayers(command: string, text: string): number[] {

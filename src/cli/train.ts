@@ -159,6 +159,8 @@ export function trainCommand(): Command {
 }
 
 async function run(given: TrainArguments, command: Command): Promise<void> {
+  if (given.init === "loftq" && given.quantize === undefined)
+    throw new ShapeError("train: --init loftq needs a quantised base, got no --quantize. Give it");
   await ensureWritableDirectory(given.out);
   const options = await located(given, true, readAnyConfig);
   const said = saidCommand(command);

@@ -13,7 +13,7 @@ export interface CalibrationBatch {
 }
 
 /** What is kept of a pass over the data at a time, in bytes of the device's memory: a larger model takes more passes. */
-export const KEPT_BYTES: number = 256 * 2 ** 20;
+const KEPT_BYTES = 256 * 2 ** 20;
 
 /** The items in runs that add up to at most `KEPT_BYTES`, each of at least one. */
 export function inRuns<T>(items: readonly T[], bytesOf: (item: T) => number): T[][] {

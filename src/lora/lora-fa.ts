@@ -8,7 +8,7 @@ export interface LoraFa {
   readonly parameters: readonly Tensor[];
   /** What the gradient of each B is multiplied by from the right, [r,r]. They are the caller's to release. */
   readonly projections: ReadonlyMap<Tensor, Tensor>;
-  /** That of PEFT's optimizer. */
+  /** That of PEFT's optimizer, which adds it before the bias correction: there it is eps / √(1 − β2ᵗ) of Adam's. */
   readonly eps: number;
 }
 
