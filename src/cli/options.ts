@@ -111,6 +111,27 @@ export const validSplitOption = (command: string): Option =>
 export const packingOption = (): Option =>
   new Option("--packing", "put several rows into one of --max-length, each seeing only itself: less padding");
 
+/** How pairs of answers are learned. */
+export const preferenceOptions = (command: string): Option[] => [
+  new Option(
+    "--preference <loss>",
+    'learn from pairs {"prompt","chosen","rejected"} which answer is preferred (dpo: direct preference optimisation); --batch-size counts pairs',
+  ).choices(["dpo"]),
+  numeric(command, "--beta <x>", "with --preference: how strongly the adapter is held to the base (default: 0.1)", {
+    rule: "a number above 0",
+    holds: (x) => x > 0 && Number.isFinite(x),
+  }),
+  numeric(
+    command,
+    "--label-smoothing <p>",
+    "with --preference: share of pairs that are the wrong way round (default: 0)",
+    {
+      rule: "a number of at least 0 and below 0.5",
+      holds: (x) => x >= 0 && x < 0.5,
+    },
+  ),
+];
+
 export const numLabelsOption = (command: string): Option =>
   whole(command, "--num-labels <n>", "give an encoder a new classifier for so many classes, in place of its own", 2);
 

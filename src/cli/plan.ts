@@ -12,6 +12,7 @@ import { diskDirectory, loadPeftFrom } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
 import { type MemoryPlan, type PlanOptions, planTraining } from "../train/plan.ts";
+import { preferenceTask } from "../train/preference.ts";
 import {
   jsonOption,
   keepsTwice,
@@ -44,6 +45,8 @@ export interface RunSize {
   readonly packing?: boolean;
   /** See `PlanOptions`. */
   readonly evaluation?: PlanOptions["evaluation"];
+  /** Whether rows are pairs of answers, of which one is preferred. */
+  readonly preference?: boolean;
 }
 
 interface PlanArguments extends Omit<RunSize, "maxLength" | "weights">, LoraArguments {
@@ -105,8 +108,13 @@ async function planOf(gpu: Gpu, model: string, adapter: LoraConfig | string, siz
       const attached =
         typeof adapter === "string" ? await loadPeftFrom(unfilled, adapter) : attachLora(unfilled, adapter);
       if (size.takesFromBase) attached.start(zeros(attached), true);
-      if (!size.loraFa) return { model: unfilled, parameters: attached.parameters, adapter: attached };
-      return { model: unfilled, parameters: freezeA(attached), adapter: attached, projections: squares(attached) };
+      const learned = {
+        model: unfilled,
+        task: size.preference ? preferenceTask(unfilled) : undefined,
+        adapter: attached,
+      };
+      if (!size.loraFa) return { ...learned, parameters: attached.parameters };
+      return { ...learned, parameters: freezeA(attached), projections: squares(attached) };
     },
     size,
   );

@@ -1,6 +1,14 @@
 /** What the commands do alike: open the GPU, read model, adapter and data, speak. */
 import { existsSync, statSync } from "node:fs";
-import { CHATML, type ChatTemplate, type DataFile, dataSplits, loadChatTemplate, readRecords } from "../data.ts";
+import {
+  CHATML,
+  type ChatTemplate,
+  type DataFile,
+  type DataRecord,
+  dataSplits,
+  loadChatTemplate,
+  readRecords,
+} from "../data.ts";
 import { type Gpu, type OpenGpuOptions, openGpu } from "../gpu/gpu.ts";
 import { FormatError } from "../io/errors.ts";
 import { diskDirectory, fileSource } from "../io/files.ts";
@@ -15,7 +23,7 @@ import { loadModelFrom, loadPeftFrom } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { loadTokenizer } from "../tokenizer.ts";
 import { splitRows } from "../train/data/split.ts";
-import { type DataStats, type Row, RowMaker, rowsOf } from "../train/data.ts";
+import { type DataStats, PAIR_FORMS, type PreferencePair, pairsOf, type Row, RowMaker, rowsOf } from "../train/data.ts";
 import { paddingShare } from "../train/packing.ts";
 import type { RowArguments } from "./options.ts";
 
@@ -94,32 +102,54 @@ export interface ReadOptions extends RowArguments {
 
 type Split = "train" | "valid" | "test";
 
-export interface ReadData {
-  readonly rows: readonly Row[];
+export interface ReadData<R = Row> {
+  readonly rows: readonly R[];
   readonly stats: DataStats;
   readonly maxLength: number;
   /** Held out, or the file `valid` beside `train`. */
-  readonly valid: readonly Row[] | undefined;
+  readonly valid: readonly R[] | undefined;
 }
 
 /** The rows of a file or a directory of data, cut to maxLength: 512 unless given, or the model's context if that is smaller. */
-export async function readData(
+export const readData = (
   model: string,
   place: string,
   maxLength: number | undefined,
-  { splits = ["train"], validSplit, seed = 0, ...options }: ReadOptions = {},
-): Promise<ReadData> {
+  options: ReadOptions = {},
+): Promise<ReadData> => readAs({ of: rowsOf }, model, place, maxLength, options);
+
+/** As `readData`, pairs. */
+export const readPreferences = (
+  model: string,
+  place: string,
+  maxLength: number | undefined,
+  options: ReadOptions = {},
+): Promise<ReadData<PreferencePair>> => readAs({ of: pairsOf, forms: PAIR_FORMS }, model, place, maxLength, options);
+
+interface RowKind<R> {
+  of(records: AsyncIterable<DataRecord>, maker: RowMaker): AsyncIterable<R>;
+  /** That a record may have, for messages. */
+  readonly forms?: string;
+}
+
+async function readAs<R>(
+  kind: RowKind<R>,
+  model: string,
+  place: string,
+  maxLength: number | undefined,
+  { splits = ["train"], validSplit, seed = 0, ...options }: ReadOptions,
+): Promise<ReadData<R>> {
   const { config, tokenizer } = await openReader(model);
   const { contextLength, vocabSize } = config;
   const length = maxLength ?? Math.min(512, contextLength);
   const chatTemplate = await openTemplate(model, options.chatTemplate);
   const limits = { maxLength: length, contextLength, vocabSize, chatTemplate, lossOn: options.lossOn };
-  const rowsOfFile = async ({ name, source }: DataFile): Promise<{ rows: Row[]; stats: DataStats }> => {
+  const rowsOfFile = async ({ name, source }: DataFile): Promise<{ rows: R[]; stats: DataStats }> => {
     const maker = new RowMaker(tokenizer, limits);
-    const rows: Row[] = [];
+    const rows: R[] = [];
     const records = readRecords(source, name, { separator: options.promptSeparator });
-    for await (const row of rowsOf(records, maker)) rows.push(row);
-    maker.demandRows(name);
+    for await (const row of kind.of(records, maker)) rows.push(row);
+    maker.demandRows(name, kind.forms);
     return { rows, stats: maker.stats };
   };
   const found = await findData(place, splits);
@@ -156,10 +186,10 @@ async function findData(
 }
 
 /** "data: 160 rows (3 truncated to 128 tokens, 0 dropped with nothing to learn), 9,120 tokens, 4,210 of them to learn", and what is odd. */
-export function dataLine(stats: DataStats, maxLength: number): string {
+export function dataLine(stats: DataStats, maxLength: number, what = "rows"): string {
   const { rows, truncated, dropped, tokens, trainedTokens, unclearBoundaries, firstUnclear, ignoredKeys } = stats;
-  const line = `data: ${number(rows)} rows (${number(truncated)} truncated to ${maxLength} tokens, ${number(dropped)} dropped with nothing to learn), ${number(tokens)} tokens, ${number(trainedTokens)} of them to learn`;
-  const unclear = `warning: in ${number(unclearBoundaries)} rows, first at ${firstUnclear}, what comes before an answer does not end at a token of its own: learning starts where the two part`;
+  const line = `data: ${number(rows)} ${what} (${number(truncated)} truncated to ${maxLength} tokens, ${number(dropped)} dropped with nothing to learn), ${number(tokens)} tokens, ${number(trainedTokens)} of them to learn`;
+  const unclear = `warning: in ${number(unclearBoundaries)} ${what}, first at ${firstUnclear}, what comes before an answer does not end at a token of its own: learning starts where the two part`;
   const ignored = `keys that are not used: ${ignoredKeys.map((key) => JSON.stringify(excerpt(key))).join(", ")}`;
   return [line, ...(unclearBoundaries > 0 ? [unclear] : []), ...(ignoredKeys.length > 0 ? [ignored] : [])].join("\n");
 }

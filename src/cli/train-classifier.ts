@@ -26,6 +26,7 @@ export async function trainClassifier(options: Arguments, said: SaidCommand): Pr
   refuse("train", {
     ...{ "--quantize": quantize, "--profile": profile, "--budget": budget, "--lora-fa": options.loraFa },
     ...{ "--sample-prompt": options.samplePrompt, "--packing": options.packing, "--dry-run": options.dryRun },
+    "--preference": options.preference,
     ...(isByData && { [`--init ${init}`]: init }),
   });
   const { rows, stats } = await readClassRows(options, options.data);

@@ -31,6 +31,7 @@ import {
   number,
   openPeft,
   packingLine,
+  type ReadData,
   readData,
   say,
   withGpu,
@@ -55,7 +56,7 @@ export async function trainLanguage(options: Arguments, said: SaidCommand): Prom
   const perEpoch = batchesPerEpoch({ rows: rows.length, batchSize });
   const steps = options.steps ?? Math.ceil(((options.epochs ?? 1) * perEpoch) / gradAccumulation);
   const warmupSteps = Math.ceil(options.warmup * steps);
-  const valid = await readValidation(options, read.valid, maxLength);
+  const valid = await readValidation(readData, options, read.valid, maxLength);
   const settings = await keptSettings(options, { steps, warmupSteps, rows });
   const { dryRun = false } = options;
   const saved = dryRun ? undefined : await begin(options.out, options.resume ?? false, settings, version());
@@ -155,7 +156,7 @@ export async function trainLanguage(options: Arguments, said: SaidCommand): Prom
 }
 
 /** Continues the prompts by the model as it is, 48 likeliest tokens each. */
-async function sampler(model: CausalModel, directory: string, prompts: readonly string[]): Promise<Sample> {
+export async function sampler(model: CausalModel, directory: string, prompts: readonly string[]): Promise<Sample> {
   const tokenizer = await loadTokenizer(diskDirectory(directory));
   return async () => {
     const samples: { readonly prompt: string; readonly text: string }[] = [];
@@ -169,15 +170,17 @@ async function sampler(model: CausalModel, directory: string, prompts: readonly 
   };
 }
 
-async function readValidation(
+/** The rows to evaluate on: those of --valid-data by this reader, or what was held out of the data. */
+export async function readValidation<R>(
+  readRows: (...place: Parameters<typeof readData>) => Promise<ReadData<R>>,
   options: TrainArguments,
-  held: readonly Row[] | undefined,
+  held: readonly R[] | undefined,
   maxLength: number,
-): Promise<readonly Row[] | undefined> {
+): Promise<readonly R[] | undefined> {
   const { model, validData, validEvery, patience } = options;
   if (validData !== undefined) {
     const { validSplit, ...others } = options;
-    return (await readData(model, validData, maxLength, { ...others, splits: ["valid", "test"] })).rows;
+    return (await readRows(model, validData, maxLength, { ...others, splits: ["valid", "test"] })).rows;
   }
   if (!held && (validEvery !== undefined || patience !== undefined))
     throw new ShapeError(
@@ -186,10 +189,10 @@ async function readValidation(
   return held;
 }
 
-type TrainedParts = Pick<LoraFa, "parameters"> & Partial<LoraFa>;
+export type TrainedParts = Pick<LoraFa, "parameters"> & Partial<LoraFa>;
 
-/** As it begins; one that goes on gets the values of its parameters from the checkpoint's state. */
-async function startAdapter(
+/** As it begins, by the data `rows` where --init says so; one that goes on gets the values of its parameters from the checkpoint's state. */
+export async function startAdapter(
   model: CausalModel,
   options: TrainArguments,
   rows: readonly Row[],

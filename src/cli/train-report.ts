@@ -15,6 +15,9 @@ export interface Outcome {
   readonly loss_last: number | null;
   /** Over the rows that were not trained on, after the last step. */
   readonly loss_valid: number | null;
+  /** Of pairs that were not trained on: see `PreferenceEvaluation`. */
+  readonly accuracy_valid?: number;
+  readonly margin_valid?: number;
   readonly out: string;
   readonly interrupted: boolean;
   readonly rows: number;

@@ -45,6 +45,7 @@ const KEPT = [
     "weightDecay",
   ],
   ...["loraFa", "loraplusLrRatio", "maxGradNorm", "seed", "shuffle", "packing"],
+  ...["preference", "beta", "labelSmoothing"],
 ];
 
 interface RunPlan {

@@ -15,6 +15,7 @@ import {
   numeric,
   numLabelsOption,
   packingOption,
+  preferenceOptions,
   quantizeOption,
   type RowArguments,
   revisionOption,
@@ -29,6 +30,7 @@ import { budgetOption } from "./plan.ts";
 import { configOption, saidCommand } from "./run-config.ts";
 import { trainClassifier } from "./train-classifier.ts";
 import { trainLanguage } from "./train-language.ts";
+import { trainPreference } from "./train-preference.ts";
 
 export interface TrainArguments extends LoraArguments, RowArguments {
   readonly model: string;
@@ -68,6 +70,9 @@ export interface TrainArguments extends LoraArguments, RowArguments {
   readonly samplePrompt?: readonly string[];
   readonly tensorboard?: boolean;
   readonly dryRun?: boolean;
+  readonly preference?: "dpo";
+  readonly beta?: number;
+  readonly labelSmoothing?: number;
 }
 
 const EXAMPLES = `
@@ -81,6 +86,7 @@ Examples:
 
   $ lowrank train --model models/base --data train.jsonl --out adapters/pirate --save-every 50 --resume
   $ lowrank train --model models/base --data train.jsonl --out adapters/pirate --valid-data valid.jsonl --patience 3
+  $ lowrank train --model models/base --data pairs.jsonl --out adapters/kind --preference dpo --learning-rate 5e-5
   $ lowrank train --config adapters/pirate/run.yaml --out adapters/again --seed 1
 
 Ctrl-C ends training after the step in progress, saves the adapter and writes a checkpoint; a second one quits at once. The same command with
@@ -153,7 +159,8 @@ export function trainCommand(): Command {
     .option("--dry-run", "do everything but the steps, and write nothing")
     .addOption(configOption())
     .addOption(jsonOption());
-  for (const option of [...rowOptions(), validSplitOption(name), packingOption()]) command.addOption(option);
+  for (const option of [...rowOptions(), validSplitOption(name), packingOption(), ...preferenceOptions(name)])
+    command.addOption(option);
   for (const option of [...loraOptions(name), ...stepOptions(name), budgetOption(name)]) command.addOption(option);
   return command.addHelpText("after", EXAMPLES).action(run);
 }
@@ -164,8 +171,10 @@ async function run(given: TrainArguments, command: Command): Promise<void> {
   await ensureWritableDirectory(given.out);
   const options = await located(given, true, readAnyConfig);
   const said = saidCommand(command);
+  if (options.preference === undefined && (options.beta ?? options.labelSmoothing) !== undefined)
+    throw new ShapeError("train: --beta and --label-smoothing go with --preference. Add it, or leave them out");
   if (await isClassifier(diskDirectory(options.model))) return trainClassifier(options, said);
   if (options.numLabels !== undefined)
     throw new ShapeError("train: --num-labels is for encoders with a classifier. Leave it out");
-  return trainLanguage(options, said);
+  return options.preference ? trainPreference(options, said) : trainLanguage(options, said);
 }

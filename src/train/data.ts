@@ -5,13 +5,16 @@ import { type JsonObject, parseRecord } from "../io/json.ts";
 import type { Tokenizer } from "../io/tokenizer.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { encodeExample } from "./data/encode.ts";
-import { FORM_LIST, parseExample } from "./data/forms.ts";
+import { type Example, FORM_LIST, parseExample } from "./data/forms.ts";
 import type { LossOn } from "./data/masks.ts";
-import { type Row, trainedCount } from "./data/row.ts";
+import { PAIR_FORMS, parsePair } from "./data/pairs.ts";
+import { type PreferencePair, type Row, trainedCount } from "./data/row.ts";
 
 export type { LossOn } from "./data/masks.ts";
-export { IGNORED, type Row } from "./data/row.ts";
+export { PAIR_FORMS } from "./data/pairs.ts";
+export { IGNORED, type PreferencePair, type Row } from "./data/row.ts";
 
+/** Of rows, or of pairs, which count as one where it says rows and as two where it says ids. */
 export interface DataStats {
   /** Rows kept. */
   readonly rows: number;
@@ -54,7 +57,18 @@ interface SourceRecord {
   readonly where: string;
 }
 
-/** Turns one record after the other into a row, and counts. */
+interface Made {
+  readonly rows: readonly Row[];
+  /** Whether one of them has an unclear boundary, or was cut. */
+  readonly isUnclear: boolean;
+  readonly isCut: boolean;
+}
+
+/** Whether they are two with the same ids. */
+const areSame = ([a, b]: readonly Row[]): boolean =>
+  a !== undefined && b?.inputIds.length === a.inputIds.length && a.inputIds.every((id, t) => id === b.inputIds[t]);
+
+/** Turns one record after the other into a row or a pair of rows, and counts. */
 export class RowMaker {
   readonly #tokenizer: Tokenizer | undefined;
   readonly #options: RowOptions;
@@ -79,28 +93,57 @@ export class RowMaker {
 
   /** The row of a record, cut to maxLength, or undefined where it leaves nothing to learn. Throws a FormatError. */
   row({ value, where }: SourceRecord): Row | undefined {
-    const { maxLength, chatTemplate, lossOn, vocabSize } = this.#options;
-    const { form, example, ignored } = parseExample(value, where, chatTemplate !== undefined);
+    const { form, example, ignored } = parseExample(value, where, this.#options.chatTemplate !== undefined);
+    return this.#count(form, ignored, where, this.#rows([example], where))?.[0];
+  }
+
+  /**
+   * The pair of a record, both rows cut to maxLength and learned from where the prompt ends, whatever `lossOn` says. Undefined where one of
+   * them leaves nothing to learn, or both are the same. Throws a FormatError.
+   */
+  pair({ value, where }: SourceRecord): PreferencePair | undefined {
+    const { form, chosen, rejected, ignored } = parsePair(value, where);
+    const made = this.#rows([chosen, rejected], where, "completion");
+    const [first, second] = this.#count(form, ignored, where, made) ?? [];
+    return first && second && { chosen: first, rejected: second };
+  }
+
+  /** Rows that go together. */
+  #rows(examples: readonly Example[], where: string, lossOn = this.#options.lossOn): Made {
+    const { maxLength, chatTemplate, vocabSize } = this.#options;
     const encoder = { tokenizer: this.#tokenizer, chatTemplate, lossOn, vocabSize, promptIds: this.#promptIds };
-    const { inputIds, labels, unclear } = encodeExample(example, encoder, where);
+    const encoded = examples.map((example) => encodeExample(example, encoder, where));
+    return {
+      rows: encoded.map(({ inputIds, labels }) => ({
+        inputIds: inputIds.slice(0, maxLength),
+        labels: labels.slice(0, maxLength),
+      })),
+      isUnclear: encoded.some(({ unclear }) => unclear),
+      isCut: encoded.some(({ inputIds }) => inputIds.length > maxLength),
+    };
+  }
+
+  /** The rows, unless there is nothing to learn from them. */
+  #count(form: string, ignored: readonly string[], where: string, made: Made): readonly Row[] | undefined {
+    const { rows, isUnclear, isCut } = made;
     for (const key of ignored) this.#ignoredKeys.add(key);
     this.#forms.set(form, (this.#forms.get(form) ?? 0) + 1);
     const counts = this.#counts;
-    if (unclear) {
+    if (isUnclear) {
       counts.unclearBoundaries++;
       this.#firstUnclear ??= where;
     }
-    if (inputIds.length > maxLength) counts.truncated++;
-    const row = { inputIds: inputIds.slice(0, maxLength), labels: labels.slice(0, maxLength) };
-    const trained = trainedCount(row);
-    if (trained === 0) {
+    if (isCut) counts.truncated++;
+    if (rows.some((row) => trainedCount(row) === 0) || areSame(rows)) {
       counts.dropped++;
       return undefined;
     }
     counts.rows++;
-    counts.tokens += row.inputIds.length;
-    counts.trainedTokens += trained;
-    return row;
+    for (const row of rows) {
+      counts.tokens += row.inputIds.length;
+      counts.trainedTokens += trainedCount(row);
+    }
+    return rows;
   }
 
   get stats(): DataStats {
@@ -112,13 +155,13 @@ export class RowMaker {
     };
   }
 
-  /** Throws a FormatError unless there was a row to learn from in the file. */
-  demandRows(fileName: string): void {
+  /** Throws a FormatError unless there was a row to learn from in the file. `forms` are those that a row may have. */
+  demandRows(fileName: string, forms: string = FORM_LIST): void {
     const { rows, dropped } = this.#counts;
     if (rows > 0) return;
     throw new FormatError(
       dropped === 0
-        ? `${fileName}: must have at least one row, got an empty file. Write one JSON object per line: ${FORM_LIST}`
+        ? `${fileName}: must have at least one row, got an empty file. Write one JSON object per line: ${forms}`
         : `${fileName}: a row must leave a token to learn, got ${dropped} rows with none in their first ${this.#options.maxLength}. Raise maxLength, or shorten the prompts`,
     );
   }
@@ -145,27 +188,53 @@ export function readRows(
   options: RowOptions,
 ): { rows: Row[]; stats: DataStats } {
   const maker = new RowMaker(tokenizer, options);
-  const rows: Row[] = [];
-  for (const [index, line] of text
-    .replace(/^\ufeff/, "")
-    .split("\n")
-    .entries()) {
-    if (line.trim() === "") continue;
-    const where = `${fileName}:${index + 1}`;
-    const row = maker.row({ value: parseRecord(line, where), where });
-    if (row) rows.push(row);
-  }
+  const rows = recordsOf(text, fileName).flatMap((record) => maker.row(record) ?? []);
   maker.demandRows(fileName);
   return { rows, stats: maker.stats };
 }
 
+/**
+ * Reads JSON Lines, a pair of answers to one prompt each; `tools` may come with messages, other keys are ignored and listed:
+ *
+ *     {"prompt","chosen","rejected"}   three texts, or three lists of messages
+ *     {"chosen","rejected"}            two texts or conversations, which begin with the same prompt
+ *
+ * Only what follows the prompt is learned. Throws as `readRows`.
+ */
+export function readPairs(
+  text: string,
+  fileName: string,
+  tokenizer: Tokenizer | undefined,
+  options: RowOptions,
+): { pairs: PreferencePair[]; stats: DataStats } {
+  const maker = new RowMaker(tokenizer, options);
+  const pairs = recordsOf(text, fileName).flatMap((record) => maker.pair(record) ?? []);
+  maker.demandRows(fileName, PAIR_FORMS);
+  return { pairs, stats: maker.stats };
+}
+
+function recordsOf(text: string, fileName: string): SourceRecord[] {
+  const lines = text.replace(/^\ufeff/, "").split("\n");
+  return lines.flatMap((line, index) => {
+    const where = `${fileName}:${index + 1}`;
+    return line.trim() === "" ? [] : [{ value: parseRecord(line, where), where }];
+  });
+}
+
+type Records = AsyncIterable<SourceRecord> | Iterable<SourceRecord>;
+
 /** The rows of records, one after the other, as they come. The maker counts them. */
-export async function* rowsOf(
-  records: AsyncIterable<SourceRecord> | Iterable<SourceRecord>,
-  maker: RowMaker,
-): AsyncGenerator<Row, void, undefined> {
+export async function* rowsOf(records: Records, maker: RowMaker): AsyncGenerator<Row, void, undefined> {
   for await (const record of records) {
     const row = maker.row(record);
     if (row) yield row;
+  }
+}
+
+/** As `rowsOf`, pairs. */
+export async function* pairsOf(records: Records, maker: RowMaker): AsyncGenerator<PreferencePair, void, undefined> {
+  for await (const record of records) {
+    const pair = maker.pair(record);
+    if (pair) yield pair;
   }
 }

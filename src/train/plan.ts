@@ -5,6 +5,7 @@ import type { Tensor } from "../tensor/tensor.ts";
 import { largestBatch } from "./batches.ts";
 import { batchInputs, batchLoss, type LanguageModel } from "./loss.ts";
 import { type HasTrainingMode, TrainingStep } from "./step.ts";
+import { languageTask, type RowTask } from "./task.ts";
 
 export interface PlanOptions {
   /** Rows of one forward pass. */
@@ -39,6 +40,8 @@ export interface MemoryPlan {
 
 interface Planned {
   readonly model: LanguageModel;
+  /** What is learned; next tokens unless given. */
+  readonly task?: RowTask<never, unknown> | undefined;
   readonly parameters: readonly Tensor[];
   /** What is trained, where it behaves differently in training. */
   readonly adapter?: HasTrainingMode;
@@ -58,12 +61,12 @@ export async function planTraining(
   { batchSize, maxLength, gradAccumulation = 1, packing = false, evaluation }: PlanOptions,
 ): Promise<MemoryPlan> {
   const dry = dryGpu(gpu);
-  const { model, parameters, adapter, projections } = await build(dry);
+  const { model, parameters, adapter, projections, task = languageTask(model, 0, packing) } = await build(dry);
   const trained = parameters.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
   const weights = dry.counters().bytesLive - trained;
   const settings = { projections, accumulates: gradAccumulation > 1 };
-  const step = new TrainingStep({ model, parameters, ...(adapter && { adapter }), ...settings });
-  const batch = largestBatch(batchSize, maxLength, packing);
+  const step = new TrainingStep<unknown>({ task, parameters, ...(adapter && { adapter }), ...settings });
+  const batch = task.largest(batchSize, maxLength);
   step.run(new Array(gradAccumulation).fill(batch), 0);
   if (evaluation) {
     const inputs = batchInputs(dry, largestBatch(evaluation.batchSize, evaluation.maxLength));

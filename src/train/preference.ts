@@ -5,15 +5,9 @@ import type { Gpu } from "../gpu/gpu.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { readAll, type Tensor, tensor } from "../tensor/tensor.ts";
 import { type Batch, collate, longest, roundedLength } from "./batches.ts";
-import { IGNORED, type Row } from "./data.ts";
+import { IGNORED, type PreferencePair } from "./data.ts";
 import type { LanguageModel } from "./loss.ts";
 import type { RowTask } from "./task.ts";
-
-/** Two answers to one prompt. Labels are IGNORED in the prompt. */
-export interface PreferencePair {
-  readonly chosen: Row;
-  readonly rejected: Row;
-}
 
 /** A pair and what the model without the adapter makes of it: see `withReference`. */
 export interface PreferenceRow extends PreferencePair {
@@ -88,6 +82,7 @@ export function preferenceTask(
       };
     },
     collate: (rows, most) => collatePairs(rows, padId, most),
+    tokensOf: ({ chosen, rejected }) => chosen.inputIds.length + rejected.inputIds.length,
     largest: (pairs, length) => {
       const ids = new Array<number>(length).fill(0);
       const row = { inputIds: ids, labels: ids };

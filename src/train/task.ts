@@ -33,6 +33,8 @@ export interface RowTask<R, B> extends Task<B> {
   collate(rows: readonly R[], most: number): B;
   /** The largest batch that rows of a run may make. */
   largest(batchSize: number, most: number): B;
+  /** Tokens of a row that go through the model; as many as its inputIds unless given. */
+  tokensOf?(row: R): number;
 }
 
 /**

@@ -168,7 +168,8 @@ function sender<R extends HasIds, B>(
     const micro = chosen.map((part) => task.collate(part, most));
     if (step === profile?.step) profile.onProfile(await training.profile(micro, rate));
     else training.run(micro, rate);
-    return { rate, tokens: chosen.flat().reduce((sum, row) => sum + row.inputIds.length, 0) };
+    const tokens = chosen.flat().map((row) => task.tokensOf?.(row) ?? row.inputIds.length);
+    return { rate, tokens: tokens.reduce((sum, count) => sum + count, 0) };
   };
 }
 

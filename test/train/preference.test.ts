@@ -1,21 +1,20 @@
+import { readFile } from "node:fs/promises";
 import { describe, expect, test } from "vitest";
 import { backward } from "../../src/autograd/engine.ts";
 import { diskDirectory } from "../../src/io/files.ts";
 import type { LoraAdapter } from "../../src/lora/adapter.ts";
 import { attachLora } from "../../src/lora/attach.ts";
+import { loadPeft } from "../../src/lora/peft.ts";
 import type { CausalModel } from "../../src/models/causal.ts";
-import { loadModel } from "../../src/models/load.ts";
+import { emptyModel, loadModel } from "../../src/models/load.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
-import { IGNORED, type Row } from "../../src/train/data.ts";
-import {
-  evaluatePreferences,
-  type PreferencePair,
-  type PreferenceRow,
-  preferenceTask,
-  withReference,
-} from "../../src/train/preference.ts";
+import { longest } from "../../src/train/batches.ts";
+import { IGNORED, type PreferencePair, type Row } from "../../src/train/data.ts";
+import { planTraining } from "../../src/train/plan.ts";
+import { evaluatePreferences, type PreferenceRow, preferenceTask, withReference } from "../../src/train/preference.ts";
 import { trainTask } from "../../src/train/trainer.ts";
+import { expectRelative, valuesOf } from "../golden/files.ts";
 import { expectClose, freshSeed, testGpu } from "../harness.ts";
 
 const BETA = 0.3;
@@ -155,6 +154,80 @@ describe("preference tuning", () => {
     expect(Math.abs((losses[0] ?? 0) - Math.LN2)).toBeLessThanOrEqual(1e-5); // the adapter is the reference at first
     expect(losses.at(-1)).toBeLessThan(0.3);
     expect((await evaluatePreferences(model, rows, 4, BETA)).accuracy).toBe(1);
+    model.destroy();
+  });
+
+  test("takes the steps that PEFT and PyTorch take", async () => {
+    const gpu = await testGpu();
+    const golden = JSON.parse(await readFile("test/golden/dpo/expected.json", "utf8"));
+    const {
+      beta,
+      label_smoothing: labelSmoothing,
+      lr: learningRate,
+      weight_decay: weightDecay,
+      steps,
+    } = golden.settings;
+    const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
+    const adapter = await loadPeft(model, diskDirectory("test/golden/llama-default/adapter"));
+    const rowOf = ({ input_ids: inputIds, labels }: { input_ids: number[]; labels: number[] }): Row => ({
+      inputIds,
+      labels,
+    });
+    const pairs = Object.values(golden.pairs as Record<string, Record<"chosen" | "rejected", never>>).map(
+      ({ chosen, rejected }) => ({ chosen: rowOf(chosen), rejected: rowOf(rejected) }),
+    );
+    const rows = await withReference(model, adapter, pairs, 4);
+    expectClose(
+      rows.map(({ referenceMargin }) => referenceMargin),
+      golden.reference_margins,
+      1e-4,
+      "reference",
+    );
+    const losses: number[] = [];
+    const tokens: number[] = [];
+    const settings = { steps, batchSize: 4, learningRate, weightDecay, schedule: "constant" } as const;
+    const task = preferenceTask(model, { beta, labelSmoothing });
+    for await (const metrics of trainTask({ task, adapter, parameters: adapter.parameters, rows, ...settings })) {
+      losses.push(metrics.loss);
+      tokens.push(metrics.tokens);
+    }
+    expectClose(losses, golden.losses, 1e-4, "losses");
+    const all = pairs.reduce((sum, { chosen, rejected }) => sum + chosen.inputIds.length + rejected.inputIds.length, 0);
+    expect(tokens).toEqual([all, all, all]);
+    const final = await valuesOf("test/golden/dpo/final.safetensors");
+    for (const [name, { A, B }] of adapter.pairs)
+      for (const [part, trained] of Object.entries({ A, B })) {
+        const key = `base_model.model.${name}.lora_${part}.weight`;
+        expectRelative(await read(trained), final.get(key), 2e-3, key);
+      }
+    expect(final.size).toBe(2 * adapter.pairs.size);
+    model.destroy();
+  });
+
+  test("takes the memory that is planned for it", async () => {
+    const gpu = await testGpu();
+    const directory = diskDirectory("test/golden/llama-default");
+    const config = { r: 2, alpha: 4, targetModules: "all-linear" };
+    const rows = pairsOf(6, 6).map((pair) => {
+      const { inputIds } = pair.chosen.inputIds.length < pair.rejected.inputIds.length ? pair.rejected : pair.chosen;
+      return { ...pair, inputIds, referenceMargin: 0 };
+    });
+    const plan = await planTraining(
+      gpu,
+      async (dry) => {
+        const unfilled = await emptyModel(dry, directory);
+        const { parameters } = attachLora(unfilled, config);
+        return { model: unfilled, task: preferenceTask(unfilled), parameters };
+      },
+      { batchSize: 3, maxLength: longest(rows) },
+    );
+    const { bytesLive } = gpu.counters();
+    gpu.resetCounters();
+    const model = await loadModel(gpu, directory);
+    const { parameters } = attachLora(model, config);
+    const task = preferenceTask(model);
+    for await (const _ of trainTask({ task, parameters, rows, steps: 2, batchSize: 3, learningRate: 1e-3 }));
+    expect(gpu.counters().bytesPeak - bytesLive).toBe(plan.peak);
     model.destroy();
   });
 

@@ -90,10 +90,13 @@ export function parseExample(record: JsonObject, where: string, hasTemplate: boo
   const keys = Object.keys(record);
   const found = Object.entries(FORMS).filter(([, known]) => known.keys.every((key) => keys.includes(key)));
   const [first, second] = found;
-  if (!first)
+  if (!first) {
+    const got = keys.map((key) => JSON.stringify(excerpt(key))).join(", ") || "no keys";
+    const isPair = keys.includes("chosen") && keys.includes("rejected");
     throw new FormatError(
-      `${where}: a row must be ${FORM_LIST}, got ${keys.map((key) => JSON.stringify(excerpt(key))).join(", ") || "no keys"}`,
+      `${where}: a row must be ${FORM_LIST}, got ${got}${isPair ? ". Pairs are learned by train --preference dpo" : ""}`,
     );
+  }
   if (second)
     throw new FormatError(
       `${where}: a row must have one form, got both "${first[1].keys.join('","')}" and "${second[1].keys.join('","')}". Leave one of them out`,

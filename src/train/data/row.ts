@@ -9,6 +9,12 @@ export interface Row {
   readonly starts?: readonly number[];
 }
 
+/** Two answers to one prompt. Labels are IGNORED in the prompt. */
+export interface PreferencePair {
+  readonly chosen: Row;
+  readonly rejected: Row;
+}
+
 /** Targets of the loss in a row: the first label is nobody's target. */
 export const trainedCount = ({ labels }: Row): number =>
   labels.reduce((n, label, t) => n + Number(t > 0 && label !== IGNORED), 0);

@@ -1,0 +1,142 @@
+// `train --preference`: pairs in, an adapter out that prefers what was chosen; and what it refuses.
+import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, beforeAll, beforeEach, expect, test, vi } from "vitest";
+import { trainCommand } from "../../src/cli/train.ts";
+import { Gpu, openGpu } from "../../src/gpu/gpu.ts";
+import { FormatError } from "../../src/io/errors.ts";
+import { ShapeError } from "../../src/tensor/errors.ts";
+import { writeTinyModel } from "../tiny-model.ts";
+
+// One device for all runs: what is compiled for one serves the others.
+vi.mock("../../src/gpu/gpu.ts", async (original) => {
+  const real = await original<typeof import("../../src/gpu/gpu.ts")>();
+  let gpu: Promise<Gpu> | undefined;
+  return {
+    ...real,
+    openGpu: () => {
+      gpu ??= real.openGpu();
+      return gpu;
+    },
+  };
+});
+
+let home = "";
+let said = "";
+let result = "";
+const at = (name: string): string => join(home, name);
+const PAIRS = ["cat", "dog", "sun", "sea"].map((word) =>
+  JSON.stringify({ prompt: `The ${word}`, chosen: " was happy.", rejected: " was very sad today." }),
+);
+
+beforeAll(async () => {
+  home = await mkdtemp(join(tmpdir(), "lowrank-preference-"));
+  await writeTinyModel(at("model"), { tokenizer: true, config: { num_hidden_layers: 1 } });
+  await writeFile(at("pairs.jsonl"), PAIRS.join("\n"));
+  await writeFile(at("valid.jsonl"), '{"prompt":"The bird","chosen":" was happy.","rejected":" was very sad today."}');
+  await writeFile(at("rows.jsonl"), '{"prompt":"The cat","completion":" was happy."}');
+  vi.spyOn(Gpu.prototype, "destroy").mockReturnValue(undefined);
+  vi.spyOn(process.stdout, "write").mockImplementation((line) => {
+    result += line;
+    return true;
+  });
+  vi.spyOn(process.stderr, "write").mockImplementation((line) => {
+    said += line;
+    return true;
+  });
+});
+beforeEach(() => {
+  said = "";
+  result = "";
+});
+afterAll(async () => {
+  vi.restoreAllMocks();
+  (await openGpu()).destroy();
+  await rm(home, { recursive: true, force: true });
+});
+
+async function train(out: string, ...more: string[]): Promise<void> {
+  const places = ["--model", at("model"), "--data", at("pairs.jsonl"), "--out", at(out)];
+  const size = ["--batch-size", "2", "--rank", "4", "--target-modules", "q_proj,down_proj"];
+  await trainCommand()
+    .exitOverride()
+    .parseAsync([...places, ...size, "--learning-rate", "0.02", ...more], { from: "user" });
+}
+const DPO = ["--preference", "dpo"];
+const adapterOf = (name: string): Promise<Buffer> => readFile(join(at(name), "adapter_model.safetensors"));
+const metricsOf = async (name: string) =>
+  (await readFile(join(at(name), "metrics.jsonl"), "utf8"))
+    .trimEnd()
+    .split("\n")
+    .map((line) => ({ ...JSON.parse(line), tokens_per_second: 0 }));
+
+test("the loss falls from ln 2, and pairs not trained on are told apart", async () => {
+  await train("run", ...DPO, "--steps", "8", "--valid-data", at("valid.jsonl"), "--valid-every", "4", "--json");
+  const metrics = await metricsOf("run");
+  expect(Math.abs(metrics[0].loss - Math.LN2)).toBeLessThanOrEqual(1e-5);
+  expect(metrics.at(-1).loss).toBeLessThan(0.4);
+  expect(metrics[3].validation).toMatchObject({ pairs: 1, accuracy: 1, best: true });
+  const outcome = JSON.parse(result);
+  expect(outcome).toMatchObject({ steps: 8, rows: 4, truncated: 0, dropped: 0, accuracy_valid: 1 });
+  expect(outcome.margin_valid).toBeGreaterThan(0);
+  expect(outcome.loss_valid).toBeLessThan(Math.LN2);
+  expect(said).toContain("data: 4 pairs (0 truncated to 64 tokens, 0 dropped with nothing to learn)");
+  expect(said).toContain("of 1 pairs not trained on, in 100.0 % the chosen answer gained on the rejected one");
+  const files = await readdir(at("run"));
+  expect(files).toEqual(
+    expect.arrayContaining(["README.md", "adapter_config.json", "best", "report.html", "run.yaml"]),
+  );
+  expect(await readFile(join(at("run"), "run.yaml"), "utf8")).toContain("preference: dpo\n");
+});
+
+test("a run that goes on has the bytes and metrics of one that was never cut off", async () => {
+  const settings = [...DPO, "--beta", "0.3", "--schedule", "constant", "--init", "pissa"];
+  await train("whole", ...settings, "--steps", "6");
+  await train("parts", ...settings, "--steps", "3", "--save-every", "3");
+  await train("parts", ...settings, "--steps", "6", "--resume");
+  expect(await adapterOf("parts")).toEqual(await adapterOf("whole"));
+  expect(await metricsOf("parts")).toEqual(await metricsOf("whole"));
+  await expect(train("parts", ...settings, "--beta", "0.2", "--steps", "7", "--resume")).rejects.toThrow(
+    "train: --resume must have the settings of the run, got --beta 0.2 in place of 0.3. Repeat the command that began it, or begin in another --out",
+  );
+});
+
+test("a dry run reads everything and writes nothing", async () => {
+  await train("dry", ...DPO, "--dry-run", "--lora-fa");
+  expect(said).toContain("dry run: 2 steps of 2 pairs would follow. Nothing was written");
+  expect(await readdir(at("dry"))).toEqual([]);
+});
+
+test.each([
+  ["--packing", "--packing cannot go with --preference. Leave it out", ["--packing"]],
+  ["--loss-on", "--loss-on cannot go with --preference. Leave it out", ["--loss-on", "all"]],
+  ["--init eva", "--init eva cannot go with --preference. Leave it out", ["--init", "eva"]],
+  ["beta of 0", "--beta must be a number above 0, got 0", ["--beta", "0"]],
+  [
+    "smoothing of a half",
+    "--label-smoothing must be a number of at least 0 and below 0.5, got 0.5",
+    ["--label-smoothing", "0.5"],
+  ],
+])("%s is refused", async (_what, message, args) => {
+  await expect(train("refused", ...DPO, ...args)).rejects.toThrow(new ShapeError(`train: ${message}`));
+});
+
+test("pairs want --preference, and --preference wants pairs", async () => {
+  const forms =
+    '{"messages"}, {"prompt","completion"}, {"text"}, {"instruction","output"}, {"conversations"}, {"segments"} or {"input_ids"}';
+  await expect(train("refused")).rejects.toThrow(
+    new FormatError(
+      `${at("pairs.jsonl")}:1: a row must be ${forms}, got "prompt", "chosen", "rejected". Pairs are learned by train --preference dpo`,
+    ),
+  );
+  await expect(train("refused", ...DPO, "--data", at("rows.jsonl"))).rejects.toThrow(
+    new FormatError(
+      `${at("rows.jsonl")}:1: a pair must be {"prompt","chosen","rejected"} or {"chosen","rejected"}, got "prompt", "completion". Other rows are learned without --preference`,
+    ),
+  );
+  await expect(train("refused", "--beta", "0.2")).rejects.toThrow(
+    new ShapeError("train: --beta and --label-smoothing go with --preference. Add it, or leave them out"),
+  );
+  expect(await readdir(at("refused"))).toEqual([]);
+});
