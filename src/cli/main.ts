@@ -14,6 +14,7 @@ import { planCommand } from "./plan.ts";
 import { quantizeCommand } from "./quantize.ts";
 import { withConfig } from "./run-config.ts";
 import { exitCode, say } from "./session.ts";
+import { sweepCommand } from "./sweep.ts";
 import { trainCommand } from "./train.ts";
 import { version } from "./version.ts";
 
@@ -21,6 +22,7 @@ const program = new Command("lowrank")
   .description("Fine-tune and serve LoRA adapters of Hugging Face models on any GPU, through WebGPU")
   .version(version())
   .addCommand(trainCommand())
+  .addCommand(sweepCommand())
   .addCommand(dataCommand())
   .addCommand(planCommand())
   .addCommand(evalCommand())

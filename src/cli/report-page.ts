@@ -119,7 +119,7 @@ function plotter(): Promise<[script: string, style: string]> {
   return Promise.all([read("uPlot.iife.min.js"), read("uPlot.min.css")]);
 }
 
-const html = (text: string): string => text.replace(/[&<>"']/g, (letter) => `&#${letter.charCodeAt(0)};`);
+export const html = (text: string): string => text.replace(/[&<>"']/g, (letter) => `&#${letter.charCodeAt(0)};`);
 
 const section = (heading: string, content: string): string =>
   content === "" ? "" : `<h2>${html(heading)}</h2>\n${content}`;

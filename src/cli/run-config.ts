@@ -1,7 +1,8 @@
 /** A command's options in a YAML file, by their names: read before those of the command line, which count more, and written beside what a run made. */
 import { type Command, Option } from "commander";
-import { LineCounter, parseDocument, stringify } from "yaml";
+import { isMap, isScalar, LineCounter, parseDocument, type Scalar, stringify } from "yaml";
 import { FormatError } from "../io/errors.ts";
+import { isObject, type JsonObject } from "../io/json.ts";
 import { readTextFile } from "./session.ts";
 
 export const configOption = (): Option =>
@@ -19,7 +20,8 @@ type Said = Map<Option, readonly string[] | true>;
  */
 export async function withConfig(command: Command, args: readonly string[]): Promise<string[]> {
   const said = optionsIn(command, args);
-  const [, file] = [...said].find(([option]) => option.long === "--config") ?? [];
+  // Where it must be given it is the command's own, not a file of options.
+  const [, file] = [...said].find(([option]) => option.long === "--config" && !option.mandatory) ?? [];
   const path = Array.isArray(file) ? file.at(-1) : undefined;
   if (path === undefined) return [...args];
   const settings = readSettings(command, path, await readTextFile(path));
@@ -38,28 +40,44 @@ interface Setting {
 }
 
 function readSettings(command: Command, path: string, text: string): Setting[] {
+  const { values, where } = readYaml(path, text);
+  return Object.entries(values).flatMap(([key, value]) => {
+    const name = kebab(key);
+    const option = optionNamed(command, name);
+    if (!option || name === "config") throw unknown(command, where(key), key);
+    return value === null ? [] : [{ option, words: wordsOf(option, key, value, where(key)) }];
+  });
+}
+
+/** What a YAML file says, by keys. Throws FormatError naming file and line for what is not YAML or has no keys. */
+export function readYaml(
+  path: string,
+  text: string,
+): { readonly values: JsonObject; readonly where: (...keys: string[]) => string } {
   const lines = new LineCounter();
   const document = parseDocument(text, { lineCounter: lines, uniqueKeys: true });
   const [problem] = document.errors;
   if (problem)
     throw new FormatError(`${path}:${lines.linePos(problem.pos[0]).line}: must be YAML, ${firstLine(problem.message)}`);
   const values: unknown = document.toJS({ maxAliasCount: 10 });
-  if (typeof values !== "object" || values === null || Array.isArray(values))
+  if (!isObject(values))
     throw new FormatError(`${path}: must have one option per line, such as "rank: 8", got ${JSON.stringify(values)}`);
-  return Object.entries(values).flatMap(([key, value]) => {
-    const node = document.get(key, true) as { readonly range?: readonly [number, number, number] } | undefined;
-    const where = node?.range ? `${path}:${lines.linePos(node.range[0]).line}` : path;
-    const name = kebab(key);
-    const option = optionNamed(command, name);
-    if (!option || name === "config") throw unknown(command, where, key);
-    return value === null ? [] : [{ option, words: wordsOf(option, key, value, where) }];
-  });
+  const where = (...keys: string[]): string => {
+    let [node, key]: unknown[] = [document.contents];
+    for (const name of keys) {
+      const isNamed = (one: Scalar): boolean => kebab(String(one.value)) === kebab(name);
+      const pair = isMap<Scalar>(node) ? node.items.find((one) => isNamed(one.key)) : undefined;
+      [node, key] = [pair?.value, pair?.key];
+    }
+    return isScalar(key) && key.range ? `${path}:${lines.linePos(key.range[0]).line}` : path;
+  };
+  return { values, where };
 }
 
 const firstLine = (text: string): string => `got: ${text.split("\n")[0]}`;
 
 /** "batchSize" and "batch_size" are "batch-size". */
-const kebab = (key: string): string =>
+export const kebab = (key: string): string =>
   key.replaceAll("_", "-").replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
 
 const optionNamed = (command: Command, name: string): Option | undefined =>
@@ -83,10 +101,16 @@ function unknown(command: Command, where: string, key: string): FormatError {
   const names = command.options
     .map((option) => String(option.long).replace(/^--(no-)?/, ""))
     .filter((name) => name !== "config");
+  return new FormatError(
+    `${where}: a key must be an option of ${command.name()}, got "${key}"${didYouMean(key, names)}`,
+  );
+}
+
+/** `. Did you mean "rank"?` of the name that is nearest to a key, or nothing where none is near. */
+export function didYouMean(key: string, names: readonly string[]): string {
   const distances = names.map((name) => ({ name, distance: editDistance(name, kebab(key)) }));
   const nearest = distances.reduce((a, b) => (b.distance < a.distance ? b : a));
-  const hint = nearest.distance <= 1 + key.length / 3 ? `. Did you mean "${nearest.name}"?` : "";
-  return new FormatError(`${where}: a key must be an option of ${command.name()}, got "${key}"${hint}`);
+  return nearest.distance <= 1 + key.length / 3 ? `. Did you mean "${nearest.name}"?` : "";
 }
 
 /** Letters to be put in, taken out or replaced (Levenshtein). */
