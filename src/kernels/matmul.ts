@@ -21,7 +21,7 @@ import raggedXSource from "./parts/ragged-x.wgsl";
 import raggedYSource from "./parts/ragged-y.wgsl";
 import subgroupSumsSource from "./parts/subgroup-sums.wgsl";
 import unarySource from "./unary.wgsl";
-import { withPlainScales } from "./unpack.ts";
+import { unpackMatrix, withPlainScales } from "./unpack.ts";
 import { weightParts } from "./weight-parts.ts";
 
 const tiled = defineKernel("matmul-tiled", tiledSource);
@@ -83,7 +83,8 @@ export interface MatmulOptions {
  *
  * "nn": x [M,K], w [K,N]. "nt": x [M,K], w [N,K]. "tn": x [K,M], w [K,N]. All give y [M,N]. Further leading axes are batches:
  * those of x and w must be equal, or w has none and serves every batch (x's are then rows of one product). A low-rank term
- * and batches exclude each other. w may be a packed matrix, which is widened as it is read. f32 throughout, sums included.
+ * and batches exclude each other. w may be a packed matrix, which is widened as it is read (NF4 on software adapters before: `isWidenedFirst`). f32
+ * throughout, sums included.
  * Throws ShapeError if the shapes do not fit.
  */
 export function matmul(
@@ -117,6 +118,10 @@ export function matmul(
   } else if (options.out) expectShape("matmul", "out must have the shape of y", options.out, shape);
   const y = options.out ?? empty(gpu, shape, "matmul");
   if (y.size === 0) return y;
+  if (isPacked(w) && !options.plan && isWidenedFirst(w, M)) {
+    gpu.scope(() => void matmul(x, unpackMatrix(w), layout, { ...options, out: y }));
+    return y;
+  }
   const isBlocked = blocked && (layout === "tn" ? x : y).shape[0] !== 1;
   const product: MatmulShape = { layout, M, N, K, R, batch, format: isPacked(w) ? w.format : "f32", isBlocked };
   const key = `matmul ${layout} ${product.format} ${M} ${N} ${K} ${R} ${batch}${isBlocked ? " blocked" : ""}`;
@@ -142,6 +147,13 @@ export function matmul(
   });
   return y;
 }
+
+/**
+ * Whether such a product of M rows makes an f32 copy of w for as long as it takes. A software adapter widens NF4 by arithmetic that nothing hides, once
+ * for each tile of rows; from so many rows on, once for all is less. The copy has bounds: what 4 bits save is memory.
+ */
+const isWidenedFirst = ({ gpu, format, shape: [N, K] }: PackedMatrix, M: number): boolean =>
+  gpu.isSoftware && format === "nf4" && M >= 128 && N * K <= 2 ** 22;
 
 /** Rows up to which each element of w is read once: with more, scales that are quantised too are made f32 before. */
 const READ_ONCE = 16;

@@ -7,7 +7,7 @@ import { unpackMatrix, withPlainScales } from "../../src/kernels/unpack.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import type { PackedFormat, PackedMatrix } from "../../src/tensor/packed.ts";
 import { Random } from "../../src/tensor/random.ts";
-import { read, slice } from "../../src/tensor/tensor.ts";
+import { read, slice, type Tensor } from "../../src/tensor/tensor.ts";
 import { expectClose, freshSeed, randomNd, testGpu, upload } from "../harness.ts";
 import { matmulTwin } from "../reference/matmul.ts";
 import { unpackTwin } from "../reference/pack.ts";
@@ -291,6 +291,23 @@ test("scales that are quantised too are made f32 for products of many rows", asy
   expectClose(await read(y), await read(expected), 1e-6, "y");
   matmul(slice(x, 0, [16, 132]), w, "nt");
   expect(gpu.counters().dispatches.get("unpack-scales") ?? 0).toBe(before);
+});
+
+test("a software adapter makes NF4 weights f32 once for products of many rows, with the same values", async () => {
+  const gpu = await testGpu();
+  const random = new Random(freshSeed());
+  const w = packMatrix(gpu, Float32Array.from(randomNd([68, 132], random).data), [68, 132], "nf4", {
+    doubleQuant: true,
+  });
+  const x = upload(gpu, randomNd([128, 132], random));
+  const [u, b] = [upload(gpu, randomNd([128, 4], random)), upload(gpu, randomNd([68, 4], random))];
+  const unpacked = (): number => gpu.counters().dispatches.get("unpack") ?? 0;
+  const product = (rows: number): Tensor =>
+    matmul(slice(x, 0, [rows, 132]), w, "nt", { lowRank: { u: slice(u, 0, [rows, 4]), b, scale: 0.5 } });
+  const before = unpacked();
+  const [few, many] = [product(112), product(128)];
+  expect(unpacked() - before).toBe(gpu.isSoftware ? 1 : 0);
+  expectClose((await read(many)).slice(0, 112 * 68), await read(few), 1e-5, "y");
 });
 
 test("packMatrix names what does not fit", async () => {
