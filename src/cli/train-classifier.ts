@@ -62,7 +62,7 @@ export async function trainClassifier(options: Arguments, said: SaidCommand): Pr
     const seconds = (performance.now() - started) / 1000;
     await writeDocuments({
       ...{ out: options.out, adapter, baseModel: options.baseModel, said, tensorboard: options.tensorboard ?? false },
-      facts: runFacts({ adapter, trainable, first, last, seconds, device: deviceName(gpu.info) }),
+      facts: (metrics) => runFacts({ adapter, trainable, seconds, device: deviceName(gpu.info) }, metrics),
       tables: {
         Data: [
           ["rows", number(stats.rows)],

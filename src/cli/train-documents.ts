@@ -6,6 +6,7 @@ import type { LoraAdapter } from "../lora/adapter.ts";
 import { norms } from "../lora/plain-adapter.ts";
 import { writeFileAtomic } from "../node.ts";
 import { readAll } from "../tensor/tensor.ts";
+import type { StepMetrics } from "../train/step-metrics.ts";
 import { eventFileHeader, eventFileName, scalarEvent } from "../train/tensorboard.ts";
 import { modelCard } from "./model-card.ts";
 import { type Fact, reportPage } from "./report-page.ts";
@@ -17,16 +18,18 @@ interface RunDocuments {
   readonly adapter: LoraAdapter;
   readonly baseModel: string;
   readonly said: SaidCommand;
-  readonly facts: readonly Fact[];
+  /** What the run was and came to, by the metrics of all its steps. */
+  readonly facts: (metrics: readonly StepMetrics[]) => readonly Fact[];
   readonly tables: Readonly<Record<string, readonly Fact[]>>;
   readonly tensorboard: boolean;
 }
 
 /** Puts the documents into `out`, out of metrics.jsonl and samples.jsonl there. */
 export async function writeDocuments(run: RunDocuments): Promise<void> {
-  const { out, adapter, baseModel, facts, tables } = run;
+  const { out, adapter, baseModel, tables } = run;
   const { line: command, config } = run.said;
   const metrics = await linesOf(join(out, "metrics.jsonl"));
+  const facts = run.facts(metrics as unknown as readonly StepMetrics[]);
   const validation = metrics.flatMap(({ step, validation: found }) => (found ? [{ step, ...(found as object) }] : []));
   const samples = await linesOf(join(out, "samples.jsonl"));
   const texts = { Configuration: config, Command: command, Profile: await textOf(join(out, "profile.txt")) };

@@ -76,7 +76,7 @@ export async function trainPreference(given: Arguments, said: SaidCommand): Prom
     const peak = gpu.counters().bytesPeak;
     await writeDocuments({
       ...{ out: options.out, adapter, baseModel: options.baseModel, said, tensorboard: options.tensorboard ?? false },
-      facts: runFacts({ adapter, trainable, first, last, seconds, device: deviceName(gpu.info) }),
+      facts: (metrics) => runFacts({ adapter, trainable, seconds, device: deviceName(gpu.info) }, metrics),
       tables: {
         Data: dataFacts(stats),
         "GPU memory": [

@@ -36,17 +36,17 @@ export interface Outcome {
 interface RunCourse {
   readonly adapter: LoraAdapter;
   readonly trainable: number;
-  readonly first: StepMetrics | undefined;
-  readonly last: StepMetrics | undefined;
+  /** Of this process. */
   readonly seconds: number;
   readonly device: string;
 }
 
 /** What a run was and came to, for its documents. */
-export function runFacts({ adapter, trainable, first, last, seconds, device }: RunCourse): Fact[] {
+export function runFacts({ adapter, trainable, seconds, device }: RunCourse, metrics: readonly StepMetrics[]): Fact[] {
+  const [first, last] = [metrics[0], metrics.at(-1)];
   const { r, alpha } = adapter.config;
-  const loss = (metrics: StepMetrics | undefined): string => metrics?.loss.toFixed(4) ?? "none";
-  const validation = last?.validation;
+  const loss = (of: StepMetrics | undefined): string => of?.loss.toFixed(4) ?? "none";
+  const validation = metrics.findLast((step) => step.validation)?.validation;
   return [
     ["rank, alpha", `${r}, ${alpha}`],
     ["modules", number(adapter.pairs.size + adapter.tables.size)],
