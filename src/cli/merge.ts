@@ -5,6 +5,7 @@ import { FormatError } from "../io/errors.ts";
 import type { CausalModel } from "../models/causal.ts";
 import { saveModel } from "../models/save.ts";
 import { diskDirectory, ensureWritableDirectory, loadModelFrom, writeFileAtomic } from "../node.ts";
+import { ShapeError } from "../tensor/errors.ts";
 import { Random } from "../tensor/random.ts";
 import { read, tensor } from "../tensor/tensor.ts";
 import { adapterOption, jsonOption, modelOption, revisionOption } from "./options.ts";
@@ -64,16 +65,15 @@ async function run(options: MergeArguments): Promise<void> {
     const adapter = await openPeft(model, adapterPath);
     const wanted = await probe(model);
     adapter.merge();
+    demandMerged(wanted, await probe(model));
     const asked = options.dtype && { dtype: DTYPES[options.dtype] };
     const { files, dtypes, requantizationError: error } = await saveModel(model, source, asked);
     for (const [file, content] of files) await writeFileAtomic(join(out, file), content);
     adapter.detach();
     model.destroy();
 
-    const found = await probe(await loadModelFrom(gpu, out));
-    const largest = wanted.reduce((most, x) => Math.max(most, Math.abs(x)), 1);
-    const difference = wanted.reduce((most, x, i) => worse(most, Math.abs(x - (found[i] ?? Number.NaN))), 0);
-    const tolerance = largest * Math.max(...[...dtypes].map((dtype) => TOLERANCES[dtype]));
+    const difference = largestDifference(wanted, await probe(await loadModelFrom(gpu, out)));
+    const tolerance = largestOf(wanted) * Math.max(...[...dtypes].map((dtype) => TOLERANCES[dtype]));
     const stored = [...dtypes].join(", ");
     if (!(difference <= tolerance))
       throw new FormatError(
@@ -92,6 +92,23 @@ async function run(options: MergeArguments): Promise<void> {
     }
   });
 }
+
+/**
+ * Whether the weights as they are merged, in f32 whatever they are written in, do what the adapter did. It is strict where the check of the files has
+ * to allow for their type: an adapter that is lost shows here also where it is smaller than what NF4 rounds away.
+ */
+function demandMerged(wanted: Float32Array, merged: Float32Array): void {
+  const [difference, tolerance] = [largestDifference(wanted, merged), largestOf(wanted) * TOLERANCES.F32];
+  if (!(difference <= tolerance))
+    throw new ShapeError(
+      `merge: logits of the merged weights must be within ${tolerance.toPrecision(2)} of the adapter's, got a difference of ${difference.toPrecision(2)}. Nothing was written`,
+    );
+}
+
+const largestOf = (logits: Float32Array): number => logits.reduce((most, x) => Math.max(most, Math.abs(x)), 1);
+
+const largestDifference = (wanted: Float32Array, found: Float32Array): number =>
+  wanted.reduce((most, x, i) => worse(most, Math.abs(x - (found[i] ?? Number.NaN))), 0);
 
 /** The logits of a fixed row of 16 random tokens. */
 async function probe(model: CausalModel): Promise<Float32Array> {

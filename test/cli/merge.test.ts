@@ -1,4 +1,4 @@
-import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, expect, test, vi } from "vitest";
@@ -7,6 +7,7 @@ import { quantizeCommand } from "../../src/cli/quantize.ts";
 import { openGpu } from "../../src/gpu/gpu.ts";
 import { fileSource } from "../../src/io/files.ts";
 import { openSafetensors } from "../../src/io/safetensors.ts";
+import { LoraAdapter } from "../../src/lora/adapter.ts";
 import { attachLora } from "../../src/lora/attach.ts";
 import { loadModelFrom, savePeftTo } from "../../src/node.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
@@ -131,3 +132,27 @@ test("a base in NF4 gives a model in NF4, checked against the adapter, or with -
   expect(wide.config).toEqual({ ...JSON.parse(await readFile(at("model/config.json"), "utf8")), dtype: "float32" });
   gpu.destroy();
 });
+
+test("an adapter that is lost in merging is found before anything is written, also where it is small", async () => {
+  const at = (name: string): string => join(home, "lost", name);
+  await writeTinyModel(at("base"));
+  const gpu = await openGpu();
+  const lora = attachLora(await loadModelFrom(gpu, at("base")), { r: 2, alpha: 2, targetModules: ["q_proj"] });
+  const random = new Random(4);
+  for (const { B } of lora.pairs.values())
+    gpu.write(
+      B,
+      Float32Array.from({ length: B.size }, () => random.normal(0, 0.05)),
+    );
+  await savePeftTo(lora, at("adapter"), "base");
+  gpu.destroy();
+  const lost = vi.spyOn(LoraAdapter.prototype, "merge").mockImplementation(function (this: LoraAdapter) {
+    this.disable();
+  });
+  const args = ["--model", at("base"), "--adapter", at("adapter"), "--out", at("merged")];
+  await expect(mergeCommand().parseAsync(args, { from: "user" })).rejects.toThrow(
+    /^merge: logits of the merged weights must be within [\d.e-]+ of the adapter's, got a difference of [\d.]+\. Nothing was written$/,
+  );
+  lost.mockRestore();
+  expect(await readdir(at("merged"))).toEqual([]);
+}, 120_000);
