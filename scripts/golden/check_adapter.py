@@ -29,11 +29,13 @@ def fail(message: str) -> None:
 
 def check_keys(base: torch.nn.Module, directory: Path) -> int:
     """Compares the file with the tensors of a fresh PEFT model of the same configuration."""
-    model = get_peft_model(base, PeftConfig.from_pretrained(directory))
+    config = PeftConfig.from_pretrained(directory)
+    model = get_peft_model(base, config)
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     # With bias="all" PEFT writes the biases of trained copies, and of what they are copies of, once more.
     again = (".modules_to_save.bias", ".original_module.bias")
-    wanted = {key: tensor for key, tensor in wanted.items() if not key.endswith(again)}
+    if config.bias == "all":
+        wanted = {key: tensor for key, tensor in wanted.items() if not key.endswith(again)}
     found = load_file(directory / "adapter_model.safetensors")
     missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or unexpected:

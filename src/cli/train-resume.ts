@@ -14,26 +14,12 @@ import {
   writeFileAtomic,
 } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
+import { LORA_OPTIONS } from "./options.ts";
 import { say } from "./session.ts";
 
 /** What every step depends on, besides steps, warmup, model and data. Options that are not here may be others when a run goes on. */
 const KEPT = [
-  ...[
-    "rank",
-    "alpha",
-    "dropout",
-    "targetModules",
-    "excludeModules",
-    "layersToTransform",
-    "init",
-    "initBatches",
-    "modulesToSave",
-    "trainableTokenIndices",
-    "bias",
-    "loraBias",
-    "useDora",
-    "useRslora",
-  ],
+  ...LORA_OPTIONS,
   ...[
     "initAdapter",
     "quantize",

@@ -79,7 +79,7 @@ export class Sampler {
 
   #penalised(logits: Float32Array): Float64Array {
     const { repetitionPenalty = 1, presencePenalty = 0, frequencyPenalty = 0, logitBias = new Map() } = this.#options;
-    const changed = Float64Array.from(logits);
+    const changed = new Float64Array(logits);
     const change = (id: number, by: (logit: number) => number): void => {
       if (id < changed.length) changed[id] = by(changed[id] ?? 0);
     };

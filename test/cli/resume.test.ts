@@ -11,18 +11,7 @@ import { freshSeed } from "../harness.ts";
 import { writeTinyModel } from "../tiny-model.ts";
 import { killLoop } from "./kill.ts";
 
-// One device for all runs: what is compiled for one serves the others.
-vi.mock("../../src/gpu/gpu.ts", async (original) => {
-  const real = await original<typeof import("../../src/gpu/gpu.ts")>();
-  let gpu: Promise<Gpu> | undefined;
-  return {
-    ...real,
-    openGpu: () => {
-      gpu ??= real.openGpu();
-      return gpu;
-    },
-  };
-});
+vi.mock("../../src/gpu/gpu.ts", async (original) => (await import("./shared-gpu.ts")).sharedGpu(original));
 
 let home = "";
 let said = "";

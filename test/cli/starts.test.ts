@@ -11,18 +11,7 @@ import { read } from "../../src/tensor/tensor.ts";
 import { testGpu } from "../harness.ts";
 import { writeTinyModel } from "../tiny-model.ts";
 
-// One device for all runs: what is compiled for one serves the others.
-vi.mock("../../src/gpu/gpu.ts", async (original) => {
-  const real = await original<typeof import("../../src/gpu/gpu.ts")>();
-  let gpu: Promise<Gpu> | undefined;
-  return {
-    ...real,
-    openGpu: () => {
-      gpu ??= real.openGpu();
-      return gpu;
-    },
-  };
-});
+vi.mock("../../src/gpu/gpu.ts", async (original) => (await import("./shared-gpu.ts")).sharedGpu(original));
 
 let home = "";
 const at = (name: string): string => join(home, name);
