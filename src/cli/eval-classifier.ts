@@ -13,7 +13,10 @@ import { number, openPeft, result, withGpu } from "./session.ts";
 
 export async function evalClassifier(options: EvalArguments): Promise<void> {
   const { adapter: path, numLabels, json, batchSize } = options;
-  refuse("eval", { "--quantize": options.quantize });
+  refuse("eval", {
+    ...{ "--quantize": options.quantize, "--loss-on": options.lossOn },
+    ...{ "--chat-template": options.chatTemplate, "--prompt-separator": options.promptSeparator },
+  });
   if (numLabels !== undefined && path === undefined)
     throw new ShapeError(
       "eval: --num-labels makes a new classifier, which an --adapter has to fill, got none. Give it",

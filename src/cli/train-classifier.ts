@@ -5,35 +5,31 @@ import { initLora, type LoraInit } from "../lora/init.ts";
 import { loadPeft } from "../lora/peft.ts";
 import type { BertClassifier } from "../models/bert.ts";
 import { type SavedCheckpoint, startAsIn } from "../node.ts";
-import { batchesPerEpoch } from "../train/batches.ts";
+import { ShapeError } from "../tensor/errors.ts";
 import { classificationTask, evaluateClassifier } from "../train/classify.ts";
 import { openClassifier, readClassRows, refuse } from "./classifiers.ts";
 import { keepsTwice, loraConfig } from "./options.ts";
 import type { SaidCommand } from "./run-config.ts";
-import { deviceName, number, openPeft, say, withGpu } from "./session.ts";
-import type { TrainArguments } from "./train.ts";
-import { writeDocuments } from "./train-documents.ts";
-import { report, runFacts } from "./train-report.ts";
+import { number, openPeft, say, withGpu } from "./session.ts";
+import { follow, type LocatedArguments, stepsOf } from "./train-course.ts";
 import { begin, keptSettings } from "./train-resume.ts";
-import { runTraining } from "./train-run.ts";
 import { version } from "./version.ts";
 
-type Arguments = TrainArguments & { readonly baseModel: string };
-
-export async function trainClassifier(options: Arguments, said: SaidCommand): Promise<void> {
+export async function trainClassifier(options: LocatedArguments, said: SaidCommand): Promise<void> {
   const { quantize, profile, budget, init, seed, batchSize } = options;
   const isByData = init === "eva" || init === "lora_ga" || init === "loftq";
   refuse("train", {
     ...{ "--quantize": quantize, "--profile": profile, "--budget": budget, "--lora-fa": options.loraFa },
     ...{ "--sample-prompt": options.samplePrompt, "--packing": options.packing, "--dry-run": options.dryRun },
-    "--preference": options.preference,
+    ...{ "--preference": options.preference, "--valid-split": options.validSplit, "--loss-on": options.lossOn },
+    ...{ "--chat-template": options.chatTemplate, "--prompt-separator": options.promptSeparator },
     ...(isByData && { [`--init ${init}`]: init }),
   });
   const { rows, stats } = await readClassRows(options, options.data);
-  const perEpoch = batchesPerEpoch({ rows: rows.length, batchSize });
-  const steps = options.steps ?? Math.ceil(((options.epochs ?? 1) * perEpoch) / options.gradAccumulation);
-  const warmupSteps = Math.ceil(options.warmup * steps);
+  const { steps, warmupSteps } = stepsOf(options, rows.length);
   const valid = options.validData === undefined ? undefined : (await readClassRows(options, options.validData)).rows;
+  if (!valid && (options.validEvery !== undefined || options.patience !== undefined))
+    throw new ShapeError("train: --valid-every and --patience of a classifier need --valid-data, got none");
   const settings = await keptSettings(options, { steps, warmupSteps, rows });
   const saved = await begin(options.out, options.resume ?? false, settings, version());
   await withGpu(async (gpu) => {
@@ -47,42 +43,15 @@ export async function trainClassifier(options: Arguments, said: SaidCommand): Pr
     say(
       `adapter: rank ${adapter.config.r} on ${adapter.pairs.size} layers, and ${whole} whole: ${number(trainable)} parameters to train`,
     );
-    const { first, last, interrupted, skipped } = await runTraining({
-      ...options,
-      ...{ task: classificationTask(model), parameters, adapter, rows, steps, warmupSteps, settings, saved },
-      rates: options.loraplusLrRatio === undefined ? undefined : adapter.rates(options.loraplusLrRatio),
-      shuffleSeed: options.shuffle ? seed : undefined,
-      validation: valid && {
-        every: options.validEvery ?? Math.ceil(steps / 10),
-        evaluate: () => evaluateClassifier(model, valid, batchSize),
-        patience: options.patience,
-      },
-    });
-    if (interrupted) process.exitCode = 130;
-    const seconds = (performance.now() - started) / 1000;
-    await writeDocuments({
-      ...{ out: options.out, adapter, baseModel: options.baseModel, said, tensorboard: options.tensorboard ?? false },
-      facts: (metrics) => runFacts({ adapter, trainable, seconds, device: deviceName(gpu.info) }, metrics),
-      tables: {
-        Data: [
-          ["rows", number(stats.rows)],
-          ["tokens", number(stats.tokens)],
-        ],
-      },
-    });
-    report(gpu, options.json ?? false, {
-      loss_valid: last?.validation?.loss ?? null,
-      ...{ steps: last?.step ?? saved?.step ?? 0, loss_first: first?.loss ?? null, loss_last: last?.loss ?? null },
-      ...{
-        out: options.out,
-        interrupted,
-        rows: stats.rows,
-        truncated: stats.truncated,
-        dropped: 0,
-        tokens: stats.tokens,
-      },
-      ...{ trainable_parameters: trainable, peak_bytes: gpu.counters().bytesPeak, skipped_steps: skipped },
-      seconds,
+    await follow({
+      ...{ options, said, gpu, started, adapter, trained: { parameters }, task: classificationTask(model) },
+      ...{ rows, steps, warmupSteps, settings, saved, stats: { ...stats, dropped: 0 } },
+      evaluate: valid && (() => evaluateClassifier(model, valid, batchSize)),
+      data: [
+        ["rows", number(stats.rows)],
+        ["truncated", number(stats.truncated)],
+        ["tokens", number(stats.tokens)],
+      ],
     });
   });
 }
@@ -90,7 +59,7 @@ export async function trainClassifier(options: Arguments, said: SaidCommand): Pr
 /** As it begins; one that goes on gets the values of its parameters from the checkpoint's state. */
 async function startAdapter(
   model: BertClassifier,
-  options: Arguments,
+  options: LocatedArguments,
   saved: SavedCheckpoint | undefined,
 ): Promise<LoraAdapter> {
   const { initAdapter, init, seed } = options;

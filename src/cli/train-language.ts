@@ -5,7 +5,7 @@ import { initLora } from "../lora/init.ts";
 import { attachEva } from "../lora/init-eva.ts";
 import { initLoftq } from "../lora/init-loftq.ts";
 import { initLoraGa } from "../lora/init-lora-ga.ts";
-import { type LoraFa, loraFa } from "../lora/lora-fa.ts";
+import { loraFa } from "../lora/lora-fa.ts";
 import { loadPeft } from "../lora/peft.ts";
 import type { CausalModel } from "../models/causal.ts";
 import { openLinears } from "../models/load.ts";
@@ -13,21 +13,21 @@ import { diskDirectory, loadModelFrom, type SavedCheckpoint, startAsIn } from ".
 import { generate } from "../serve/generate.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { loadTokenizer } from "../tokenizer.ts";
-import { batchesPerEpoch, longest } from "../train/batches.ts";
+import { longest } from "../train/batches.ts";
 import { calibrationBatches } from "../train/calibration.ts";
-import type { Row } from "../train/data.ts";
+import type { DataStats, Row } from "../train/data.ts";
 import { evaluate } from "../train/loss.ts";
 import { packRows } from "../train/packing.ts";
 import { languageTask } from "../train/task.ts";
 import { keepsTwice, loraConfig, plannedConfig, weightFormat } from "./options.ts";
 import { demandFit } from "./plan.ts";
+import type { Fact } from "./report-page.ts";
 import type { SaidCommand } from "./run-config.ts";
 import {
   bitsLine,
   bytes,
   continuation,
   dataLine,
-  deviceName,
   number,
   openPeft,
   packingLine,
@@ -37,29 +37,21 @@ import {
   withGpu,
 } from "./session.ts";
 import type { TrainArguments } from "./train.ts";
-import { writeDocuments } from "./train-documents.ts";
-import { report, runFacts } from "./train-report.ts";
+import { follow, type LocatedArguments, stepsOf, type TrainedParts } from "./train-course.ts";
 import { begin, keptSettings } from "./train-resume.ts";
 import type { Sample } from "./train-run.ts";
-import { runTraining } from "./train-run.ts";
 import { version } from "./version.ts";
 
-type Arguments = TrainArguments & { readonly baseModel: string };
-
-export async function trainLanguage(options: Arguments, said: SaidCommand): Promise<void> {
-  const { batchSize, gradAccumulation, seed, checkpointing = false, packing = false } = options;
+export async function trainLanguage(options: LocatedArguments, said: SaidCommand): Promise<void> {
+  const { batchSize, gradAccumulation, checkpointing = false, packing = false } = options;
   const read = await readData(options.model, options.data, options.maxLength, options);
   const { stats, maxLength } = read;
   say(dataLine(stats, maxLength));
   const rows = packing ? packRows(read.rows, maxLength) : read.rows;
   if (packing) say(packingLine(read.rows, rows, batchSize));
-  const perEpoch = batchesPerEpoch({ rows: rows.length, batchSize });
-  const steps = options.steps ?? Math.ceil(((options.epochs ?? 1) * perEpoch) / gradAccumulation);
-  const warmupSteps = Math.ceil(options.warmup * steps);
+  const { steps, warmupSteps } = stepsOf(options, rows.length);
   const valid = await readValidation(readData, options, read.valid, maxLength);
   const settings = await keptSettings(options, { steps, warmupSteps, rows });
-  const { dryRun = false } = options;
-  const saved = dryRun ? undefined : await begin(options.out, options.resume ?? false, settings, version());
   const size = {
     batchSize: Math.min(batchSize, rows.length),
     gradAccumulation,
@@ -85,6 +77,8 @@ export async function trainLanguage(options: Arguments, said: SaidCommand): Prom
     say(
       `memory: at most ${bytes(plan.peak)} of the GPU's, ${bytes(plan.weights)} of it weights, ${bitsLine(plan.bits)}${besides}`,
     );
+    const { dryRun = false } = options;
+    const saved = dryRun ? undefined : await begin(options.out, options.resume ?? false, settings, version());
     const model = await loadModelFrom(gpu, options.model, { weights: size.weights });
     model.checkpointing = checkpointing;
     const adapter = await startAdapter(model, options, rows, saved);
@@ -99,61 +93,30 @@ export async function trainLanguage(options: Arguments, said: SaidCommand): Prom
       );
       return;
     }
-    const { first, last, interrupted, skipped } = await runTraining({
-      ...options,
+    await follow({
+      ...{ options, said, gpu, started, adapter, trained, task: languageTask(model, 0, packing) },
+      ...{ rows, steps, warmupSteps, settings, saved, stats, planned: plan.peak },
+      evaluate: valid && (() => evaluate(model, valid, batchSize)),
       sample: options.samplePrompt && (await sampler(model, options.model, options.samplePrompt)),
-      ...{ ...trained, task: languageTask(model, 0, packing), adapter, rows, steps, warmupSteps, settings, saved },
-      rates: options.loraplusLrRatio === undefined ? undefined : adapter.rates(options.loraplusLrRatio),
-      shuffleSeed: options.shuffle ? seed : undefined,
-      validation: valid && {
-        every: options.validEvery ?? Math.ceil(steps / 10),
-        evaluate: () => evaluate(model, valid, batchSize),
-        patience: options.patience,
-      },
-    });
-    if (interrupted) process.exitCode = 130;
-    const peak = gpu.counters().bytesPeak;
-    const seconds = (performance.now() - started) / 1000;
-    await writeDocuments({
-      ...{ out: options.out, adapter, baseModel: options.baseModel, said, tensorboard: options.tensorboard ?? false },
-      facts: (metrics) => runFacts({ adapter, trainable, seconds, device: deviceName(gpu.info) }, metrics),
-      tables: {
-        Data: [
-          ["rows", number(stats.rows)],
-          ["truncated", number(stats.truncated)],
-          ["dropped", number(stats.dropped)],
-          ["tokens", number(stats.tokens)],
-          ["of them learned", number(stats.trainedTokens)],
-        ],
-        "GPU memory": [
-          ["planned at most", bytes(plan.peak)],
-          ["peak", bytes(peak)],
-          ["weights", bytes(plan.weights)],
-          ["activations", bytes(plan.activations)],
-          ["optimizer", bytes(plan.optimizer)],
-        ],
-      },
-    });
-    report(gpu, options.json ?? false, {
-      steps: last?.step ?? saved?.step ?? 0,
-      loss_first: first?.loss ?? null,
-      loss_last: last?.loss ?? null,
-      loss_valid: last?.validation?.loss ?? null,
-      out: options.out,
-      interrupted,
-      rows: stats.rows,
-      truncated: stats.truncated,
-      dropped: stats.dropped,
-      tokens: stats.tokens,
-      trainable_parameters: trainable,
-      peak_bytes: peak,
-      planned_bytes: plan.peak,
-      skipped_steps: skipped,
-      seconds,
+      data: dataFacts(stats),
+      memory: [
+        ["weights", bytes(plan.weights)],
+        ["activations", bytes(plan.activations)],
+        ["optimizer", bytes(plan.optimizer)],
+      ],
     });
   };
   await withGpu(work, options.budget === undefined ? {} : { budgetBytes: options.budget });
 }
+
+/** What the rows, or what else is learned from, are. */
+export const dataFacts = (stats: DataStats, what = "rows"): Fact[] => [
+  [what, number(stats.rows)],
+  ["truncated", number(stats.truncated)],
+  ["dropped", number(stats.dropped)],
+  ["tokens", number(stats.tokens)],
+  ["of them learned", number(stats.trainedTokens)],
+];
 
 /** Continues the prompts by the model as it is, 48 likeliest tokens each. */
 export async function sampler(model: CausalModel, directory: string, prompts: readonly string[]): Promise<Sample> {
@@ -188,8 +151,6 @@ export async function readValidation<R>(
     );
   return held;
 }
-
-export type TrainedParts = Pick<LoraFa, "parameters"> & Partial<LoraFa>;
 
 /** As it begins, by the data `rows` where --init says so; one that goes on gets the values of its parameters from the checkpoint's state. */
 export async function startAdapter(

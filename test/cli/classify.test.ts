@@ -77,6 +77,21 @@ test("what does not go together is refused", async () => {
   await expect(train("--profile")).rejects.toThrow(
     new ShapeError("train: --profile is for models that predict tokens. Leave it out"),
   );
+  for (const [flag, ...value] of [
+    ["--valid-split", "0.5"],
+    ["--loss-on", "all"],
+    ["--chat-template", "x"],
+    ["--packing"],
+  ])
+    await expect(train(flag as string, ...value)).rejects.toThrow(
+      new ShapeError(`train: ${flag} is for models that predict tokens. Leave it out`),
+    );
+  await expect(train("--patience", "2")).rejects.toThrow(
+    new ShapeError("train: --valid-every and --patience of a classifier need --valid-data, got none"),
+  );
+  await expect(evaluate("--loss-on", "all")).rejects.toThrow(
+    new ShapeError("eval: --loss-on is for models that predict tokens. Leave it out"),
+  );
   await expect(evaluate("--num-labels", "2")).rejects.toThrow(
     new ShapeError("eval: --num-labels makes a new classifier, which an --adapter has to fill, got none. Give it"),
   );
