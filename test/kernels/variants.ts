@@ -52,6 +52,9 @@ import matmulRows from "../../src/kernels/matmul-rows.wgsl";
 import matmulSplits from "../../src/kernels/matmul-splits.wgsl";
 import matmulTiled from "../../src/kernels/matmul-tiled.wgsl";
 import narrow16 from "../../src/kernels/narrow16.wgsl";
+import { pagedAttention as pagedAttentionOf, pagedWrite as pagedWriteOf } from "../../src/kernels/paged.ts";
+import pagedAttention from "../../src/kernels/paged-attention.wgsl";
+import pagedWrite from "../../src/kernels/paged-write.wgsl";
 import recordStep from "../../src/kernels/record-step.wgsl";
 import { reduce as reduceOf } from "../../src/kernels/reduce.ts";
 import reduce from "../../src/kernels/reduce.wgsl";
@@ -115,6 +118,8 @@ export const KERNELS: Readonly<Record<string, string>> = {
   "matmul-splits": matmulSplits,
   "matmul-tiled": matmulTiled,
   narrow16,
+  "paged-attention": pagedAttention,
+  "paged-write": pagedWrite,
   reduce,
   "reduce-rows": reduceRows,
   "rms-norm": rmsNorm,
@@ -264,6 +269,14 @@ export function otherVariants(): Variant[] {
             attentionBackwardQueryOf(inputs, q, q);
             attentionBackwardKeyValueOf(inputs, q, q);
           }
+    const rows = empty(recorder, [1], "variants", "i32");
+    const tokens = { sequences: rows, positions: rows, tables: empty(recorder, [1, 1], "variants", "i32") };
+    for (const dtype of ["f32", "i32"] as const) {
+      const k = empty(recorder, [2, 4, 1, dtype === "f32" ? 8 : 4], "variants", dtype);
+      const keys = empty(recorder, [1, 1, 8], "variants");
+      pagedWriteOf(keys, keys, { k, v: k }, tokens);
+      for (const softCap of [undefined, 2]) pagedAttentionOf(keys, { k, v: k }, tokens, { softCap });
+    }
     for (const D of [6, 8])
       for (const at of [0, empty(recorder, [1, 3], "variants", "i32")]) {
         const table = empty(recorder, [4, D / 2], "variants");
