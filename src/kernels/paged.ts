@@ -4,11 +4,13 @@ import { ShapeError } from "../tensor/errors.ts";
 import { empty, expectDType, expectShape, type Tensor } from "../tensor/tensor.ts";
 import narrowSource from "./narrow16.wgsl";
 import attentionSource from "./paged-attention.wgsl";
+import copySource from "./paged-copy.wgsl";
 import writeSource from "./paged-write.wgsl";
 import teamSource from "./parts/attention-team.wgsl";
 import halfSource from "./parts/paged-f16.wgsl";
 
 const write = defineKernel("paged-write", writeSource);
+const copy = defineKernel("paged-copy", copySource);
 const attention = defineKernel("paged-attention", attentionSource);
 const TEAM = definePart("attention-team", teamSource, [
   ...["tile", "rows", "unit_of", "meet", "share", "shared_at", "share_row", "row_at"],
@@ -61,6 +63,16 @@ export function pagedWrite(keys: Tensor, values: Tensor, pages: Pages, tokens: P
   const buffers = { keys, values, ...tokens, k_pages: pages.k, v_pages: pages.v };
   const parts: readonly Part[] = pages.k.dtype === "i32" ? NARROW : [];
   write(keys.gpu, { n: T * W4, W4, most: tokens.tables.shape[1] ?? 0, bits }, buffers, [T * W4], {}, parts);
+}
+
+/** Copies whole pages: pairs i32 [n,2], of which each is (from, to); no page may be in two pairs. Throws ShapeError if the shapes do not fit. */
+export function pagedCopy({ k, v }: Pages, pairs: Tensor): void {
+  const [n = 0] = pairs.shape;
+  expectShape("pagedCopy", "pairs must be [n,2]", pairs, [n, 2]);
+  expectDType("pagedCopy", "pairs", pairs, "i32");
+  expectShape("pagedCopy", "v must have the shape of k", v, k.shape);
+  const W = k.size / (k.shape[0] ?? 1);
+  copy(k.gpu, { n: n * W, W }, { pairs, k, v }, [n * W]);
 }
 
 export interface PagedAttentionOptions {

@@ -1,5 +1,6 @@
 /** Generation for many at once: requests join and leave between the steps of one batch, each with its own adapter (arXiv:2309.06180, 2311.03285). */
 import { ShapeError } from "../tensor/errors.ts";
+import { checkPrompt } from "./generate.ts";
 import { type Lease, PagePool } from "./page-pool.ts";
 import { cacheBytes, type PagedModel, PagedStep, type RowAdapters, type StepToken } from "./paged-step.ts";
 import { type SampledToken, Sampler, type SamplingOptions } from "./sampling.ts";
@@ -201,15 +202,7 @@ export class Engine {
 
   #check({ promptIds, maxTokens }: GenerationRequest): void {
     const { vocabSize } = this.model.config;
-    if (promptIds.length === 0) throw new ShapeError("generate: the prompt must have at least one token, got none");
-    if (promptIds.length >= this.contextLength)
-      throw new ShapeError(
-        `generate: the prompt must be shorter than the context of ${this.contextLength} tokens, got ${promptIds.length}`,
-      );
-    const bad = promptIds.find((id) => !Number.isInteger(id) || id < 0 || id >= vocabSize);
-    if (bad !== undefined) throw new ShapeError(`generate: ids must be in [0, ${vocabSize}), got ${bad}`);
-    if (!Number.isInteger(maxTokens) || maxTokens < 0)
-      throw new ShapeError(`generate: maxTokens must be a whole number of at least 0, got ${maxTokens}`);
+    checkPrompt({ vocabSize, contextLength: this.contextLength }, promptIds, maxTokens);
     const tokens = Math.min(promptIds.length + maxTokens, this.contextLength);
     if (this.#pool.pagesFor(tokens) > this.#pool.count)
       throw new ShapeError(

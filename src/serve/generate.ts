@@ -44,15 +44,7 @@ export async function* generateTokens<C extends KeyValueCache>(
   { promptIds, maxTokens, logprobs = 0, signal, ...sampling }: GenerateOptions,
 ): AsyncGenerator<SampledToken, void, undefined> {
   const { gpu, config } = model;
-  if (promptIds.length === 0) throw new ShapeError("generate: the prompt must have at least one token, got none");
-  if (promptIds.length >= config.contextLength)
-    throw new ShapeError(
-      `generate: the prompt must be shorter than the context of ${config.contextLength} tokens, got ${promptIds.length}`,
-    );
-  const bad = promptIds.find((id) => !Number.isInteger(id) || id < 0 || id >= config.vocabSize);
-  if (bad !== undefined) throw new ShapeError(`generate: ids must be in [0, ${config.vocabSize}), got ${bad}`);
-  if (!Number.isInteger(maxTokens) || maxTokens < 0)
-    throw new ShapeError(`generate: maxTokens must be a whole number of at least 0, got ${maxTokens}`);
+  checkPrompt(config, promptIds, maxTokens);
   const sampler = new Sampler(promptIds, sampling);
   const room = Math.min(maxTokens, config.contextLength - promptIds.length);
   const cache = model.cache(1, promptIds.length + room);
@@ -71,4 +63,21 @@ export async function* generateTokens<C extends KeyValueCache>(
   } finally {
     for (const { k, v } of cache.layers) gpu.release(k, v);
   }
+}
+
+/** Throws ShapeError where a model cannot continue this. */
+export function checkPrompt(
+  { contextLength, vocabSize }: { readonly contextLength: number; readonly vocabSize: number },
+  promptIds: readonly number[],
+  maxTokens: number,
+): void {
+  if (promptIds.length === 0) throw new ShapeError("generate: the prompt must have at least one token, got none");
+  if (promptIds.length >= contextLength)
+    throw new ShapeError(
+      `generate: the prompt must be shorter than the context of ${contextLength} tokens, got ${promptIds.length}`,
+    );
+  const bad = promptIds.find((id) => !Number.isInteger(id) || id < 0 || id >= vocabSize);
+  if (bad !== undefined) throw new ShapeError(`generate: ids must be in [0, ${vocabSize}), got ${bad}`);
+  if (!Number.isInteger(maxTokens) || maxTokens < 0)
+    throw new ShapeError(`generate: maxTokens must be a whole number of at least 0, got ${maxTokens}`);
 }

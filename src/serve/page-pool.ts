@@ -1,5 +1,7 @@
 /** Which pages of the key-value cache hold what: who uses them, and what prompts they can spare computing. */
 
+import { ShapeError } from "../tensor/errors.ts";
+
 /** A page whose tokens, and all before them, are known. */
 interface Known {
   readonly page: number;
@@ -64,8 +66,8 @@ export class PagePool {
     const more = this.pagesFor(tokens) - shared.length;
     const idle = this.#idle.size - shared.filter((page) => this.#idle.has(page)).length;
     if (more > this.#free.length + idle) return undefined;
-    for (const page of shared) this.#use(page);
-    const fresh = Array.from({ length: more }, () => this.#take());
+    for (const page of shared) this.share(page);
+    const fresh = Array.from({ length: more }, () => this.take());
     return { pages: [...shared, ...fresh], reused: shared.length * this.pageTokens };
   }
 
@@ -83,7 +85,12 @@ export class PagePool {
     }
   }
 
-  release({ pages }: Lease): void {
+  /** Users of a page. */
+  users(page: number): number {
+    return this.#users[page] ?? 0;
+  }
+
+  release({ pages }: Pick<Lease, "pages">): void {
     // The end of a sequence first: its beginning is more likely to come again.
     for (const page of pages.toReversed()) {
       const left = (this.#users[page] ?? 0) - 1;
@@ -98,20 +105,23 @@ export class PagePool {
     return `${parent}:${ids.slice(at, at + this.pageTokens).join()}`;
   }
 
-  #use(page: number): void {
+  /** One more user of a page. */
+  share(page: number): void {
     this.#idle.delete(page);
     this.#users[page] = (this.#users[page] ?? 0) + 1;
   }
 
-  #take(): number {
+  /** A page of undefined content. Throws ShapeError where all are in use. */
+  take(): number {
     const [oldest] = this.#idle;
-    const page = this.#free.pop() ?? (oldest as number);
+    const page = this.#free.pop() ?? oldest;
+    if (page === undefined) throw new ShapeError(`cache: at most ${this.count} pages can be in use, got one more`);
     const known = this.#byPage.get(page);
     if (known) {
       this.#byKey.delete(known.key);
       this.#byPage.delete(page);
     }
-    this.#use(page);
+    this.share(page);
     return page;
   }
 }

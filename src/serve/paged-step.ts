@@ -2,6 +2,7 @@
 import type { Gpu } from "../gpu/gpu.ts";
 import type { Plan } from "../gpu/plan.ts";
 import { copyTo } from "../kernels/copy-rows.ts";
+import { pagedCopy } from "../kernels/paged.ts";
 import type { PagedRow } from "../models/causal.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { empty, slice, type Tensor, tensor, VIEW_ALIGNMENT, view } from "../tensor/tensor.ts";
@@ -110,6 +111,16 @@ export class PagedStep {
   /** Says which pages a sequence has. */
   setPages(sequence: number, pages: readonly number[]): void {
     this.#model.gpu.write(this.#tables, Int32Array.from(pages), 4 * sequence * this.#most);
+  }
+
+  /** Copies pages, none of which may be in two pairs. */
+  copyPages(pairs: readonly (readonly [from: number, to: number])[]): void {
+    if (pairs.length === 0) return;
+    const { gpu } = this.#model;
+    gpu.scope(() => {
+      const all = tensor(gpu, Int32Array.from(pairs.flat()), [pairs.length, 2]);
+      for (const layer of this.#layers) pagedCopy(layer, all);
+    });
   }
 
   /**

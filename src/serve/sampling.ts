@@ -142,7 +142,7 @@ function argmax(values: ArrayLike<number>): number {
 }
 
 /** Indices of the n largest values, the largest first. */
-function largest(values: Float32Array | Float64Array, n: number): number[] {
+export function largest(values: Float32Array | Float64Array, n: number): number[] {
   const kept: number[] = [];
   const valueAt = (i: number): number => values[kept[i] ?? 0] ?? 0;
   values.forEach((value, index) => {
@@ -155,7 +155,7 @@ function largest(values: Float32Array | Float64Array, n: number): number[] {
   return kept;
 }
 
-function logSumExp(values: Float32Array): number {
+export function logSumExp(values: Float32Array): number {
   const most = values.reduce((a, b) => Math.max(a, b), Number.NEGATIVE_INFINITY);
   return most + Math.log(values.reduce((sum, x) => sum + Math.exp(x - most), 0));
 }

@@ -54,6 +54,7 @@ import matmulTiled from "../../src/kernels/matmul-tiled.wgsl";
 import narrow16 from "../../src/kernels/narrow16.wgsl";
 import { pagedAttention as pagedAttentionOf, pagedWrite as pagedWriteOf } from "../../src/kernels/paged.ts";
 import pagedAttention from "../../src/kernels/paged-attention.wgsl";
+import pagedCopy from "../../src/kernels/paged-copy.wgsl";
 import pagedWrite from "../../src/kernels/paged-write.wgsl";
 import recordStep from "../../src/kernels/record-step.wgsl";
 import { reduce as reduceOf } from "../../src/kernels/reduce.ts";
@@ -119,6 +120,7 @@ export const KERNELS: Readonly<Record<string, string>> = {
   "matmul-tiled": matmulTiled,
   narrow16,
   "paged-attention": pagedAttention,
+  "paged-copy": pagedCopy,
   "paged-write": pagedWrite,
   reduce,
   "reduce-rows": reduceRows,
