@@ -181,12 +181,12 @@ export {
 } from "./train/search.ts";
 export {
   type HasTrainingMode,
-  type StepResult,
   TrainingStep,
   type TrainingStepOptions,
   type TrainingStepState,
 } from "./train/step.ts";
 export type { StepMetrics } from "./train/step-metrics.ts";
+export type { StepResult } from "./train/step-ring.ts";
 export { type SweepOptions, type SweepStrategy, type SweepTrial, sweep } from "./train/sweep.ts";
 export { type Loaded, languageTask, type RowTask, type Task } from "./train/task.ts";
 export { type TrainOptions, type TrainTaskOptions, train, trainTask } from "./train/trainer.ts";

@@ -9,8 +9,9 @@ import type { Row } from "./data.ts";
 import type { LanguageModel } from "./loss.ts";
 import type { ProfiledDispatch } from "./profile.ts";
 import { type Schedule, scheduleFactor } from "./schedule.ts";
-import { type HasTrainingMode, type StepResult, TrainingStep } from "./step.ts";
+import { type HasTrainingMode, TrainingStep } from "./step.ts";
 import { type Sent, StepCounts, type StepMetrics } from "./step-metrics.ts";
+import type { StepResult } from "./step-ring.ts";
 import { languageTask, type RowTask } from "./task.ts";
 import { EarlyStopping, type Validation } from "./validation.ts";
 
