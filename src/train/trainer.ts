@@ -27,7 +27,7 @@ export interface TrainTaskOptions<R extends HasIds, B> extends RunOptions<R> {
 
 type HasIds = Pick<Row, "inputIds">;
 
-interface RunOptions<R> extends AdamWSettings {
+export interface RunOptions<R> extends AdamWSettings {
   /** What is trained; everything else is frozen. */
   readonly parameters: readonly Tensor[];
   readonly rows: readonly R[];
@@ -75,8 +75,8 @@ interface RunOptions<R> extends AdamWSettings {
 }
 
 /** Submits on their way to the device at a time. */
-const IN_FLIGHT = 3;
-const READ_EVERY_MS = 250;
+export const IN_FLIGHT = 3;
+export const READ_EVERY_MS = 250;
 
 /**
  * Trains `parameters` to predict next tokens and yields the metrics of each step once its update is done.
@@ -174,7 +174,8 @@ function sender<R extends HasIds, B>(
   };
 }
 
-function checkOptions({
+/** Throws ShapeError for numbers out of range and for parameters without a gradient. */
+export function checkOptions({
   steps,
   batchSize,
   gradAccumulation = 1,
