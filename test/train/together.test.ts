@@ -7,8 +7,9 @@ import { attachLora } from "../../src/lora/attach.ts";
 import type { LoraConfig } from "../../src/lora/config.ts";
 import { SharedBase } from "../../src/lora/shared-base.ts";
 import type { CausalModel } from "../../src/models/causal.ts";
-import { loadModel } from "../../src/models/load.ts";
+import { emptyModel, loadModel } from "../../src/models/load.ts";
 import type { WeightFormat } from "../../src/models/weights.ts";
+import { ShapeError } from "../../src/tensor/errors.ts";
 import { tensorsIn } from "../../src/tensor/packed.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { readAll, type Tensor } from "../../src/tensor/tensor.ts";
@@ -16,6 +17,7 @@ import { collate } from "../../src/train/batches.ts";
 import type { Row } from "../../src/train/data.ts";
 import { LaneStep } from "../../src/train/lane-step.ts";
 import { evaluate } from "../../src/train/loss.ts";
+import { planTraining } from "../../src/train/plan.ts";
 import { TrainingStep } from "../../src/train/step.ts";
 import type { StepMetrics } from "../../src/train/step-metrics.ts";
 import { type LaneOptions, trainTogether } from "../../src/train/together.ts";
@@ -286,4 +288,52 @@ test("replayed or eager, and packed with rows that are not: the same", () =>
       step.destroy();
       adapter.detach();
     }
+  }));
+
+test("takes the memory that is planned for it", async () => {
+  const gpu = await testGpu();
+  const config = { r: 2, alpha: 4, targetModules: "all-linear" };
+  const plan = await planTraining(
+    gpu,
+    async (dry) => {
+      const model = await emptyModel(dry, diskDirectory(MODEL));
+      return { model, shared: new SharedBase([attachLora(model, config), attachLora(model, { ...config, r: 4 })]) };
+    },
+    { batchSize: 2, maxLength: 21 },
+  );
+  const { bytesLive } = gpu.counters();
+  gpu.resetCounters();
+  const model = await loadModel(gpu, diskDirectory(MODEL));
+  const adapters = [attachLora(model, config), attachLora(model, { ...config, r: 4 })];
+  const longest = ROWS.slice(-1).flatMap((one) => [one, one]); // of one shape: each has inputs of its own
+  const lane = { rows: longest, steps: 2, batchSize: 2, learningRate: 1e-3 };
+  const options = { model, shared: new SharedBase(adapters), lanes: [lane, lane] };
+  for await (const { metrics } of trainTogether(options)) expect(metrics?.skipped).toBe(false);
+  expect(gpu.counters().bytesPeak - bytesLive).toBe(plan.peak);
+  for (const adapter of adapters) adapter.detach();
+  model.destroy();
+});
+
+test("settings out of range, batches that do not fit and missing settings are refused", () =>
+  withModel(async (model) => {
+    const adapters = [attach(model, {}, 0), attach(model, {}, 1)];
+    const shared = new SharedBase(adapters);
+    const lane = { rows: ROWS, steps: 2, batchSize: 2, learningRate: 1e-3 };
+    const run = async (lanes: readonly LaneOptions[]): Promise<void> => {
+      for await (const _ of trainTogether({ model, shared, lanes }));
+    };
+    await expect(run([lane, { ...lane, steps: 0 }])).rejects.toThrow(
+      new ShapeError("train: steps must be a whole number of at least 1, got 0"),
+    );
+    await expect(run([lane])).rejects.toThrow(
+      new ShapeError("LaneStep: each adapter needs settings, got 1 for 2 adapters"),
+    );
+    const step = new LaneStep({ model, shared, lanes: [{}, {}] });
+    const of = (T: number) => ({ batch: collate([row(1, 2, 3)], 0, T), learningRate: 1 });
+    const rule = "LaneStep: a step needs batches of one length, a multiple of 16, got";
+    expect(() => step.run([])).toThrow(new ShapeError(`${rule} none`));
+    expect(() => step.run([of(16), of(32)])).toThrow(new ShapeError(`${rule} 16 and 32`));
+    expect(() => step.run([undefined, of(12)])).toThrow(new ShapeError(`${rule} 12`));
+    step.destroy();
+    for (const adapter of adapters) adapter.detach();
   }));
