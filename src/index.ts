@@ -195,7 +195,14 @@ export {
 } from "./train/step.ts";
 export type { StepMetrics } from "./train/step-metrics.ts";
 export type { StepResult } from "./train/step-ring.ts";
-export { type SweepOptions, type SweepStrategy, type SweepTrial, sweep } from "./train/sweep.ts";
+export {
+  type SharedRuns,
+  type SharedTrial,
+  type SweepOptions,
+  type SweepStrategy,
+  type SweepTrial,
+  sweep,
+} from "./train/sweep.ts";
 export { type Loaded, languageTask, type RowTask, type Task } from "./train/task.ts";
 export { type LaneEvent, type LaneOptions, type TogetherOptions, trainTogether } from "./train/together.ts";
 export { type TrainOptions, type TrainTaskOptions, train, trainTask } from "./train/trainer.ts";
