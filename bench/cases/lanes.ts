@@ -32,6 +32,8 @@ export interface LaneSizes extends StepSizes {
   readonly rows: number;
 }
 
+/** Milliseconds for a case whose ratio to another is what counts. */
+const PATIENCE = 15_000;
 /** Results of so many steps are read at a time: a step keeps those of 64. */
 const READ_EVERY = 32;
 
@@ -42,13 +44,14 @@ const READ_EVERY = 32;
 export function togetherOverApart(sizes: LaneSizes, stored?: StepKind["stored"]): SizedContest {
   const { layers, hidden, T, r, lanes, rows } = sizes;
   const kind: StepKind = { trained: "adapter", ...(stored && { stored }) };
-  const one = costsOf({ ...sizes, T }, kind);
+  const one = costsOf(sizes, kind);
   const costs = { flops: one.flops * lanes * rows, bytes: one.bytes * lanes * rows };
   return {
     name: `${lanes} adapters together${stored ? ` on ${stored}` : ""} ${layers}×${hidden} ${rows}×${T} r=${r}`,
     group: "lanes-step",
     sizes: { ...sizes, weights: stored ?? "f32" },
     flops: costs.flops,
+    maxCaseMs: PATIENCE,
     largestBytes: Math.max(largestBytes(sizes), 4 * lanes * rows * T * Math.max(sizes.inside, sizes.vocab)),
     setup: (gpu) => {
       const { layers: _l, hidden: _h, lanes: _n, rows: _r, ...rest } = sizes;
