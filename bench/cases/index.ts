@@ -73,6 +73,7 @@ export function contests({ quick, full, isSoftware }: Scope): SizedContest[] {
     ),
     ...[1, 2, 4, 8].map((rows) => togetherOverApart({ ...(patient ? WIDE : SMALL), T: 64, lanes: 2, rows }, "nf4")),
     togetherOverApart({ ...(patient ? WIDE : SMALL), T: 64, lanes: 4, rows: 1 }, "nf4"),
+    ...[2, 4].map((lanes) => togetherOverApart({ ...(patient ? WIDE : SMALL), T: 16, lanes, rows: 1 })),
     ...ladders(patient ? 2048 : 256),
   ];
   return all.filter(({ flops, group }) => flops <= limit * stepsOf(group));

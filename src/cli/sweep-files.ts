@@ -13,6 +13,7 @@ import { type SweepConfig, sweepYaml } from "./sweep-config.ts";
 
 /** A line of sweep.jsonl. What is not a finite number is null there. */
 export interface FinishedTrial extends SweepTrial {
+  /** From its beginning to its end, with what trained at once. */
   readonly seconds: number;
 }
 

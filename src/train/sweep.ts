@@ -76,6 +76,9 @@ export async function* sweep(options: SweepOptions): AsyncGenerator<SweepTrial, 
     const before = all.length;
     const points = proposals(options, all.slice(0, first), Math.min(most, first + size)).slice(before - first);
     const groups = together ? await together.groups(points) : points.map((_, i) => [i]);
+    const each = groups.flat().toSorted((a, b) => a - b);
+    if (String(each) !== String([...points.keys()]))
+      throw new ShapeError(`sweep: groups must have each of ${points.length} points once, got [${each}]`);
     const ended = new Map<number, SweepTrial>();
     for (const group of groups) {
       const chosen = group.map((i) => ({ trial: before + i + 1, point: points[i] as SearchPoint }));

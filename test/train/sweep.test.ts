@@ -141,6 +141,13 @@ describe("a sweep", () => {
     expect([seen, order, trials.map(({ trial }) => trial)]).toEqual([[[3, 1]], [2], [1, 2, 3]]);
   });
 
+  test("refuses groups that leave a point out", async () => {
+    const together = { ...atOnce(3), groups: async () => [[0], [2]] };
+    await expect(collect({ together })).rejects.toThrow(
+      new ShapeError("sweep: groups must have each of 3 points once, got [0,2]"),
+    );
+  });
+
   test("counts all trials of a run that throws ShapeError as the worst", async () => {
     const together: SharedRuns = {
       ...atOnce(2),

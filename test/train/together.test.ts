@@ -13,13 +13,14 @@ import { ShapeError } from "../../src/tensor/errors.ts";
 import { tensorsIn } from "../../src/tensor/packed.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { readAll, type Tensor } from "../../src/tensor/tensor.ts";
-import { collate } from "../../src/train/batches.ts";
+import { type Batch, collate } from "../../src/train/batches.ts";
 import type { Row } from "../../src/train/data.ts";
 import { LaneStep } from "../../src/train/lane-step.ts";
 import { evaluate } from "../../src/train/loss.ts";
 import { planTraining } from "../../src/train/plan.ts";
 import { TrainingStep } from "../../src/train/step.ts";
 import type { StepMetrics } from "../../src/train/step-metrics.ts";
+import type { StepResult } from "../../src/train/step-ring.ts";
 import { type LaneOptions, trainTogether } from "../../src/train/together.ts";
 import { train } from "../../src/train/trainer.ts";
 import { randomNd, testGpu } from "../harness.ts";
@@ -289,6 +290,36 @@ test("replayed or eager, and packed with rows that are not: the same", () =>
       adapter.detach();
     }
   }));
+
+test.each(["gpt2", "gemma2", "phi3", "qwen3"])(
+  "a step on %s has the losses and norms that its adapters have alone",
+  async (name) => {
+    const gpu = await testGpu();
+    const model = await loadModel(gpu, diskDirectory(`test/golden/models/${name}`));
+    const batches = [collate([row(1, 2, 3, 4, 5)], 0, 16), collate([row(5, 6, 7, 8), row(9, 10)], 0, 16)];
+    const adapters = batches.map((_, i) => attach(model, { r: 4 * (i + 1), alpha: 3 + i }, i));
+    const alone: unknown[] = [];
+    for (const adapter of adapters) adapter.disable();
+    for (const [i, adapter] of adapters.entries()) {
+      adapter.enable();
+      const single = new TrainingStep({ model, parameters: adapter.parameters });
+      single.run([batches[i] as Batch], 0);
+      const [{ loss, gradNorm }] = (await single.read()) as [StepResult];
+      alone.push(loss, gradNorm);
+      single.destroy();
+      adapter.disable();
+    }
+    const step = new LaneStep({ model, shared: new SharedBase(adapters), lanes: [{}, {}] });
+    step.run(batches.map((batch) => ({ batch, learningRate: 0 })));
+    const shared = (await step.read()).flatMap(([one]) => [one?.loss ?? Number.NaN, one?.gradNorm ?? Number.NaN]);
+    shared.forEach((value, i) => {
+      expect(Math.abs(value / Number(alone[i]) - 1)).toBeLessThanOrEqual(1e-5);
+    });
+    step.destroy();
+    for (const adapter of adapters) adapter.detach();
+    model.destroy();
+  },
+);
 
 test("takes the memory that is planned for it", async () => {
   const gpu = await testGpu();
