@@ -26,7 +26,7 @@ export interface TrialBench {
   readonly signal?: AbortSignal | undefined;
 }
 
-export const loraConfigOf = ({ fixed }: SweepConfig, chosen: SearchPoint): LoraConfig => {
+const loraConfigOf = ({ fixed }: SweepConfig, chosen: SearchPoint): LoraConfig => {
   const point = { ...fixed, ...chosen };
   return {
     r: Number(point.rank),
