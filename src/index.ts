@@ -60,6 +60,7 @@ export type {
   TokenRows,
 } from "./lora/parts.ts";
 export { type AdapterFiles, type LoadPeftOptions, loadPeft, savePeft } from "./lora/peft.ts";
+export { SharedBase } from "./lora/shared-base.ts";
 export { matchModules, type TargetModules } from "./lora/target-modules.ts";
 export { BertClassifier, type BertConfig } from "./models/bert.ts";
 export { CausalModel, type HiddenOptions, type KvCache, type Packing } from "./models/causal.ts";
@@ -117,6 +118,13 @@ export {
   rowsOf,
 } from "./train/data.ts";
 export { findLearningRate, type RatePoint, type RateSweep, type RateSweepOptions } from "./train/find-learning-rate.ts";
+export {
+  type LaneSettings,
+  LaneStep,
+  type LaneStepOptions,
+  type LaneWork,
+  type SharesBase,
+} from "./train/lane-step.ts";
 export {
   bestPrecision,
   type Curvature,
@@ -182,13 +190,21 @@ export {
 } from "./train/search.ts";
 export {
   type HasTrainingMode,
-  type StepResult,
   TrainingStep,
   type TrainingStepOptions,
   type TrainingStepState,
 } from "./train/step.ts";
 export type { StepMetrics } from "./train/step-metrics.ts";
-export { type SweepOptions, type SweepStrategy, type SweepTrial, sweep } from "./train/sweep.ts";
+export type { StepResult } from "./train/step-ring.ts";
+export {
+  type SharedRuns,
+  type SharedTrial,
+  type SweepOptions,
+  type SweepStrategy,
+  type SweepTrial,
+  sweep,
+} from "./train/sweep.ts";
 export { type Loaded, languageTask, type RowTask, type Task } from "./train/task.ts";
+export { type LaneEvent, type LaneOptions, type TogetherOptions, trainTogether } from "./train/together.ts";
 export { type TrainOptions, type TrainTaskOptions, train, trainTask } from "./train/trainer.ts";
 export type { BestSoFar, Evaluated, Validation } from "./train/validation.ts";

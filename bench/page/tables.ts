@@ -82,6 +82,7 @@ const GROUPS: Readonly<Record<string, string>> = {
   "llama-full-step": "A training step of all weights, and of LoRA",
   "llama-dora-step": "A training step of LoRA, and of DoRA",
   "llama-nf4-step": "A training step on weights in f16, and in NF4",
+  "lanes-step": "A training step of several adapters, one after the other and in one batch",
   bandwidth: "Elementwise and reductions",
 };
 

@@ -31,6 +31,8 @@ export interface LogitUpdate {
 
 export interface LinearCrossEntropy {
   readonly loss: Tensor;
+  /** What it is the sum of: that of each row, [M]. */
+  readonly losses: Tensor;
   /** d(loss)/dh, if it was wanted. */
   readonly dh: Tensor | undefined;
   /** d(loss)/dW of each piece that is not packed, if it was wanted. */
@@ -128,9 +130,7 @@ export function linearCrossEntropy(
     }
     gpu.release(sums);
   }
-  const loss = reduce("sum", losses);
-  gpu.release(losses);
-  return { loss, dh, dW, du, dX };
+  return { loss: reduce("sum", losses), losses, dh, dW, du, dX };
 }
 
 /** y = s·op(x)·w, or y + s·op(x)·w after the first time. */

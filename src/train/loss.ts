@@ -1,5 +1,5 @@
 import { reshape } from "../autograd/basic-ops.ts";
-import { gatherRows, linearCrossEntropy } from "../autograd/model-ops.ts";
+import { gatherRows, linearCrossEntropies } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import type { Uniform } from "../gpu/kernel.ts";
 import type { Plan } from "../gpu/plan.ts";
@@ -75,11 +75,18 @@ function hostInputs({ ids, labels, targets }: Batch) {
 
 /** Σ over the batch's target tokens of −log p(target), times `scale`: one number, shape []. */
 export function batchLoss(model: LanguageModel, inputs: Inputs, scale: Uniform): Tensor {
+  const { loss, losses } = batchLosses(model, inputs, scale);
+  loss.gpu.release(losses);
+  return loss;
+}
+
+/** `batchLoss`, and beside it the loss at each of `Batch.targets`, in their order. */
+export function batchLosses(model: LanguageModel, inputs: Inputs, scale: Uniform): { loss: Tensor; losses: Tensor } {
   const { ids, targets, labels, places, packing } = inputs;
   const h = model.hidden(ids, packing && { packing });
   const rows = reshape(h, [ids.size, h.shape.at(-1) ?? 0]);
   const counted = targets.size === ids.size ? rows : gatherRows(rows, targets, places);
-  return linearCrossEntropy(counted, model.head, labels, scale, model.logitCap, model.headUpdates?.(counted));
+  return linearCrossEntropies(counted, model.head, labels, scale, model.logitCap, model.headUpdates?.(counted));
 }
 
 export interface Evaluation {

@@ -9,8 +9,9 @@ import type { Row } from "./data.ts";
 import type { LanguageModel } from "./loss.ts";
 import type { ProfiledDispatch } from "./profile.ts";
 import { type Schedule, scheduleFactor } from "./schedule.ts";
-import { type HasTrainingMode, type StepResult, TrainingStep } from "./step.ts";
+import { type HasTrainingMode, TrainingStep } from "./step.ts";
 import { type Sent, StepCounts, type StepMetrics } from "./step-metrics.ts";
+import type { StepResult } from "./step-ring.ts";
 import { languageTask, type RowTask } from "./task.ts";
 import { EarlyStopping, type Validation } from "./validation.ts";
 
@@ -26,7 +27,7 @@ export interface TrainTaskOptions<R extends HasIds, B> extends RunOptions<R> {
 
 type HasIds = Pick<Row, "inputIds">;
 
-interface RunOptions<R> extends AdamWSettings {
+export interface RunOptions<R> extends AdamWSettings {
   /** What is trained; everything else is frozen. */
   readonly parameters: readonly Tensor[];
   readonly rows: readonly R[];
@@ -74,8 +75,8 @@ interface RunOptions<R> extends AdamWSettings {
 }
 
 /** Submits on their way to the device at a time. */
-const IN_FLIGHT = 3;
-const READ_EVERY_MS = 250;
+export const IN_FLIGHT = 3;
+export const READ_EVERY_MS = 250;
 
 /**
  * Trains `parameters` to predict next tokens and yields the metrics of each step once its update is done.
@@ -173,7 +174,8 @@ function sender<R extends HasIds, B>(
   };
 }
 
-function checkOptions({
+/** Throws ShapeError for numbers out of range and for parameters without a gradient. */
+export function checkOptions({
   steps,
   batchSize,
   gradAccumulation = 1,
