@@ -38,6 +38,7 @@ export type { Layout } from "./kernels/matmul.ts";
 export { type PackOptions, packMatrix } from "./kernels/pack.ts";
 export { unpackMatrix } from "./kernels/unpack.ts";
 export { LoraAdapter } from "./lora/adapter.ts";
+export { AdapterPool, type PoolCounts, type PoolOptions, poolBytes } from "./lora/adapter-pool.ts";
 export { attachLora } from "./lora/attach.ts";
 export type { CalibrationBatch } from "./lora/calibration.ts";
 export type { LoraConfig } from "./lora/config.ts";
