@@ -161,7 +161,8 @@ export class AdapterPool {
   }
 
   /**
-   * Takes a copy of the adapter, as rows of pages, under this name. DoRA's factors are computed on the device, once: hence a promise.
+   * Takes a copy of the adapter, as rows of pages, under this name. DoRA's factors are computed on the device, once: hence a promise. Without
+   * them the adapter is there as soon as the call returns.
    *
    * Throws FormatError for what cannot be mixed (trained copies and biases, rows of tokens, LoRA of an embedding or the head) and for modules
    * that the model does not have; ShapeError for a name that is taken and for a rank that the pool has no room for.

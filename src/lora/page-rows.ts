@@ -69,7 +69,7 @@ export function demandMixable(name: string, adapter: PlainAdapter, model: HasLin
       ...(bias ? [`a bias of ${module}`] : []),
       ...(embeddings.has(module) || tables.has(module) ? [`LoRA of ${module}`] : []),
     ]),
-    ...[...others.keys()].map((other) => `${other}, which is trained whole or in rows`),
+    ...[...others.keys()].map((other) => `a trained ${other}`),
   ];
   if (strange.length > 0)
     throw new FormatError(

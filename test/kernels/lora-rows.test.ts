@@ -13,6 +13,7 @@ import { expectClose, freshSeed, type Nd, nd, randomNd, testGpu, upload } from "
 import { siluTwin } from "../reference/elementwise.ts";
 import { expandTwin, type RowAdapter, shrinkTwin } from "../reference/lora-rows.ts";
 import { matmulTwin } from "../reference/matmul.ts";
+import { Recorder } from "./recorder.ts";
 import { REGISTERS, ROWS, SPLIT, SUBGROUP_ROWS, TILED } from "./variants.ts";
 
 const QUADS: MatmulPlan = { ...REGISTERS, name: "registers, by quads", subgroups: true };
@@ -241,6 +242,20 @@ test.each(PLANS)("a row without an adapter has the bits it has in a product with
     if (M > 1) expect(own).not.toEqual(plain);
     gpu.release(mixed, base);
   }
+});
+
+test("on matrix units a row's own terms are added by a second pass", () => {
+  const recorder = new Recorder();
+  const t = (...shape: number[]): Tensor => empty(recorder, shape, "t");
+  const tuned = { UM: 16, UN: 16, UK: 16, TM: 2, TN: 2, WX: 2, WY: 2, BK: 32, BUFFERS: 2, WG: 128 };
+  const plan: MatmulPlan = { name: "units", family: "units", tuned, splits: 1 };
+  const [u, b] = [t(64, 10), t(9, 64)];
+  matmul(t(64, 32), t(64, 32), "nt", { plan, lowRankRows: { u, b } });
+  const [product, finish] = recorder.dispatches.slice(-2);
+  expect([product?.sent.key.split(" ")[0], finish?.sent.key]).toEqual(["matmul-units", "matmul-splits +lora-rows"]);
+  expect(finish?.buffers.parts).toBe(product?.buffers.y);
+  expect([finish?.buffers.u, finish?.buffers.b]).toEqual([u.buffer, b.buffer]);
+  expect(finish?.uniforms).toMatchObject({ n: 64 * 64, P: 1, low: 5 });
 });
 
 test("shapes that do not fit are refused", async () => {
