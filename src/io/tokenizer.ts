@@ -227,8 +227,8 @@ function bytesOf(library: Library, id: number, decode: Tokenizer["decode"]): Uin
   const byte = /^<0x([0-9A-Fa-f]{2})>$/.exec(token)?.[1];
   if (byte !== undefined && parts.some(({ config }) => config.type === "ByteFallback"))
     return Uint8Array.of(Number.parseInt(byte, 16));
-  const [one, two] = [decode([id]), decode([id, id])]; // a decoder may drop the space at the start of a text
-  return new TextEncoder().encode(two.slice(one.length));
+  const first = decode([id]); // a decoder may drop the space at the start of a text
+  return new TextEncoder().encode(decode([id, id]).slice(first.length));
 }
 
 interface LibraryDecoder {

@@ -1,6 +1,5 @@
 /** The JSON texts that fit a JSON Schema (2020-12), as a grammar. */
 import { excerpt, isObject, type JsonObject } from "../io/json.ts";
-import { groupBy } from "../lora/plain-adapter.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { ANY, alt, type Grammar, literal, minus, type Range, repeat, seq, set, TextState } from "./grammar.ts";
 import { patternGrammar } from "./pattern.ts";
@@ -42,15 +41,13 @@ const CHARACTER = patternGrammar(
 
 /** Characters that a string has only escaped. */
 const ESCAPED = [0x22, 0x5c, ...Array.from({ length: 0x20 }, (_, code) => code)];
+const single = (code: number): Range => [code, code];
 const escapeOf = (code: number): Grammar => literal(JSON.stringify(String.fromCharCode(code)).slice(1, -1));
 const ESCAPES = alt(...ESCAPED.map(escapeOf));
 
 /** A character of these, as JSON.stringify writes it. */
 function written(ranges: readonly Range[]): Grammar {
-  const plain = minus(
-    ranges,
-    ESCAPED.map((code) => [code, code]),
-  );
+  const plain = minus(ranges, ESCAPED.map(single));
   const escaped = ESCAPED.filter((code) => ranges.some(([a, b]) => a <= code && code <= b));
   return alt(set(plain), escaped.length === ESCAPED.length ? ESCAPES : alt(...escaped.map(escapeOf)));
 }
@@ -60,13 +57,13 @@ const WRITTEN = written(ANY);
 function otherThan(texts: readonly (readonly number[])[]): Grammar {
   if (texts.length === 0) return repeat(WRITTEN);
   const isOne = texts.some((text) => text.length === 0);
-  const begun = texts.filter((text) => text.length > 0);
-  const heads = groupBy(begun, ([head]) => head as number);
-  const used = [...heads.keys()].map((code): Range => [code, code]);
+  const heads = [...new Set(texts.flatMap((text) => text.slice(0, 1)))];
+  const tails = (head: number): (readonly number[])[] =>
+    texts.filter((text) => text[0] === head).map((text) => text.slice(1));
   return alt(
     ...(isOne ? [] : [seq()]),
-    seq(written(minus(ANY, used)), repeat(WRITTEN)),
-    ...Array.from(heads, ([code, all]) => seq(written([[code, code]]), otherThan(all.map((text) => text.slice(1))))),
+    seq(written(minus(ANY, heads.map(single))), repeat(WRITTEN)),
+    ...heads.map((head) => seq(written([single(head)]), otherThan(tails(head)))),
   );
 }
 
@@ -77,10 +74,11 @@ function oneOf(texts: readonly string[]): Grammar {
   let same = 0;
   while (same < first.length && texts.every((text) => text[same] === first[same])) same++;
   if (/[\ud800-\udbff]/.test(first[same - 1] ?? "")) same--; // a character is two of these
-  const heads = groupBy(texts, (text) => Array.from(text.slice(same, same + 2))[0] ?? "");
-  const tails = Array.from(heads, ([head, all]) =>
-    seq(literal(head), head === "" ? seq() : oneOf(all.map((text) => text.slice(same + head.length)))),
-  );
+  const headOf = (text: string): string => Array.from(text.slice(same, same + 2))[0] ?? "";
+  const tails = [...new Set(texts.map(headOf))].map((head) => {
+    const all = texts.filter((text) => headOf(text) === head).map((text) => text.slice(same + head.length));
+    return seq(literal(head), head === "" ? seq() : oneOf(all));
+  });
   return seq(literal(first.slice(0, same)), alt(...tails));
 }
 

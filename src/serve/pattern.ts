@@ -1,4 +1,5 @@
 /** Regular expressions as grammars. */
+import { excerpt } from "../io/json.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { ANY, alt, type Grammar, minus, type Range, repeat, seq, set } from "./grammar.ts";
 
@@ -32,6 +33,7 @@ const LINE_ENDS: readonly Range[] = [
 const CONTROLS: Readonly<Record<string, string>> = { n: "\n", r: "\r", t: "\t", f: "\f", v: "\v", 0: "\0" };
 const MOST_CHARACTERS = 10_000;
 const LONGEST = 4000;
+const DEEPEST = 100;
 
 const only = (character: string): readonly Range[] => [
   [character.codePointAt(0) as number, character.codePointAt(0) as number],
@@ -59,6 +61,7 @@ class Parser {
   readonly #left: string[];
   readonly #character: (ranges: readonly Range[]) => Grammar;
   #size = 0;
+  #depth = 0;
 
   constructor(pattern: string, character: (ranges: readonly Range[]) => Grammar) {
     this.#pattern = pattern;
@@ -117,8 +120,11 @@ class Parser {
     const c = this.#next();
     if (c === "(") {
       if (this.#take("?") && !this.#take(":")) this.#refuse(`(?${this.#next()}`);
+      if (++this.#depth > DEEPEST)
+        throw new ShapeError(`pattern: groups must be at most ${DEEPEST} deep, got more in ${this.#quoted}`);
       const inner = this.alternatives(false);
       this.#take(")");
+      this.#depth--;
       return inner;
     }
     this.#size++;
@@ -180,7 +186,7 @@ class Parser {
   }
 
   get #quoted(): string {
-    return JSON.stringify(this.#pattern);
+    return JSON.stringify(excerpt(this.#pattern));
   }
 
   #refuse(what: string): never {
