@@ -126,9 +126,9 @@ export class Sampler {
     for (let n = 0; n < MOST_REFUSED && choices.length > 0; n++) {
       const id = this.#draw(choices);
       if (allows(id)) return id;
-      choices = choices.filter((one) => one.id !== id);
+      choices = choices.filter((one) => one.id !== id && one.weight > 0);
     }
-    choices = choices.filter(({ id, weight }) => weight > 0 && allows(id));
+    choices = choices.filter(({ id }) => allows(id));
     if (choices.length > 0) return this.#draw(choices);
     const allowed = logits.map((logit, id) => (allows(id) ? logit : Number.NEGATIVE_INFINITY));
     return allowed.some((logit) => logit > Number.NEGATIVE_INFINITY)
