@@ -146,7 +146,7 @@ export class Sampler {
   }
 }
 
-const MOST_REFUSED = 32;
+const MOST_REFUSED = 8;
 
 interface Choice {
   readonly id: number;
