@@ -134,7 +134,8 @@ async function run(options: GenerateArguments): Promise<void> {
     const text = continuation(tokenizer, promptIds, ids).slice(0, end);
     show(text);
     result(json ? JSON.stringify({ prompt, text, prompt_ids: promptIds, ids }) : "");
-    if (schema && !isJson(text)) say(`warning: the JSON is cut off after ${ids.length} tokens. Raise --max-tokens, or leave out --stop`);
+    if (schema && !isJson(text))
+      say(`warning: the JSON is cut off after ${ids.length} tokens. Raise --max-tokens, or leave out --stop`);
   });
 }
 

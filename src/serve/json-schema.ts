@@ -15,6 +15,7 @@ const CHECKS = [
 const TYPES = ["object", "array", "string", "number", "integer", "boolean", "null"];
 const MOST_CHARACTERS = 200_000;
 const DEEPEST = 200;
+const LONGEST_NAME = 1000;
 
 const DATE = "\\d{4}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)";
 const TIME = "(?:[01]\\d|2[0-3]):[0-5]\\d:[0-5]\\d(?:\\.\\d{1,9})?(?:Z|[+-](?:[01]\\d|2[0-3]):[0-5]\\d)";
@@ -113,12 +114,14 @@ function members(open: string, close: string, { parts, more, least, most }: Memb
 }
 
 /** Exactly this value. */
-function constant(value: unknown): Grammar {
+function constant(value: unknown, path: string, depth: number = 0): Grammar {
+  if (depth > DEEPEST) refuse(path, `values must be at most ${DEEPEST} deep`);
+  const of = (one: unknown): Grammar => constant(one, path, depth + 1);
   const none = { more: alt(), least: 0, most: 0 };
   const required = (node: Grammar): Part => ({ node, isRequired: true });
-  if (Array.isArray(value)) return members("[", "]", { parts: value.map((one) => required(constant(one))), ...none });
+  if (Array.isArray(value)) return members("[", "]", { parts: value.map((one) => required(of(one))), ...none });
   if (!isObject(value)) return literal(JSON.stringify(value));
-  const parts = Object.entries(value).map(([name, one]) => required(seq(key(name), constant(one))));
+  const parts = Object.entries(value).map(([name, one]) => required(seq(key(name), of(one))));
   return members("{", "}", { parts, ...none });
 }
 
@@ -201,7 +204,10 @@ class SchemaReader {
       const types = typesOf(schema, path);
       const fitting = values.filter((one) => typeOf(one).some((type) => types.includes(type)));
       const [simple, others] = [fitting.filter((one) => !isNested(one)), fitting.filter(isNested)];
-      return alt(oneOf([...new Set(simple.map((one) => JSON.stringify(one)))]), ...others.map(constant));
+      return alt(
+        oneOf([...new Set(simple.map((one) => JSON.stringify(one)))]),
+        ...others.map((one) => constant(one, path)),
+      );
     }
     if (keyword === "allOf" && values.length !== 1) refuse(path, "allOf must have one schema", values.length);
     return alt(...values.map((one, i) => this.grammar(one, `${path}/${keyword}/${i}`)));
@@ -250,12 +256,14 @@ class SchemaReader {
   #object(schema: JsonObject, path: string): Grammar {
     const { properties = {}, additionalProperties } = schema;
     if (!isObject(properties)) return refuse(path, "properties must be an object", properties);
-    const required = list(schema.required ?? [], `${path}/required`).map(String);
+    const required = new Set(list(schema.required ?? [], `${path}/required`).map(String));
     const names = [...new Set([...Object.keys(properties), ...required])];
+    const long = names.find((name) => name.length > LONGEST_NAME);
+    if (long !== undefined) refuse(path, `names must have at most ${LONGEST_NAME} characters`, long);
     const at = `${path}/additionalProperties`;
     const isOpen = !Object.hasOwn(schema, "properties");
     const parts = names.map((name) => ({
-      isRequired: required.includes(name),
+      isRequired: required.has(name),
       node: seq(
         key(name),
         Object.hasOwn(properties, name)

@@ -391,6 +391,15 @@ test("a schema or a pattern that is made to take long is refused or quick", () =
   expect(() => jsonMachine({ $ref: "#/$defs/d0", $defs: { ...chain, d3000: {} } })).toThrow("must be at most 200 deep");
   expect(() => jsonMachine(nested)).toThrow("must have at most 10000 characters with its quantifiers written out");
   expect(() => jsonMachine(deep)).toThrow("groups must be at most 100 deep");
+  expect(() => jsonMachine({ properties: { ["a".repeat(1e5)]: true } })).toThrow(
+    "names must have at most 1000 characters",
+  );
+  expect(() => jsonMachine({ const: JSON.parse("[".repeat(2000) + "]".repeat(2000)) })).toThrow(
+    "values must be at most 200 deep",
+  );
+  const many = Object.fromEntries(Array.from({ length: 3000 }, (_, i) => [`n${i}`, { const: 1 }]));
+  const open = { type: "object", properties: many, required: Object.keys(many), additionalProperties: true };
+  expect(read(jsonMachine(open), '{"n0":1,"n1":1')).toBe("begun");
   expect(() => read(jsonMachine(twins), "[".repeat(40))).toThrow(
     new ShapeError(
       "constraint: a text must be read in at most 20000 ways at a time, got more. Make alternatives differ earlier, or fewer",
