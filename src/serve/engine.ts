@@ -158,7 +158,7 @@ export class Engine {
       throw new ShapeError(
         `generate: the adapter must be one of ${this.adapters.join(", ") || "none"}, got "${adapter}"`,
       );
-    const sampler = new Sampler(promptIds, request);
+    const sampler = new Sampler(promptIds, request, this.model.config.eosIds);
     const stream = new TokenStream(() => this.#drop(sequence));
     if (this.#waiting.length >= this.#options.maxWaiting)
       throw new QueueFull(
@@ -317,7 +317,13 @@ export class Engine {
     const { ids, request, sampler, stream, limit, place } = sequence;
     if (ids.length === request.promptIds.length && place)
       this.#pool.remember(this.#rootOf(request.adapter), ids, place.lease.pages);
-    const token = sampler.next(logits, request.logprobs);
+    let token: SampledToken;
+    try {
+      token = sampler.next(logits, request.logprobs);
+    } catch (error) {
+      this.#end(sequence, error); // of its constraint: the others go on
+      return;
+    }
     if (this.model.config.eosIds.includes(token.id)) {
       this.#end(sequence);
       return;
@@ -325,7 +331,7 @@ export class Engine {
     ids.push(token.id);
     this.#generatedTokens++;
     stream.push(token);
-    if (ids.length >= limit) this.#end(sequence);
+    if (ids.length >= limit || request.constraint?.isDone) this.#end(sequence);
   }
 
   #end(sequence: Sequence, error?: unknown): void {

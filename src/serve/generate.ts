@@ -35,9 +35,9 @@ interface KeyValueCache {
 
 /**
  * Continues a prompt, one token at a time, computing each position once. Ends at an end-of-text token (which is not yielded),
- * after `maxTokens`, or when the model's context is full.
+ * after `maxTokens`, when the model's context is full, or where the constraint lets nothing follow.
  *
- * Throws ShapeError for an empty or too long prompt, an id outside the vocabulary, and settings out of range.
+ * Throws ShapeError for an empty or too long prompt, an id outside the vocabulary, settings out of range, and a constraint that allows no token.
  */
 export async function* generateTokens<C extends KeyValueCache>(
   model: Generator<C>,
@@ -45,7 +45,7 @@ export async function* generateTokens<C extends KeyValueCache>(
 ): AsyncGenerator<SampledToken, void, undefined> {
   const { gpu, config } = model;
   checkPrompt(config, promptIds, maxTokens);
-  const sampler = new Sampler(promptIds, sampling);
+  const sampler = new Sampler(promptIds, sampling, config.eosIds);
   const room = Math.min(maxTokens, config.contextLength - promptIds.length);
   const cache = model.cache(1, promptIds.length + room);
   try {
@@ -58,6 +58,7 @@ export async function* generateTokens<C extends KeyValueCache>(
       const token = sampler.next(values, logprobs);
       if (config.eosIds.includes(token.id)) return;
       yield token;
+      if (sampling.constraint?.isDone) return;
       next = [token.id];
     }
   } finally {

@@ -20,6 +20,20 @@ export interface SamplingOptions {
   /** Added to the logits of these tokens. */
   readonly logitBias?: ReadonlyMap<number, number>;
   readonly seed?: number;
+  /** What the answer's text may be. For this answer alone. */
+  readonly constraint?: TokenConstraint | undefined;
+}
+
+/** Says which tokens one answer may have; it goes along as they are drawn. */
+export interface TokenConstraint {
+  /** Whether the answer may go on with this token. */
+  allows(id: number): boolean;
+  /** The answer goes on with this token. */
+  accept(id: number): void;
+  /** Whether the answer may end here. */
+  readonly mayEnd: boolean;
+  /** Whether it can do nothing else. */
+  readonly isDone: boolean;
 }
 
 /** A token and what the model thought of it, before penalties and temperature. */
@@ -58,19 +72,34 @@ export class Sampler {
   /** How often the answer has each token. */
   readonly #counts = new Map<number, number>();
 
-  /** Throws ShapeError for settings out of range. */
-  constructor(promptIds: readonly number[], options: SamplingOptions = {}) {
+  readonly #eosIds: readonly number[];
+
+  /** A constraint knows nothing of `eosIds`: they are allowed where the answer may end. Throws ShapeError for settings out of range. */
+  constructor(promptIds: readonly number[], options: SamplingOptions = {}, eosIds: readonly number[] = []) {
     checkSampling(options);
     this.#options = options;
+    this.#eosIds = eosIds;
     this.#random = new Random(options.seed ?? 0);
     this.#prompt = new Set(promptIds);
   }
 
-  /** The next token by its logits [V], and the `top` likeliest ones with their log-probabilities. */
+  /**
+   * The next token by its logits [V], and the `top` likeliest ones with their log-probabilities. With a constraint: the likeliest that is allowed,
+   * or one drawn from what the options leave, given that it is allowed; where none of these is, from what they leave of those that are.
+   *
+   * Throws ShapeError where the constraint allows no token.
+   */
   next(logits: Float32Array, top = 0): SampledToken {
-    const { temperature = 0 } = this.#options;
+    const { temperature = 0, constraint } = this.#options;
     const changed = this.#penalised(logits);
-    const id = temperature === 0 ? argmax(changed) : this.#draw(candidates(changed, this.#options));
+    const allows = (one: number): boolean =>
+      !constraint || (this.#eosIds.includes(one) ? constraint.mayEnd : constraint.allows(one));
+    const id = temperature === 0 ? argmax(changed, allows) : this.#drawAllowed(changed, allows);
+    if (id === undefined)
+      throw new ShapeError(
+        "generate: the constraint must allow a token of the vocabulary, got none that it allows here. Take a model whose tokens can write any text",
+      );
+    if (!this.#eosIds.includes(id)) constraint?.accept(id);
     this.#counts.set(id, (this.#counts.get(id) ?? 0) + 1);
     const total = logSumExp(logits);
     const scored = (one: number): ScoredToken => ({ id: one, logprob: (logits[one] ?? Number.NaN) - total });
@@ -91,6 +120,22 @@ export class Sampler {
     return changed;
   }
 
+  #drawAllowed(logits: Float64Array, allows: (id: number) => boolean): number | undefined {
+    let choices = candidates(logits, this.#options);
+    // Those refused are struck out, which changes nothing of how the others share; where that would take long, all are looked at.
+    for (let n = 0; n < MOST_REFUSED && choices.length > 0; n++) {
+      const id = this.#draw(choices);
+      if (allows(id)) return id;
+      choices = choices.filter((one) => one.id !== id && one.weight > 0);
+    }
+    choices = choices.filter(({ id }) => allows(id));
+    if (choices.length > 0) return this.#draw(choices);
+    const allowed = logits.map((logit, id) => (allows(id) ? logit : Number.NEGATIVE_INFINITY));
+    return allowed.some((logit) => logit > Number.NEGATIVE_INFINITY)
+      ? this.#draw(candidates(allowed, this.#options))
+      : undefined;
+  }
+
   #draw(choices: readonly Choice[]): number {
     let left = this.#random.uniform() * choices.reduce((sum, { weight }) => sum + weight, 0);
     for (const { id, weight } of choices) {
@@ -100,6 +145,8 @@ export class Sampler {
     return choices.reduce((a, b) => (b.weight > a.weight ? b : a)).id;
   }
 }
+
+const MOST_REFUSED = 8;
 
 interface Choice {
   readonly id: number;
@@ -134,10 +181,11 @@ function nucleus(choices: readonly Choice[], p: number): Choice[] {
   return (end < 0 ? likely : likely.slice(0, end + 1)).toSorted((a, b) => a.id - b.id);
 }
 
-/** Index of the largest value; the first of equals. */
-function argmax(values: ArrayLike<number>): number {
-  let best = 0;
-  for (let i = 1; i < values.length; i++) if ((values[i] ?? 0) > (values[best] ?? 0)) best = i;
+/** Index of the largest value that is allowed; the first of equals. Asks only of those above all that were allowed before. */
+function argmax(values: ArrayLike<number>, allows: (index: number) => boolean): number | undefined {
+  let best: number | undefined;
+  for (let i = 0; i < values.length; i++)
+    if ((best === undefined || (values[i] ?? 0) > (values[best] ?? 0)) && allows(i)) best = i;
   return best;
 }
 
