@@ -3,6 +3,16 @@
 export * from "./autograd/basic-ops.ts";
 export { adding, backward, type Gradients, once, recompute, record } from "./autograd/engine.ts";
 export * from "./autograd/model-ops.ts";
+export {
+  type CheckpointContent,
+  changedSettings,
+  checkpointContent,
+  type RunNotes,
+  type RunSettings,
+  readCheckpoint,
+  type SavedCheckpoint,
+  startAsIn,
+} from "./checkpoint-content.ts";
 export { GpuError } from "./gpu/errors.ts";
 export { type Counters, type Dispatch, Gpu, type HasBuffer, type OpenGpuOptions, openGpu } from "./gpu/gpu.ts";
 export {
