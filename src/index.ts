@@ -123,6 +123,7 @@ export {
   type RowOptions,
   readPairs,
   readRows,
+  rowStream,
   rowsOf,
 } from "./train/data.ts";
 export { findLearningRate, type RatePoint, type RateSweep, type RateSweepOptions } from "./train/find-learning-rate.ts";
@@ -178,6 +179,7 @@ export {
   type ProfiledDispatch,
   profileTable,
 } from "./train/profile.ts";
+export type { Rows } from "./train/row-source.ts";
 export { type Schedule, scheduleFactor } from "./train/schedule.ts";
 export {
   type Dimension,
