@@ -114,6 +114,7 @@ async function writerOf(handle: FileSystemFileHandle & Partial<SyncFileHandle>):
     async write(piece) {
       for (let done = 0; done < piece.byteLength; ) {
         const written = access.write(piece.subarray(done), { at });
+        if (written === 0) throw new DOMException("nothing was written", "QuotaExceededError");
         done += written;
         at += written;
       }

@@ -265,7 +265,10 @@ const fromWorker = (task: WorkerTask): Promise<unknown> =>
   });
 
 async function work(task: WorkerTask): Promise<unknown> {
-  if ("files" in task) return trained(await openGpu(), task.files, { from: await newest(), saveEvery: 1 });
+  if ("files" in task) {
+    if (!("createSyncAccessHandle" in FileSystemFileHandle.prototype)) throw new Error("no access handles in a worker");
+    return trained(await openGpu(), task.files, { from: await newest(), saveEvery: 1 });
+  }
   const directory = await hubDirectory(ID, { endpoint: task.endpoint, pieceBytes: PIECE });
   return digest(await wholeOf(await directory.open(task.wanted)));
 }

@@ -157,6 +157,7 @@ class WorkerFile extends MemoryFile {
     return {
       write: (piece: Uint8Array, { at }: { at: number }) => {
         const part = piece.subarray(0, piece.length > 40 ? piece.length >> 1 : piece.length);
+        if (this.store.room === 0) return 0;
         this.store.operation(() => put(part.subarray(0, part.length >> 1), at));
         this.store.take(part.length);
         put(part, at);

@@ -1,8 +1,17 @@
 // Two slots in OPFS survive a tab that is closed at any single change, and damage of every kind is found.
-import { afterEach, beforeEach, describe, expect, test, vi } from "vitest";
+import { afterEach, beforeAll, beforeEach, describe, expect, test, vi } from "vitest";
 import { listCheckpoints, newestCheckpoint, removeCheckpoints, writeCheckpoint } from "../../src/browser.ts";
+import { checkpointContent, readCheckpoint, type SavedCheckpoint, startAsIn } from "../../src/checkpoint-content.ts";
+import type { Gpu } from "../../src/gpu/gpu.ts";
 import { FormatError } from "../../src/io/errors.ts";
+import { diskDirectory } from "../../src/io/files.ts";
 import { readText } from "../../src/io/json.ts";
+import { attachLora } from "../../src/lora/attach.ts";
+import { initLora } from "../../src/lora/init.ts";
+import { loadModel } from "../../src/models/load.ts";
+import { readAll } from "../../src/tensor/tensor.ts";
+import { train } from "../../src/train/trainer.ts";
+import { testGpu } from "../harness.ts";
 import { Crash, type MemoryFile, MemoryOpfs } from "./memory-opfs.ts";
 
 const RUN = "my run";
@@ -26,6 +35,10 @@ async function newest(warnings: string[] = [], run = RUN): Promise<unknown> {
 }
 
 let opfs: MemoryOpfs;
+let gpu: Gpu;
+beforeAll(async () => {
+  gpu = await testGpu();
+});
 const filesOf = (slot: number): MemoryFile[] => opfs.files(["lowrank", "runs", "my%20run", `slot-${slot}`]);
 
 afterEach(() => vi.unstubAllGlobals());
@@ -141,13 +154,18 @@ describe.each([
 
   test("without room for it the save says so and the checkpoint before stays", async () => {
     await save(1);
-    opfs.room = 10;
-    await expect(save(2)).rejects.toThrow(
-      new FormatError(
-        "my run/slot-1/weights: 4 bytes of room must be left in the browser's storage of this site, got less. Remove other models (listCached, clearCached), free some space on the disk, or leave the private window",
-      ),
-    );
-    expect(await newest()).toEqual(of(1));
+    for (const [room, piece] of [
+      [10, 4],
+      [0, 8],
+    ] as const) {
+      opfs.room = room;
+      await expect(save(2)).rejects.toThrow(
+        new FormatError(
+          `my run/slot-1/weights: ${piece} bytes of room must be left in the browser's storage of this site, got less. Remove other models (listCached, clearCached), free some space on the disk, or leave the private window`,
+        ),
+      );
+      expect(await newest()).toEqual(of(1));
+    }
   });
 
   test("runs are apart, listed and removed by their names", async () => {
@@ -160,6 +178,37 @@ describe.each([
     await removeCheckpoints("never begun");
     expect((await listCheckpoints()).map(({ run }) => run)).toEqual(["ünlike others%"]);
     await expect(newest()).rejects.toThrow(new FormatError("my run: must have a checkpoint to go on from, got none"));
+  });
+
+  test("a run that began with a part of the base goes on from there in a fresh adapter, bit for bit", async () => {
+    const rows = [
+      [1, 2, 3, 4],
+      [5, 6, 7],
+      [8, 9],
+    ].map((ids) => ({ inputIds: ids, labels: ids }));
+    const notes = { settings: { r: 2, init: "pissa" }, madeBy: { lowrank: "test" } };
+    const run = async (from?: SavedCheckpoint): Promise<Float32Array[]> => {
+      const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
+      const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: ["q_proj"], dropout: 0.1 }, 5);
+      if (from) await startAsIn(from, adapter);
+      else await initLora(adapter, "pissa", 5);
+      const training = train({
+        ...{ model, adapter, parameters: adapter.parameters, rows, steps: 4, batchSize: 2, learningRate: 1e-2 },
+        ...{ shuffleSeed: 1, from: from?.state },
+        checkpoint: { every: 3, save: (s) => writeCheckpoint(RUN, checkpointContent(adapter, "org/base", s, notes)) },
+      });
+      const steps: number[] = [];
+      for await (const { step } of training) steps.push(step);
+      expect(steps).toEqual(from ? [4] : [1, 2, 3, 4]);
+      const values = await readAll(adapter.parameters);
+      adapter.detach();
+      model.destroy();
+      return values;
+    };
+    const whole = await run();
+    const saved = await readCheckpoint(await newestCheckpoint(RUN, () => {}));
+    expect([saved.step, saved.settings, saved.madeBy]).toEqual([3, notes.settings, notes.madeBy]);
+    expect(await run(saved)).toEqual(whole);
   });
 
   test("a run that is no name is refused", async () => {
