@@ -17,7 +17,7 @@ const report = await killLoop({
   onKill: (line) => console.log(line),
 });
 console.log(
-  `${report.kills} kills, ${report.inWrites} of them while a checkpoint was being written, in ${report.runs} runs: ${report.wrong.length === 0 ? "nothing wrong" : "WRONG"}`,
+  `${report.kills} kills, ${report.inWrites} of them while a checkpoint was being written, ${report.compared} runs compared: ${report.wrong.length === 0 ? "nothing wrong" : "WRONG"}`,
 );
 for (const line of report.wrong) console.log(line);
 await rm(home, { recursive: true });

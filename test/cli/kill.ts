@@ -24,8 +24,8 @@ export interface KillReport {
   readonly kills: number;
   /** Of these, while a checkpoint was being written: what there was of it was left. */
   readonly inWrites: number;
-  /** Runs that came to their end and were compared. */
-  readonly runs: number;
+  /** Runs that were killed after their first checkpoint, came to their end and were compared. */
+  readonly compared: number;
   /** What was wrong, in words; empty where nothing was. */
   readonly wrong: readonly string[];
 }
@@ -42,7 +42,7 @@ export async function killLoop({ home, kills, steps, seed, onKill = () => {} }: 
   const whole = await lowrank([...args, "--out", join(home, "whole")]);
   if (whole.code !== 0) throw new Error(whole.stderr);
   const expected = await outcome(join(home, "whole"));
-  let [done, inWrites, runs] = [0, 0, 0];
+  let [done, inWrites, runs, compared] = [0, 0, 0, 0];
   while (done < kills) {
     const out = join(home, `killed-${++runs}`);
     let newest = 0;
@@ -57,10 +57,14 @@ export async function killLoop({ home, kills, steps, seed, onKill = () => {} }: 
       newest = found;
     }
     if (newest > 0 && newest < steps) await lowrank([...args, "--out", out, "--resume"]);
-    if (newest === 0) await rm(out, { recursive: true, force: true });
-    else if ((await outcome(out)) !== expected) wrong.push(`${out}: differs from the run that was not killed`);
+    if (newest === 0) {
+      await rm(out, { recursive: true, force: true });
+      continue;
+    }
+    compared++;
+    if ((await outcome(out)) !== expected) wrong.push(`${out}: differs from the run that was not killed`);
   }
-  return { kills: done, inWrites, runs, wrong };
+  return { kills: done, inWrites, compared, wrong };
 }
 
 async function prepare(home: string, steps: number): Promise<string[]> {
