@@ -3,6 +3,16 @@
 export * from "./autograd/basic-ops.ts";
 export { adding, backward, type Gradients, once, recompute, record } from "./autograd/engine.ts";
 export * from "./autograd/model-ops.ts";
+export {
+  type CheckpointContent,
+  changedSettings,
+  checkpointContent,
+  type RunNotes,
+  type RunSettings,
+  readCheckpoint,
+  type SavedCheckpoint,
+  startAsIn,
+} from "./checkpoint-content.ts";
 export { GpuError } from "./gpu/errors.ts";
 export { type Counters, type Dispatch, Gpu, type HasBuffer, type OpenGpuOptions, openGpu } from "./gpu/gpu.ts";
 export {
@@ -116,6 +126,7 @@ export {
   type RowOptions,
   readPairs,
   readRows,
+  rowStream,
   rowsOf,
 } from "./train/data.ts";
 export { findLearningRate, type RatePoint, type RateSweep, type RateSweepOptions } from "./train/find-learning-rate.ts";
@@ -178,6 +189,7 @@ export {
   type ProfiledDispatch,
   profileTable,
 } from "./train/profile.ts";
+export type { Rows } from "./train/row-source.ts";
 export { type Schedule, scheduleFactor } from "./train/schedule.ts";
 export {
   type Dimension,

@@ -1,12 +1,17 @@
 /** A learning rate to begin with, from a short sweep over many. */
 import { ShapeError } from "../tensor/errors.ts";
 import { batchIndices, longest } from "./batches.ts";
+import type { Row } from "./data/row.ts";
 import { TrainingStep } from "./step.ts";
 import { languageTask } from "./task.ts";
 import type { TrainOptions } from "./trainer.ts";
 
 export interface RateSweepOptions
-  extends Omit<TrainOptions, "steps" | "learningRate" | "gradAccumulation" | "from" | "checkpoint" | "validation"> {
+  extends Omit<
+    TrainOptions,
+    "rows" | "maxLength" | "steps" | "learningRate" | "gradAccumulation" | "from" | "checkpoint" | "validation"
+  > {
+  readonly rows: readonly Row[];
   /** The first rate and the last; 1e-7 and 1 unless given. */
   readonly lowest?: number;
   readonly highest?: number;
