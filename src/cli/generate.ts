@@ -1,6 +1,8 @@
 import { Command, type Option } from "commander";
 import { diskDirectory } from "../node.ts";
-import { generate } from "../serve/generate.ts";
+import { generateTokens } from "../serve/generate.ts";
+import type { SampledToken } from "../serve/sampling.ts";
+import { textOf } from "../serve/text.ts";
 import { loadTokenizer } from "../tokenizer.ts";
 import {
   adapterOption,
@@ -13,7 +15,7 @@ import {
   whole,
 } from "./options.ts";
 import { located } from "./places.ts";
-import { continuation, openModel, result, withGpu } from "./session.ts";
+import { openModel, result, withGpu } from "./session.ts";
 
 interface GenerateArguments {
   readonly model: string;
@@ -88,44 +90,24 @@ const share = (flags: string, description: string, holds: (x: number) => boolean
   });
 
 async function run(options: GenerateArguments): Promise<void> {
-  const { model: path, adapter, prompt, json, stop = [], ...settings } = await located(options);
+  const { model: path, adapter, prompt, json, stop, ...settings } = await located(options);
   const tokenizer = await loadTokenizer(diskDirectory(path));
   const promptIds = tokenizer.encode(prompt);
   await withGpu(async (gpu) => {
     const model = await openModel(gpu, path, weightFormat(options.quantize), adapter);
     const ids: number[] = [];
-    let shown = 0;
-    const show = (soFar: string): void => {
-      if (!json && soFar.length > shown) process.stdout.write(soFar.slice(shown));
-      shown = Math.max(shown, soFar.length);
-    };
-    let end: number | undefined;
     const isDrawn = [settings.topK, settings.topP, settings.minP].some((limit) => limit !== undefined);
-    for await (const id of generate(model, { temperature: isDrawn ? 1 : 0, ...settings, promptIds })) {
-      if (id === tokenizer.eosId) break;
-      ids.push(id);
-      const soFar = continuation(tokenizer, promptIds, ids);
-      end = firstOf(stop, soFar);
-      if (end !== undefined) break;
-      show(settled(soFar, stop));
+    async function* tokens(): AsyncGenerator<SampledToken, void, undefined> {
+      for await (const token of generateTokens(model, { temperature: isDrawn ? 1 : 0, ...settings, promptIds })) {
+        if (token.id !== tokenizer.eosId) ids.push(token.id);
+        yield token;
+      }
     }
-    const text = continuation(tokenizer, promptIds, ids).slice(0, end);
-    show(text);
+    let text = "";
+    for await (const piece of textOf(tokens(), { tokenizer, promptIds, stop, room: settings.maxTokens })) {
+      if (!json) process.stdout.write(piece.text);
+      text += piece.text;
+    }
     result(json ? JSON.stringify({ prompt, text, prompt_ids: promptIds, ids }) : "");
   });
-}
-
-/** Where the first of the stops begins, if there is one. */
-const firstOf = (stops: readonly string[], text: string): number | undefined => {
-  const places = stops.map((stop) => text.indexOf(stop)).filter((at) => at >= 0);
-  return places.length > 0 ? Math.min(...places) : undefined;
-};
-
-/** The text without an end that may change: a character still in pieces, or what a stop may begin with. */
-function settled(text: string, stops: readonly string[]): string {
-  const known = text.replace(/\ufffd+$/, "");
-  const isOpen = (at: number): boolean => stops.some((stop) => stop.startsWith(known.slice(at)));
-  for (let at = Math.max(0, known.length - Math.max(0, ...stops.map((stop) => stop.length))); at < known.length; at++)
-    if (isOpen(at)) return known.slice(0, at);
-  return known;
 }

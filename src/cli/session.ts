@@ -220,9 +220,3 @@ export function duration(seconds: number): string {
   if (whole >= 3600) return `${Math.floor(whole / 3600)}h ${pad(Math.floor((whole % 3600) / 60))}m`;
   return whole >= 60 ? `${Math.floor(whole / 60)}m ${pad(whole % 60)}s` : `${whole}s`;
 }
-
-/** The text that `ids` add to the prompt: decoded with it, for a decoder may drop a space at the start of a text. */
-export function continuation(tokenizer: Tokenizer, promptIds: readonly number[], ids: readonly number[]): string {
-  const [before, all] = [tokenizer.decode(promptIds), tokenizer.decode([...promptIds, ...ids])];
-  return all.startsWith(before) ? all.slice(before.length) : tokenizer.decode(ids);
-}
