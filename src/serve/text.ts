@@ -38,9 +38,9 @@ export async function* textOf(
   const search = new StopSearch(stop);
   let waiting: TextToken[] = [];
   let [count, decoded, given] = [0, 0, 0];
-  const taken = (text: string): string => {
-    decoded += text.length;
-    return search.push(text);
+  const taken = (added: string): string => {
+    decoded += added.length;
+    return search.push(added);
   };
   for await (const token of tokens) {
     if (token.id === tokenizer.eosId) break;
@@ -133,7 +133,7 @@ class StopSearch {
   /** What of the text so far is no stop and can become none. */
   push(piece: string): string {
     const text = this.#held + piece;
-    const places = this.#stops.map((stop) => text.indexOf(stop)).filter((at) => at >= 0);
+    const places = this.#stops.map((stop) => text.indexOf(stop)).filter((place) => place >= 0);
     this.isFound = places.length > 0;
     if (this.isFound) return text.slice(0, Math.min(...places));
     let at = Math.max(0, text.length - this.#longest + 1);

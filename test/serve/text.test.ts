@@ -102,9 +102,9 @@ describe("text of single bytes", () => {
     let looked = 0;
     const counting: Tokenizer = {
       ...tokenizer,
-      decode: (ids, options) => {
-        looked += ids.length;
-        return tokenizer.decode(ids, options);
+      decode: (some, options) => {
+        looked += some.length;
+        return tokenizer.decode(some, options);
       },
     };
     const ids = bytes("some words, é and 😀. ".repeat(100));
