@@ -21,7 +21,9 @@ const OUTSIDE: readonly [file: RegExp, modules: RegExp][] = [
   [/^src\/io\/tokenizer\.ts$/, /^@huggingface\/tokenizers$/],
   [/^src\/io\/chat-template\.ts$/, /^@huggingface\/jinja$/],
   [/^src\/io\/tables\.ts$/, /^(csv-parse\/sync|hyparquet|hyparquet-compressors)$/],
+  [/^src\/serve\/http\//, /^hono(\/|$)/],
   [/^src\/cli\//, /^(node:|commander$|yaml$)/],
+  [/^src\/cli\/serve-node\.ts$/, /^@hono\/node-server$/],
 ];
 
 const files = readdirSync("src", { recursive: true, encoding: "utf8" })
