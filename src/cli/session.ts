@@ -164,7 +164,8 @@ async function readAs<R>(
   return { rows: train, stats, maxLength: length, valid };
 }
 
-async function openTemplate(model: string, given: string | undefined): Promise<ChatTemplate | undefined> {
+/** The template of a model's directory, or what a --chat-template says in its place. */
+export async function openTemplate(model: string, given: string | undefined): Promise<ChatTemplate | undefined> {
   const directory = diskDirectory(model);
   if (given === undefined) return loadChatTemplate(directory);
   const text = given === "chatml" ? CHATML : await readTextFile(given);

@@ -12,6 +12,7 @@ const TYPES = {
   413: "PayloadTooLargeError",
   415: "UnsupportedMediaTypeError",
   429: "RateLimitError",
+  431: "RequestHeaderFieldsTooLargeError",
   500: "InternalServerError",
   503: "ServiceUnavailableError",
 } as const;
