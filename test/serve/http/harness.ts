@@ -12,7 +12,7 @@ const END = 256;
 
 export class FakeEngine implements Engine {
   readonly contextLength: number = 200;
-  readonly loaded = new Map<string, Directory | undefined>([["pirate", undefined]]);
+  readonly loaded: Map<string, Directory | undefined> = new Map([["pirate", undefined]]);
   readonly requests: GenerationRequest[] = [];
   running = 0;
   isFull = false;
@@ -72,11 +72,11 @@ const top = (id: number, n: number): { id: number; logprob: number }[] =>
   Array.from({ length: n }, (_, i) => ({ id: id + i, logprob: i === 2 ? Number.NEGATIVE_INFINITY : -(id + i) / 100 }));
 
 /** Resolves after so many milliseconds. */
-export const after = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
+export const pause = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
 
 /** Resolves once it holds, and throws where it never does. */
 export async function until(holds: () => boolean, what: string): Promise<void> {
-  for (let i = 0; i < 500 && !holds(); i++) await after(10);
+  for (let i = 0; i < 500 && !holds(); i++) await pause(10);
   if (!holds()) throw new Error(`never: ${what}`);
 }
 
