@@ -50,9 +50,12 @@ async function listenInNode(app: App, options: ListenOptions): Promise<Listening
     overrideGlobalObjects: false,
     errorHandler: () => Response.json(malformed.body, { status: 400 }),
   });
-  const timeouts = { headersTimeout: headersMs, requestTimeout: requestMs };
   const server = createServer(
-    { ...timeouts, connectionsCheckingInterval: Math.min(1000, headersMs), maxHeaderSize: 2 ** 14 },
+    {
+      ...{ headersTimeout: headersMs, requestTimeout: requestMs, maxHeaderSize: 2 ** 14 },
+      connectionsCheckingInterval: Math.min(1000, headersMs), // of Node's own accord every 30 s
+      requireHostHeader: false, // the listener says so in the app's words
+    },
     listener,
   );
   server.maxConnections = maxConnections;
