@@ -80,7 +80,7 @@ export async function until(holds: () => boolean, what: string): Promise<void> {
   if (!holds()) throw new Error(`never: ${what}`);
 }
 
-export const HOST = "127.0.0.1:8000";
+const HOST = "127.0.0.1:8000";
 export const API_KEY: string = "api-key-".padEnd(40, "a");
 export const ADMIN_KEY: string = "admin-key-".padEnd(40, "b");
 
