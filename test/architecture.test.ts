@@ -92,6 +92,11 @@ test.each(["src/index.ts", "src/browser.ts"])("%s loads nothing from outside src
   expect([...loadedBy(entry)].filter((file) => !file.startsWith("src/"))).toEqual([]);
 });
 
+test("src/server.ts loads nothing from outside src/ but hono", () => {
+  const outside = [...loadedBy("src/server.ts")].filter((file) => !file.startsWith("src/"));
+  expect(outside.toSorted()).toEqual(["hono", "hono/secure-headers"]);
+});
+
 test("every import names a file that exists, with its extension", () => {
   const missing = files.flatMap((file) =>
     importsOf(readFileSync(file, "utf8"))

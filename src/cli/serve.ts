@@ -10,6 +10,7 @@ import { ShapeError } from "../tensor/errors.ts";
 import { loadTokenizer } from "../tokenizer.ts";
 import { modelOption, quantizeOption, revisionOption, timeOption, weightFormat, whole } from "./options.ts";
 import { find, located } from "./places.ts";
+import { configOption } from "./run-config.ts";
 import { listen } from "./serve-node.ts";
 import { openModel, openTemplate, say, withGpu } from "./session.ts";
 import { version } from "./version.ts";
@@ -44,8 +45,8 @@ Examples:
       -d '{"model": "pirate", "prompt": "Once upon a time", "max_tokens": 40}'
   $ LOWRANK_API_KEY=… lowrank serve --model models/base --host 0.0.0.0 --allowed-host llm.example
 
-The endpoints are OpenAI's, and a "model" is an adapter's name or the base's. Keys are best given in the environment: other users of a machine can see
-the command line. TLS and limits by address are a proxy's to add.`;
+The endpoints are OpenAI's, and a "model" is an adapter's name or the base's. Keys are best given in the environment or a --config file: other users of a
+machine can see the command line. TLS and limits by address are a proxy's to add.`;
 
 export function serveCommand(): Command {
   return new Command("serve")
@@ -75,6 +76,7 @@ export function serveCommand(): Command {
       ),
     )
     .option("--quiet", "no line for each request")
+    .addOption(configOption())
     .addHelpText("after", EXAMPLES)
     .action(run);
 }

@@ -179,9 +179,14 @@ test("the base and its adapters answer, adapters come and go, and SIGTERM lets t
   expect(stderr).not.toContain("Once");
 });
 
-test("SIGINT ends an idle server at once, though a client keeps its connection", async () => {
-  const { run: served, client } = await serving("--quiet");
-  await client.models.list();
+test("options may be in a file, and SIGINT ends an idle server at once, though a client keeps its connection", async () => {
+  await writeFile(
+    at("serve.yaml"),
+    `api-key: [${KEY}]\nadapter:\n  - a=${at("adapters/pirate")}\n  - b=${at("adapters/pirate")}\n`,
+  );
+  const { run: served, client } = await serving("--quiet", "--config", at("serve.yaml"));
+  expect((await client.models.list()).data.map(({ id }) => id)).toEqual(["model", "a", "b"]);
+  await expect(client.withOptions({ apiKey: "another" }).models.list()).rejects.toThrow("401");
   served.child.kill("SIGINT");
   expect((await served.ended).code).toBe(0);
 });

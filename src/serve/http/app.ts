@@ -102,8 +102,8 @@ class Server {
   readonly #hosts: ReadonlySet<string>;
   readonly #origins: ReadonlySet<string>;
   readonly #paths = new Set<string>();
-  /** When each model came, in milliseconds since 1970. */
-  readonly #came = new Map<string, number>();
+  /** Seconds since 1970. */
+  readonly #created: number;
   /** Ends each answer that is being made. */
   readonly #answers = new Set<AbortController>();
   #isDraining = false;
@@ -127,7 +127,7 @@ class Server {
     this.#gate = new Gate(this.#limits.concurrentPerKey);
     this.#hosts = exactHosts(options.hosts);
     this.#origins = exactOrigins(options.origins ?? []);
-    this.#came.set(modelName, this.#clock());
+    this.#created = Math.floor(this.#clock() / 1000);
 
     const keyed = door(new Keys(apiKeys));
     this.app.use(this.#recorded, secureHeaders(SECURE_HEADERS), this.#guarded);
@@ -219,10 +219,8 @@ class Server {
 
   readonly #card = (id: string): object => {
     const { modelName, engine } = this.#served;
-    const came = this.#came.get(id) ?? this.#clock();
-    this.#came.set(id, came);
     return {
-      ...{ id, object: "model", created: Math.floor(came / 1000), owned_by: "lowrank" },
+      ...{ id, object: "model", created: this.#created, owned_by: "lowrank" },
       ...{ root: modelName, parent: id === modelName ? null : modelName, max_model_len: engine.contextLength },
     };
   };
