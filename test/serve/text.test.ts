@@ -85,6 +85,17 @@ describe("text of single bytes", () => {
     expect(all.map(({ finishReason }) => finishReason)).toEqual([...all.slice(1).map(() => undefined), reason]);
   });
 
+  test("keeps a space after tokens without text, where the decoder drops it at the start of a text", async () => {
+    const dropping: Tokenizer = {
+      ...tokenizer,
+      decode: (some, options) => tokenizer.decode(some, options).replace(/^ /, ""),
+    };
+    const ids = [...bytes("a"), ...new Array<number>(9).fill(257), ...bytes(" b")];
+    expect(joined(await pieces(dropping, ids))).toBe("a b");
+    const promptIds = [...bytes("a"), ...new Array<number>(9).fill(257)];
+    expect(joined(await pieces(dropping, bytes(" b"), { promptIds }))).toBe(" b");
+  });
+
   test("gives the tokens back when it ends early", async () => {
     let isReturned = false;
     async function* endless(): AsyncGenerator<SampledToken, void, undefined> {

@@ -29,8 +29,7 @@ export class Fields {
   number(field: string, rule: string, holds: (value: number) => boolean): number | undefined {
     const value = this.any(field);
     if (value === undefined) return undefined;
-    if (typeof value !== "number" || !Number.isFinite(value) || !holds(value))
-      throw refused(this.name(field), rule, value);
+    if (typeof value !== "number" || !holds(value)) throw refused(this.name(field), rule, value);
     return value;
   }
 

@@ -317,6 +317,20 @@ describe("streams", () => {
     expect([objects.length, isDone]).toEqual([3, true]);
   });
 
+  test("one that lasts longer than a reader may wait goes on as long as it is read", async () => {
+    const { post, engine } = testApp({ limits: { stallMs: 60 } });
+    engine.reply = async function* () {
+      for (const piece of "abcdef") {
+        yield piece;
+        await pause(25);
+      }
+      await pause(100);
+      yield "g";
+    };
+    const { objects, isDone } = eventsOf(await (await post("/v1/completions", { ...completion, stream: true })).text());
+    expect([objects.length, isDone]).toEqual([8, true]);
+  });
+
   test("a reader who takes nothing is given up, and the engine with it", async () => {
     const { post, engine } = testApp({ limits: { stallMs: 50 } });
     engine.reply = async function* (request) {

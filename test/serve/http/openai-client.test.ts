@@ -163,6 +163,14 @@ test("log-probabilities of a stream come with the text that they are of, and non
   expect(tokens).toEqual([[], ["a"], ["\ufffd", "\ufffd"], []]);
 });
 
+test("log-probabilities are of the text, not of the stop that ended it", async () => {
+  engine.reply = () => ["abEND"];
+  const asked = { model: "base", prompt: "a", logprobs: 1, stop: ["bEN", "END"] };
+  const answer = await client.completions.create(asked);
+  expect(answer.choices[0]).toMatchObject({ text: "a", logprobs: { tokens: ["a"], text_offset: [0] } });
+  expect(answer.usage?.completion_tokens).toBe(4);
+});
+
 test("a completion continues a text, or ids", async () => {
   const answer = await client.completions.create({ model: "pirate", prompt: "ab", logprobs: 1 });
   expect(answer).toMatchObject({
