@@ -56,9 +56,13 @@ function demand(holds: boolean, what: string): void {
 
 const home = mkdtempSync(join(tmpdir(), "lowrank-haproxy-"));
 const certificate = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=llm.example"];
-execFileSync("openssl", [...certificate, "-keyout", join(home, "key"), "-out", join(home, "cert")], {
-  stdio: "ignore",
-});
+execFileSync(
+  process.env.OPENSSL ?? "openssl",
+  [...certificate, "-keyout", join(home, "key"), "-out", join(home, "cert")],
+  {
+    stdio: "ignore",
+  },
+);
 writeFileSync(
   join(home, "lowrank.pem"),
   readFileSync(join(home, "cert"), "utf8") + readFileSync(join(home, "key"), "utf8"),
