@@ -5,7 +5,9 @@ import type { CausalModel } from "../models/causal.ts";
 import { diskDirectory } from "../node.ts";
 import { beamSearch } from "../serve/beam-search.ts";
 import { jsonConstraint } from "../serve/constraint.ts";
-import { generate } from "../serve/generate.ts";
+import { generateTokens } from "../serve/generate.ts";
+import type { SampledToken } from "../serve/sampling.ts";
+import { textOf } from "../serve/text.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { loadTokenizer } from "../tokenizer.ts";
 import {
@@ -19,7 +21,7 @@ import {
   whole,
 } from "./options.ts";
 import { located } from "./places.ts";
-import { continuation, openModel, readTextFile, result, say, withGpu } from "./session.ts";
+import { openModel, readTextFile, result, say, withGpu } from "./session.ts";
 
 interface GenerateArguments {
   readonly model: string;
@@ -100,7 +102,7 @@ const share = (flags: string, description: string, holds: (x: number) => boolean
   });
 
 async function run(options: GenerateArguments): Promise<void> {
-  const { model: path, adapter, prompt, json, stop = [], jsonSchema, beams, ...settings } = await located(options);
+  const { model: path, adapter, prompt, json, stop, jsonSchema, beams, ...settings } = await located(options);
   const idle = beams === undefined ? undefined : NOT_WITH_BEAMS.find((name) => options[name] !== undefined);
   if (idle) throw new ShapeError(`generate: --beams must be without --${dashed(idle)}, got both`);
   const tokenizer = await loadTokenizer(diskDirectory(path));
@@ -116,23 +118,19 @@ async function run(options: GenerateArguments): Promise<void> {
       return;
     }
     const ids: number[] = [];
-    let shown = 0;
-    const show = (soFar: string): void => {
-      if (!json && soFar.length > shown) process.stdout.write(soFar.slice(shown));
-      shown = Math.max(shown, soFar.length);
-    };
-    let end: number | undefined;
     const isDrawn = [settings.topK, settings.topP, settings.minP].some((limit) => limit !== undefined);
-    for await (const id of generate(model, { temperature: isDrawn ? 1 : 0, ...settings, promptIds, constraint })) {
-      if (id === tokenizer.eosId) break;
-      ids.push(id);
-      const soFar = continuation(tokenizer, promptIds, ids);
-      end = firstOf(stop, soFar);
-      if (end !== undefined) break;
-      show(settled(soFar, stop));
+    const sampling = { temperature: isDrawn ? 1 : 0, ...settings, promptIds, constraint };
+    async function* tokens(): AsyncGenerator<SampledToken, void, undefined> {
+      for await (const token of generateTokens(model, sampling)) {
+        if (token.id !== tokenizer.eosId) ids.push(token.id);
+        yield token;
+      }
     }
-    const text = continuation(tokenizer, promptIds, ids).slice(0, end);
-    show(text);
+    let text = "";
+    for await (const piece of textOf(tokens(), { tokenizer, promptIds, stop, room: settings.maxTokens })) {
+      if (!json) process.stdout.write(piece.text);
+      text += piece.text;
+    }
     result(json ? JSON.stringify({ prompt, text, prompt_ids: promptIds, ids }) : "");
     if (schema && !isJson(text))
       say(`warning: the JSON is cut off after ${ids.length} tokens. Raise --max-tokens, or leave out --stop`);
@@ -167,7 +165,18 @@ async function search(
   const ends = tokenizer.eosId === undefined ? [] : [tokenizer.eosId];
   const eosIds = [...new Set([...model.config.eosIds, ...ends])];
   const answers = await beamSearch(model, { ...options, eosIds });
-  return answers.map(({ ids, score }) => ({ text: continuation(tokenizer, options.promptIds, ids), ids, score }));
+  return Promise.all(
+    answers.map(async ({ ids, score }) => ({ text: await textOfIds(tokenizer, options.promptIds, ids), ids, score })),
+  );
+}
+
+async function textOfIds(tokenizer: Tokenizer, promptIds: readonly number[], ids: readonly number[]): Promise<string> {
+  async function* tokens(): AsyncGenerator<SampledToken> {
+    for (const id of ids) yield { id, logprob: 0, top: [] };
+  }
+  let text = "";
+  for await (const piece of textOf(tokens(), { tokenizer, promptIds, room: ids.length })) text += piece.text;
+  return text;
 }
 
 function isJson(text: string): boolean {
@@ -177,19 +186,4 @@ function isJson(text: string): boolean {
   } catch {
     return false;
   }
-}
-
-/** Where the first of the stops begins, if there is one. */
-const firstOf = (stops: readonly string[], text: string): number | undefined => {
-  const places = stops.map((stop) => text.indexOf(stop)).filter((at) => at >= 0);
-  return places.length > 0 ? Math.min(...places) : undefined;
-};
-
-/** The text without an end that may change: a character still in pieces, or what a stop may begin with. */
-function settled(text: string, stops: readonly string[]): string {
-  const known = text.replace(/\ufffd+$/, "");
-  const isOpen = (at: number): boolean => stops.some((stop) => stop.startsWith(known.slice(at)));
-  for (let at = Math.max(0, known.length - Math.max(0, ...stops.map((stop) => stop.length))); at < known.length; at++)
-    if (isOpen(at)) return known.slice(0, at);
-  return known;
 }

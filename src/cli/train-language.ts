@@ -10,7 +10,8 @@ import { loadPeft } from "../lora/peft.ts";
 import type { CausalModel } from "../models/causal.ts";
 import { openLinears } from "../models/load.ts";
 import { diskDirectory, loadModelFrom, type SavedCheckpoint, startAsIn } from "../node.ts";
-import { generate } from "../serve/generate.ts";
+import { generateTokens } from "../serve/generate.ts";
+import { textOf } from "../serve/text.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { loadTokenizer } from "../tokenizer.ts";
 import { longest } from "../train/batches.ts";
@@ -26,7 +27,6 @@ import type { SaidCommand } from "./run-config.ts";
 import {
   bitsLine,
   bytes,
-  continuation,
   dataLine,
   number,
   openPeft,
@@ -118,16 +118,19 @@ export const dataFacts = (stats: DataStats, what = "rows"): Fact[] => [
   ["of them learned", number(stats.trainedTokens)],
 ];
 
-/** Continues the prompts by the model as it is, 48 likeliest tokens each. */
+const SAMPLE_TOKENS = 48;
+
+/** Continues the prompts by the model as it is, by the likeliest tokens. */
 export async function sampler(model: CausalModel, directory: string, prompts: readonly string[]): Promise<Sample> {
   const tokenizer = await loadTokenizer(diskDirectory(directory));
   return async () => {
     const samples: { readonly prompt: string; readonly text: string }[] = [];
     for (const prompt of prompts) {
       const promptIds = tokenizer.encode(prompt);
-      const ids: number[] = [];
-      for await (const id of generate(model, { promptIds, maxTokens: 48 })) ids.push(id);
-      samples.push({ prompt, text: continuation(tokenizer, promptIds, ids) });
+      const tokens = generateTokens(model, { promptIds, maxTokens: SAMPLE_TOKENS });
+      let text = "";
+      for await (const piece of textOf(tokens, { tokenizer, promptIds, room: SAMPLE_TOKENS })) text += piece.text;
+      samples.push({ prompt, text });
     }
     return samples;
   };

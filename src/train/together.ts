@@ -14,16 +14,8 @@ import { EarlyStopping } from "./validation.ts";
 export type LaneOptions = LaneSettings &
   Pick<
     RunOptions<Row>,
-    | "rows"
-    | "steps"
-    | "batchSize"
-    | "learningRate"
-    | "schedule"
-    | "warmupSteps"
-    | "shuffleSeed"
-    | "validation"
-    | "signal"
-  >;
+    "steps" | "batchSize" | "learningRate" | "schedule" | "warmupSteps" | "shuffleSeed" | "validation" | "signal"
+  > & { readonly rows: readonly Row[] };
 
 export interface TogetherOptions {
   readonly model: LanguageModel;
