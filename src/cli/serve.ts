@@ -4,7 +4,11 @@ import { basename, resolve } from "node:path";
 import { Command, Option } from "commander";
 import type { Gpu } from "../gpu/gpu.ts";
 import { directoriesIn, diskDirectory } from "../io/files.ts";
-import { oneAtATime } from "../serve/one-at-a-time.ts";
+import { readAdapter } from "../lora/adapter-file.ts";
+import { AdapterPool } from "../lora/adapter-pool.ts";
+import { extentOf } from "../lora/page-rows.ts";
+import type { PlainAdapter } from "../lora/plain-adapter.ts";
+import { BatchEngine, engineCacheBytes } from "../serve/batch-engine.ts";
 import { createApp, type Engine, isAdapterName } from "../server.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { loadTokenizer } from "../tokenizer.ts";
@@ -12,7 +16,7 @@ import { modelOption, quantizeOption, revisionOption, timeOption, weightFormat, 
 import { find, located } from "./places.ts";
 import { configOption } from "./run-config.ts";
 import { listen } from "./serve-node.ts";
-import { openModel, openTemplate, say, withGpu } from "./session.ts";
+import { bytes, openModel, openTemplate, say, withGpu } from "./session.ts";
 import { version } from "./version.ts";
 
 interface ServeArguments {
@@ -30,6 +34,13 @@ interface ServeArguments {
   readonly corsOrigin?: readonly string[];
   readonly apiKey?: readonly string[];
   readonly adminKey?: string;
+  readonly context?: number;
+  readonly maxRows: number;
+  readonly maxStepTokens: number;
+  readonly cacheTokens?: number;
+  readonly cacheFormat: "f32" | "f16";
+  readonly maxLoras: number;
+  readonly maxLoraRank?: number;
   readonly maxQueue: number;
   readonly maxConcurrent: number;
   readonly maxConnections: number;
@@ -65,6 +76,19 @@ export function serveCommand(): Command {
     .option("--cors-origin <origin...>", "origins of web pages that may ask, such as https://chat.example")
     .addOption(new Option("--api-key <key...>", "keys, one of which a client must send").env("LOWRANK_API_KEY"))
     .addOption(new Option("--admin-key <key>", "key of who loads and unloads adapters").env("LOWRANK_ADMIN_KEY"))
+    .addOption(whole("serve", "--context <n>", "longest prompt and answer together (default: the model's context)", 2))
+    .addOption(whole("serve", "--max-rows <n>", "requests that are answered at a time, in one batch", 1, 32))
+    .addOption(whole("serve", "--max-step-tokens <n>", "tokens of a step: long prompts go in so large pieces", 1, 256))
+    .addOption(
+      whole("serve", "--cache-tokens <n>", "tokens of keys and values kept in all (default: 4 times the context)", 1),
+    )
+    .addOption(
+      new Option("--cache-format <format>", "how keys and values are kept").choices(["f32", "f16"]).default("f32"),
+    )
+    .addOption(whole("serve", "--max-loras <n>", "adapters on the device at a time; the others wait on the host", 1, 8))
+    .addOption(
+      whole("serve", "--max-lora-rank <n>", "largest rank of an adapter (default: that of --adapter, or 16)", 1),
+    )
     .addOption(whole("serve", "--max-queue <n>", "requests that may wait; more are told to come again (429)", 0, 64))
     .addOption(whole("serve", "--max-concurrent <n>", "requests at a time for one key", 1, 64))
     .addOption(whole("serve", "--max-connections <n>", "connections at a time (in Node)", 1, 1024))
@@ -95,8 +119,7 @@ async function run(options: ServeArguments): Promise<void> {
   const tokenizer = await loadTokenizer(diskDirectory(path));
   const renderChat = await openTemplate(path, options.chatTemplate);
   await withGpu(async (gpu) => {
-    const engine = await openEngine(gpu, path, options);
-    for (const [name, directory] of adapters) await engine.load(name, diskDirectory(directory));
+    const engine = await openEngine(gpu, path, adapters, options);
     const app = createApp({
       ...{ engine, tokenizer, renderChat, modelName, apiKeys, adminKey, origins },
       hosts: [...hostsOf(host), ...(options.allowedHost ?? [])],
@@ -124,10 +147,32 @@ async function run(options: ServeArguments): Promise<void> {
   });
 }
 
-/** The model, ready to answer. */
-async function openEngine(gpu: Gpu, path: string, options: ServeArguments): Promise<Engine> {
+/** The model with its adapters, ready to answer. */
+async function openEngine(
+  gpu: Gpu,
+  path: string,
+  places: ReadonlyMap<string, string>,
+  options: ServeArguments,
+): Promise<Engine> {
+  const given = new Map<string, PlainAdapter>();
+  for (const [name, place] of places) given.set(name, await readAdapter(diskDirectory(place)));
   const model = await openModel(gpu, path, weightFormat(options.quantize));
-  return oneAtATime(model, { maxWaiting: options.maxQueue, onWarning: (text) => say(`warning: ${text}`) });
+  const { maxRows, maxStepTokens, maxQueue: maxWaiting, cacheFormat, cacheTokens, context: contextLength } = options;
+  const ranks = [...given.values()].map((adapter) => extentOf(adapter).rank);
+  const { maxLoras: slots, maxLoraRank: maxRank = Math.max(16, ...ranks) } = options;
+  // A page more for DoRA's factors.
+  const pool =
+    given.size > 0 || options.allowRuntimeLora
+      ? new AdapterPool(model, { pages: slots * (maxRank + 1), maxRank, slots })
+      : undefined;
+  for (const [name, adapter] of given) await pool?.register(name, adapter);
+  pool?.enable();
+  const settings = { maxRows, maxStepTokens, maxWaiting, cacheFormat, cacheTokens, contextLength, adapters: pool };
+  const engine = new BatchEngine(model, settings);
+  const cache = bytes(engineCacheBytes(model, settings));
+  const adapters = pool ? `, adapters ${bytes(pool.counts.gpuBytes)} for ${slots} of rank ${maxRank}` : "";
+  say(`keys and values take ${cache}${adapters}`);
+  return engine;
 }
 
 const LOOPBACK = ["127.0.0.1", "localhost", "::1"];

@@ -3,8 +3,8 @@ import { readFileSync } from "node:fs";
 import { expect, test } from "vitest";
 import { diskDirectory } from "../../src/io/files.ts";
 import { loadModel } from "../../src/models/load.ts";
+import { BatchEngine } from "../../src/serve/batch-engine.ts";
 import { beamSearch } from "../../src/serve/beam-search.ts";
-import { Engine } from "../../src/serve/engine.ts";
 import { generate } from "../../src/serve/generate.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { testGpu } from "../harness.ts";
@@ -38,7 +38,7 @@ test.skipIf(!hasShared)(
   "greedy answers to 20 prompts equal transformers', alone and in one batch (needs ../shared)",
   async () => {
     const model = await loadModel(await testGpu(), diskDirectory(shared("models/stories260K")));
-    const engine = new Engine(model);
+    const engine = new BatchEngine(model);
     const maxTokens = golden.max_new_tokens;
     const answers = golden.prompts.map(async (promptIds) => {
       const ids: number[] = [];

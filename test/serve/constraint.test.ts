@@ -8,7 +8,7 @@ import { diskDirectory } from "../../src/io/files.ts";
 import { loadTokenizer, type PairTokenizer } from "../../src/io/tokenizer.ts";
 import { loadModel } from "../../src/models/load.ts";
 import { constraintOf, jsonConstraint } from "../../src/serve/constraint.ts";
-import { Engine } from "../../src/serve/engine.ts";
+import { BatchEngine } from "../../src/serve/batch-engine.ts";
 import { generate } from "../../src/serve/generate.ts";
 import { Sampler, type SamplingOptions, type TokenConstraint } from "../../src/serve/sampling.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
@@ -280,7 +280,7 @@ describe("a model of random weights", () => {
       ...{ promptIds, maxTokens: 400, temperature: seed === 0 ? 0 : 2, seed },
       constraint: jsonConstraint(person, tokenizer),
     });
-    const engine = new Engine(model, { cacheTokens: 8192 });
+    const engine = new BatchEngine(model, { cacheTokens: 8192 });
     const idsOf = async (options: ReturnType<typeof request>): Promise<number[]> => {
       const ids: number[] = [];
       for await (const { id } of engine.generate(options)) ids.push(id);

@@ -10,7 +10,8 @@ import { attachLora } from "../../src/lora/attach.ts";
 import type { LoraConfig } from "../../src/lora/config.ts";
 import { loadPeft, savePeft } from "../../src/lora/peft.ts";
 import { loadModel } from "../../src/models/load.ts";
-import { Engine, type GenerationRequest } from "../../src/serve/engine.ts";
+import { BatchEngine } from "../../src/serve/batch-engine.ts";
+import type { GenerationRequest } from "../../src/serve/engine-types.ts";
 import { generate } from "../../src/serve/generate.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
@@ -63,18 +64,18 @@ async function alone({ adapter, ...request }: GenerationRequest): Promise<number
   return ids;
 }
 
-async function answer(engine: Engine, request: GenerationRequest): Promise<number[]> {
+async function answer(engine: BatchEngine, request: GenerationRequest): Promise<number[]> {
   const ids: number[] = [];
   for await (const { id } of engine.generate(request)) ids.push(id);
   return ids;
 }
 
-async function withPool<T>(pages: number, run: (engine: Engine, pool: AdapterPool) => Promise<T>): Promise<T> {
+async function withPool<T>(pages: number, run: (engine: BatchEngine, pool: AdapterPool) => Promise<T>): Promise<T> {
   const before = model.gpu.counters().bytesLive;
   const pool = new AdapterPool(model, { pages, maxRank: 20 });
   for (const [name, files] of adapters) await pool.register(name, await readAdapter(files));
   pool.enable();
-  const engine = new Engine(model, { adapters: pool, maxRows: 8 });
+  const engine = new BatchEngine(model, { adapters: pool, maxRows: 8 });
   try {
     return await run(engine, pool);
   } finally {
@@ -118,9 +119,9 @@ test("a prompt is not taken for known where another adapter has seen it", async 
   for (const request of asked) expected.push(await alone(request));
   await withPool(64, async (engine) => {
     for (const [i, request] of asked.entries()) expect(await answer(engine, request)).toEqual(expected[i]);
-    expect(engine.stats().reusedTokens).toBe(0);
+    expect(engine.stats().cachedPromptTokens).toBe(0);
     expect(await answer(engine, { adapter: "wide", promptIds, maxTokens: 6 })).toEqual(expected[1]);
-    expect(engine.stats().reusedTokens).toBe(32);
+    expect(engine.stats().cachedPromptTokens).toBe(32);
   });
 });
 
@@ -174,7 +175,7 @@ test.skipIf(!hasShared)(
     const pool = new AdapterPool(stories, { pages: 32, maxRank: 16 });
     await pool.register("golden", await readAdapter(diskDirectory(shared("golden/stories260K-lora/final"))));
     pool.enable();
-    const engine = new Engine(stories, { adapters: pool });
+    const engine = new BatchEngine(stories, { adapters: pool });
     const ask = (adapter: string | undefined) =>
       golden.prompts.map((promptIds) => answer(engine, { adapter, promptIds, maxTokens: golden.max_new_tokens }));
     const found = await Promise.all([...ask(undefined), ...ask("golden")]);

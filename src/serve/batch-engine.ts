@@ -1,13 +1,22 @@
 /** Generation for many at once: requests join and leave between the steps of one batch, each with its own adapter (arXiv:2309.06180, 2311.03285). */
+
+import type { Directory } from "../io/bytes.ts";
+import { readAdapter } from "../lora/adapter-file.ts";
+import type { PoolCounts } from "../lora/adapter-pool.ts";
+import type { PlainAdapter } from "../lora/plain-adapter.ts";
 import { ShapeError } from "../tensor/errors.ts";
+import type { Engine, EngineStats, GenerationRequest } from "./engine-types.ts";
+import { QueueFull } from "./errors.ts";
 import { checkPrompt } from "./generate.ts";
 import { type Lease, PagePool } from "./page-pool.ts";
 import { cacheBytes, type PagedModel, PagedStep, type RowAdapters, type StepToken } from "./paged-step.ts";
-import { type SampledToken, Sampler, type SamplingOptions } from "./sampling.ts";
+import { type SampledToken, Sampler } from "./sampling.ts";
 
-/** Adapters by name, of which some are resident. */
+/** Adapters by name, of which some are resident: see `AdapterPool`. */
 export interface ServedAdapters extends RowAdapters {
   readonly names: readonly string[];
+  readonly counts: PoolCounts;
+  register(name: string, adapter: PlainAdapter): Promise<void>;
   /** Makes it resident for one more user and gives its slot; undefined where there is no room now. */
   acquire(name: string): number | undefined;
   release(slot: number): void;
@@ -25,38 +34,10 @@ export interface EngineOptions {
   /** Requests that may wait. 256 unless given. */
   readonly maxWaiting?: number;
   /** Tokens of keys and values that are kept in all: admission is by these. Four times the context unless given. */
-  readonly cacheTokens?: number;
+  readonly cacheTokens?: number | undefined;
   readonly cacheFormat?: "f32" | "f16";
   /** Tokens of a page, a power of two; 16 unless given. */
   readonly pageTokens?: number;
-}
-
-export interface GenerationRequest extends SamplingOptions {
-  /** The base alone unless given. */
-  readonly adapter?: string | undefined;
-  readonly promptIds: readonly number[];
-  readonly maxTokens: number;
-  /** How many of the likeliest tokens to give with each one; none unless given. */
-  readonly logprobs?: number;
-  /** Ends it: its memory is free for others before the next step. */
-  readonly signal?: AbortSignal | undefined;
-}
-
-export interface EngineStats {
-  readonly running: number;
-  readonly waiting: number;
-  readonly pages: number;
-  readonly pagesUsed: number;
-  readonly steps: number;
-  readonly promptTokens: number;
-  /** Of the prompts: those whose keys and values were there already. */
-  readonly reusedTokens: number;
-  readonly generatedTokens: number;
-}
-
-/** More requests than may wait: come again later. */
-export class QueueFull extends Error {
-  override name = "QueueFull";
 }
 
 /** How often a waiting request may be passed before those behind it have to wait, too. */
@@ -77,7 +58,8 @@ interface Sequence {
   readonly forget: () => void;
 }
 
-export class Engine {
+/** Requests join and leave between the steps of one batch; adapters come from a pool that is enabled. */
+export class BatchEngine implements Engine {
   readonly model: PagedModel;
   readonly contextLength: number;
   readonly #options: Required<Pick<EngineOptions, "maxRows" | "maxStepTokens" | "maxWaiting">>;
@@ -107,14 +89,14 @@ export class Engine {
     const { cacheTokens = 4 * contextLength } = options;
     for (const [name, value] of Object.entries({ maxRows, maxStepTokens, contextLength, cacheTokens }))
       if (!Number.isInteger(value) || value < 1)
-        throw new ShapeError(`Engine: ${name} must be a whole number of at least 1, got ${value}`);
+        throw new ShapeError(`BatchEngine: ${name} must be a whole number of at least 1, got ${value}`);
     if (contextLength > model.config.contextLength)
       throw new ShapeError(
-        `Engine: contextLength must be at most the model's ${model.config.contextLength}, got ${contextLength}`,
+        `BatchEngine: contextLength must be at most the model's ${model.config.contextLength}, got ${contextLength}`,
       );
     if (maxStepTokens < maxRows)
       throw new ShapeError(
-        `Engine: maxStepTokens must be at least maxRows = ${maxRows}, got ${maxStepTokens}: each row takes a token of a step`,
+        `BatchEngine: maxStepTokens must be at least maxRows = ${maxRows}, got ${maxStepTokens}: each row takes a token of a step`,
       );
     this.model = model;
     this.contextLength = contextLength;
@@ -131,21 +113,25 @@ export class Engine {
   }
 
   stats(): EngineStats {
+    const counts = this.#adapters?.counts;
     return {
       running: this.#running.length,
       waiting: this.#waiting.length,
-      pages: this.#pool.count,
-      pagesUsed: this.#pool.used,
-      steps: this.#steps,
+      kvPagesUsed: this.#pool.used,
+      kvPages: this.#pool.count,
+      adaptersResident: counts?.resident ?? 0,
+      adapterLoads: counts?.loads ?? 0,
+      adapterEvictions: counts?.evictions ?? 0,
       promptTokens: this.#promptTokens,
-      reusedTokens: this.#reusedTokens,
+      cachedPromptTokens: this.#reusedTokens,
       generatedTokens: this.#generatedTokens,
+      steps: this.#steps,
     };
   }
 
   /**
    * Queues a request, whose tokens come as they are made: until one that ends the text (which is not given), maxTokens, or the end of the
-   * context. Returning early from the iteration ends it, as does its signal, with the signal's reason.
+   * context. Returning early from the iteration ends it, as does its signal: what it had is free before the next step.
    *
    * Throws ShapeError for settings out of range, an unknown adapter and what can never fit, QueueFull where too many wait.
    */
@@ -166,7 +152,7 @@ export class Engine {
       );
     const abort = (): void => {
       this.#drop(sequence);
-      stream.end(signal?.reason);
+      stream.end();
     };
     const sequence: Sequence = {
       ...{ request, sampler, stream, computed: 0, passed: 0 },
@@ -174,7 +160,7 @@ export class Engine {
       limit: Math.min(promptIds.length + maxTokens, this.contextLength),
       forget: () => signal?.removeEventListener("abort", abort),
     };
-    if (signal?.aborted) stream.end(signal.reason);
+    if (signal?.aborted) stream.end();
     else if (sequence.limit === promptIds.length) stream.end();
     else {
       signal?.addEventListener("abort", abort);
@@ -182,6 +168,12 @@ export class Engine {
       this.#loop ??= this.#run();
     }
     return stream;
+  }
+
+  /** Registers an adapter's directory under a name. Throws FormatError and ShapeError as `AdapterPool.register`, and without a pool. */
+  async load(name: string, directory: Directory): Promise<void> {
+    if (!this.#adapters) throw new ShapeError(`load: the engine must have a pool of adapters, got none for "${name}"`);
+    await this.#adapters.register(name, await readAdapter(directory));
   }
 
   /** Makes an adapter's name unknown and waits for those who use it. Throws ShapeError where there is none. */

@@ -2,7 +2,9 @@
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { diskDirectory } from "../../src/io/files.ts";
 import { loadModel } from "../../src/models/load.ts";
-import { Engine, type EngineOptions, type GenerationRequest, QueueFull } from "../../src/serve/engine.ts";
+import { BatchEngine, type EngineOptions } from "../../src/serve/batch-engine.ts";
+import type { GenerationRequest } from "../../src/serve/engine-types.ts";
+import { QueueFull } from "../../src/serve/errors.ts";
 import { generate, generateTokens } from "../../src/serve/generate.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
@@ -15,20 +17,20 @@ beforeAll(async () => {
 });
 afterAll(() => model.destroy());
 
-async function withEngine<T>(options: EngineOptions, run: (engine: Engine) => Promise<T>): Promise<T> {
+async function withEngine<T>(options: EngineOptions, run: (engine: BatchEngine) => Promise<T>): Promise<T> {
   const before = model.gpu.counters();
-  const engine = new Engine(model, options);
+  const engine = new BatchEngine(model, options);
   try {
     return await run(engine);
   } finally {
     await engine.close();
-    expect(engine.stats()).toMatchObject({ running: 0, waiting: 0, pagesUsed: 0 });
+    expect(engine.stats()).toMatchObject({ running: 0, waiting: 0, kvPagesUsed: 0 });
     expect(model.gpu.counters().buffersLive, "all is given back").toBe(before.buffersLive);
     expect(model.gpu.counters().bytesLive).toBe(before.bytesLive);
   }
 }
 
-async function idsOf(engine: Engine, request: GenerationRequest): Promise<number[]> {
+async function idsOf(engine: BatchEngine, request: GenerationRequest): Promise<number[]> {
   const ids: number[] = [];
   for await (const { id } of engine.generate(request)) ids.push(id);
   return ids;
@@ -127,9 +129,9 @@ describe("memory", () => {
       const system = promptOf(33);
       const ask = (end: number): Promise<number[]> => idsOf(engine, { promptIds: [...system, end], maxTokens: 3 });
       const first = await ask(5);
-      expect(engine.stats()).toMatchObject({ promptTokens: 34, reusedTokens: 0 });
+      expect(engine.stats()).toMatchObject({ promptTokens: 34, cachedPromptTokens: 0 });
       await ask(6);
-      expect(engine.stats()).toMatchObject({ promptTokens: 68, reusedTokens: 32 });
+      expect(engine.stats()).toMatchObject({ promptTokens: 68, cachedPromptTokens: 32 });
       expect(await ask(5)).toEqual(first);
     });
   });
@@ -139,7 +141,7 @@ describe("memory", () => {
       const all = [0, 1, 2].map(() => idsOf(engine, { promptIds: promptOf(10), maxTokens: 8, logitBias: noEnd() }));
       expect(engine.stats().waiting).toBe(3);
       await new Promise((done) => setTimeout(done));
-      expect(engine.stats()).toMatchObject({ running: 1, waiting: 2, pagesUsed: 5 });
+      expect(engine.stats()).toMatchObject({ running: 1, waiting: 2, kvPagesUsed: 5 });
       expect((await Promise.all(all)).map(({ length }) => length)).toEqual([8, 8, 8]);
       expect(() => engine.generate({ promptIds: promptOf(20), maxTokens: 10 })).toThrow(
         new ShapeError(
@@ -172,13 +174,11 @@ describe("memory", () => {
       expect(engine.stats()).toMatchObject({ running: 1, waiting: 1 });
       await waiting.return();
       expect(engine.stats()).toMatchObject({ running: 1, waiting: 0 });
-      stop.abort(new Error("the client went away"));
-      expect(engine.stats()).toMatchObject({ running: 0, waiting: 0, pagesUsed: 0 });
-      await expect(
-        (async () => {
-          for await (const _ of running);
-        })(),
-      ).rejects.toThrow("the client went away");
+      stop.abort();
+      expect(engine.stats()).toMatchObject({ running: 0, waiting: 0, kvPagesUsed: 0 });
+      let rest = 0;
+      for await (const _ of running) rest++;
+      expect(rest, "what was sampled before it left").toBeLessThanOrEqual(1);
     });
   });
 });
@@ -200,13 +200,13 @@ test("requests that cannot be are refused with the rule and the value", async ()
     await one;
     expect(await idsOf(engine, { promptIds: [1], maxTokens: 0 })).toEqual([]);
   });
-  expect(() => new Engine(model, { maxRows: 9, maxStepTokens: 8 })).toThrow(
-    new ShapeError("Engine: maxStepTokens must be at least maxRows = 9, got 8: each row takes a token of a step"),
+  expect(() => new BatchEngine(model, { maxRows: 9, maxStepTokens: 8 })).toThrow(
+    new ShapeError("BatchEngine: maxStepTokens must be at least maxRows = 9, got 8: each row takes a token of a step"),
   );
-  expect(() => new Engine(model, { pageTokens: 3 })).toThrow(
+  expect(() => new BatchEngine(model, { pageTokens: 3 })).toThrow(
     new ShapeError("cache: pageTokens must be a power of two, got 3"),
   );
-  const closed = new Engine(model);
+  const closed = new BatchEngine(model);
   await closed.close();
   expect(() => closed.generate({ promptIds: [1], maxTokens: 1 })).toThrow(
     new ShapeError("generate: the engine must be open, got one that was closed"),
@@ -217,7 +217,7 @@ test.each(["gemma2", "gemma3", "gpt2", "granite", "mistral", "olmo2", "phi3", "q
   "a %s in pages gives what it gives alone",
   async (name) => {
     const other = await loadModel(await testGpu(), diskDirectory(`test/golden/models/${name}`));
-    const engine = new Engine(other, { pageTokens: 4, maxStepTokens: 40 });
+    const engine = new BatchEngine(other, { pageTokens: 4, maxStepTokens: 40 });
     const requests = [3, 20, 33].map((length) => ({
       promptIds: Array.from({ length }, () => random.below(other.config.vocabSize)),
       maxTokens: 8,
@@ -236,7 +236,7 @@ test.each(["gemma2", "gemma3", "gpt2", "granite", "mistral", "olmo2", "phi3", "q
 test("angles that change as a sequence grows are refused, and taken where the context is short", async () => {
   const other = await loadModel(await testGpu(), diskDirectory("test/golden/models/llama-dynamic"));
   const ask = async (contextLength: number): Promise<number[]> => {
-    const engine = new Engine(other, { contextLength });
+    const engine = new BatchEngine(other, { contextLength });
     try {
       return await idsOf(engine, { promptIds: [1, 2, 3], maxTokens: 4 });
     } finally {
@@ -244,7 +244,7 @@ test("angles that change as a sequence grows are refused, and taken where the co
     }
   };
   const before = other.gpu.counters().bytesLive;
-  expect(() => new Engine(other)).toThrow(
+  expect(() => new BatchEngine(other)).toThrow(
     new ShapeError(
       'hidden: angles of "dynamic" RoPE change as a sequence grows past 16 tokens, which pages do not follow, got a context of 32. Limit it to 16',
     ),
