@@ -24,6 +24,8 @@ export interface TextOptions {
   readonly stop?: readonly string[] | undefined;
   /** So many tokens may come at most. */
   readonly room: number;
+  /** Whether the answer is whole where it ends, although no end of text came. */
+  readonly isDone?: (() => boolean) | undefined;
 }
 
 /**
@@ -32,7 +34,7 @@ export interface TextOptions {
  */
 export async function* textOf(
   tokens: AsyncIterable<SampledToken>,
-  { tokenizer, promptIds, stop = [], room }: TextOptions,
+  { tokenizer, promptIds, stop = [], room, isDone }: TextOptions,
 ): AsyncGenerator<TextPiece, void, undefined> {
   const decoder = new AnswerDecoder(tokenizer, promptIds);
   const search = new StopSearch(stop);
@@ -58,7 +60,7 @@ export async function* textOf(
   }
   const rest = taken(decoder.end());
   const text = search.isFound ? rest : rest + search.end();
-  yield { text, tokens: waiting, finishReason: search.isFound || count < room ? "stop" : "length" };
+  yield { text, tokens: waiting, finishReason: search.isFound || count < room || isDone?.() ? "stop" : "length" };
 }
 
 /** A character is at most so many bytes, so a token that does not end one is one of so many at most. */

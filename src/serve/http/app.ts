@@ -2,7 +2,7 @@
 import { type Context, Hono, type MiddlewareHandler } from "hono";
 import { secureHeaders } from "hono/secure-headers";
 import type { ChatTemplate } from "../../io/chat-template.ts";
-import type { Tokenizer } from "../../io/tokenizer.ts";
+import type { TokenBytes, Tokenizer } from "../../io/tokenizer.ts";
 import { ShapeError } from "../../tensor/errors.ts";
 import type { Engine } from "../engine-types.ts";
 import { QueueFull } from "../errors.ts";
@@ -44,7 +44,8 @@ export interface ServeLimits {
 
 export interface AppOptions {
   readonly engine: Engine;
-  readonly tokenizer: Tokenizer;
+  /** With `tokenBytes` a response_format may ask for JSON. */
+  readonly tokenizer: Tokenizer & Partial<TokenBytes>;
   /** Writes messages as text; without it `/v1/chat/completions` says that there is none. */
   readonly renderChat?: ChatTemplate | undefined;
   /** What the base goes by. Adapters go by their own names. */
@@ -272,7 +273,8 @@ class Server {
     try {
       const { signal } = answer.controller;
       const tokens = engine.generate({ ...generation, signal });
-      for await (const piece of textOf(tokens, { tokenizer, promptIds, stop, room })) {
+      const isDone = (): boolean => generation.constraint?.isDone ?? false;
+      for await (const piece of textOf(tokens, { tokenizer, promptIds, stop, room, isDone })) {
         if (signal.aborted) break;
         if (isFirst) this.#metrics.firstText.observe((this.#clock() - start) / 1000);
         isFirst = false;

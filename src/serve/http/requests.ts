@@ -2,7 +2,9 @@
 import type { ChatTemplate } from "../../io/chat-template.ts";
 import { FormatError } from "../../io/errors.ts";
 import { isObject } from "../../io/json.ts";
-import type { Tokenizer } from "../../io/tokenizer.ts";
+import type { TokenBytes, Tokenizer } from "../../io/tokenizer.ts";
+import { ShapeError } from "../../tensor/errors.ts";
+import { constraintOf } from "../constraint.ts";
 import type { Engine, GenerationRequest } from "../engine-types.ts";
 import type { SamplingOptions } from "../sampling.ts";
 import { ApiError } from "./errors.ts";
@@ -11,7 +13,7 @@ import { Fields, refused } from "./fields.ts";
 /** What answers. */
 export interface Served {
   readonly engine: Pick<Engine, "contextLength" | "adapters">;
-  readonly tokenizer: Tokenizer;
+  readonly tokenizer: Tokenizer & Partial<TokenBytes>;
   readonly renderChat: ChatTemplate | undefined;
   /** What the base goes by. */
   readonly modelName: string;
@@ -97,7 +99,6 @@ const UNSUPPORTED: Readonly<Record<string, (value: unknown) => boolean>> = {
   ...{ tools: isEmpty, functions: isEmpty },
   ...{ tool_choice: (value) => value === "none" || value === "auto", function_call: (value) => value === "none" },
   ...{ n: (value) => value === 1, best_of: (value) => value === 1 },
-  response_format: (value) => isObject(value) && value.type === "text",
   modalities: (value) => JSON.stringify(value) === '["text"]',
   ...{ echo: (value) => value === false, suffix: (value) => value === "" },
   ...{ audio: never, prediction: never, web_search_options: never },
@@ -139,7 +140,7 @@ function stopsOf(fields: Fields): readonly string[] {
 }
 
 /** OpenAI's defaults: a temperature of 1 and another answer each time. */
-function samplingOf(fields: Fields, { vocabSize }: Tokenizer): SamplingOptions {
+function samplingOf(fields: Fields, tokenizer: Served["tokenizer"]): SamplingOptions {
   const topK = fields.whole("top_k", -1, 2 ** 31);
   const topP = fields.number("top_p", "a number above 0 and at most 1", (x) => x > 0 && x <= 1);
   const minP = fields.range("min_p", 0, 1);
@@ -147,7 +148,8 @@ function samplingOf(fields: Fields, { vocabSize }: Tokenizer): SamplingOptions {
   const repetitionPenalty = fields.number("repetition_penalty", "a number above 0 and at most 100", positive);
   const presencePenalty = fields.range("presence_penalty", -2, 2);
   const frequencyPenalty = fields.range("frequency_penalty", -2, 2);
-  const logitBias = biasOf(fields.object("logit_bias"), vocabSize);
+  const logitBias = biasOf(fields.object("logit_bias"), tokenizer.vocabSize);
+  const constraint = formatOf(fields, tokenizer);
   return {
     temperature: fields.range("temperature", 0, 2) ?? 1,
     seed: fields.whole("seed", Number.MIN_SAFE_INTEGER, Number.MAX_SAFE_INTEGER) ?? freshSeed(),
@@ -158,7 +160,21 @@ function samplingOf(fields: Fields, { vocabSize }: Tokenizer): SamplingOptions {
     ...(presencePenalty !== undefined && { presencePenalty }),
     ...(frequencyPenalty !== undefined && { frequencyPenalty }),
     ...(logitBias && { logitBias }),
+    ...(constraint && { constraint }),
   };
+}
+
+function formatOf(fields: Fields, { eosId, tokenBytes }: Served["tokenizer"]): SamplingOptions["constraint"] {
+  const format = fields.any("response_format");
+  if (format === undefined || (isObject(format) && format.type === "text")) return undefined;
+  if (!tokenBytes)
+    throw fields.refuse("response_format", "left out: the server's tokenizer does not say what bytes its tokens are");
+  try {
+    return constraintOf(format, { eosId, tokenBytes });
+  } catch (error) {
+    if (error instanceof ShapeError) throw new ApiError(400, error.message, { param: "response_format" });
+    throw error;
+  }
 }
 
 const freshSeed = (): number => crypto.getRandomValues(new Uint32Array(1))[0] ?? 0;
