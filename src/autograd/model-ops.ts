@@ -140,12 +140,12 @@ export function linearCrossEntropy(
   head: fused.Head,
   labels: Tensor,
   scale: Uniform = 1,
-  logitCap?: number,
-  updates: readonly fused.LogitUpdate[] = [],
+  options: fused.CrossEntropyOptions = {},
 ): Tensor {
+  const { updates = [] } = options;
   const trained = piecesOf(head).flatMap(({ W }) => (isPacked(W) ? [] : [W]));
   const wants = { dh: h.requiresGrad, dW: trained.some((W) => W.requiresGrad) };
-  const made = fused.linearCrossEntropy(h, head, labels, scale, wants, logitCap, undefined, updates);
+  const made = fused.linearCrossEntropy(h, head, labels, scale, wants, options);
   const { loss, dh, dW, du, dX } = made;
   const inputs = [h, ...trained, ...updates.map(({ u }) => u), ...updates.map(({ X }) => X)];
   const gradients = [dh, ...(wants.dW ? dW : trained.map(() => undefined)), ...du, ...dX];

@@ -60,7 +60,7 @@ Examples:
 export function evalCommand(): Command {
   const command = new Command("eval")
     .description(
-      "mean loss and perplexity over the tokens to learn of a data file; of a classifier, loss, accuracy and F1",
+      "mean loss, perplexity and accuracy over the tokens to learn of a data file; of a classifier, loss, accuracy and F1",
     )
     .addOption(modelOption())
     .addOption(revisionOption())
@@ -99,7 +99,7 @@ async function run(given: EvalArguments): Promise<void> {
       model.destroy();
       return { ...evaluation, bits, laplace };
     };
-    const { loss, perplexity, tokens, bits, laplace } = await measured(weightFormat(quantize), true);
+    const { loss, perplexity, accuracy, tokens, bits, laplace } = await measured(weightFormat(quantize), true);
     const unquantized = againstF32 ? (await measured("stored", false)).loss : undefined;
     if (json) {
       const unquantized_loss = unquantized !== undefined && { unquantized_loss: unquantized };
@@ -107,6 +107,7 @@ async function run(given: EvalArguments): Promise<void> {
         JSON.stringify({
           loss,
           perplexity,
+          accuracy,
           tokens,
           bits_per_weight: bits,
           ...unquantized_loss,
@@ -116,7 +117,9 @@ async function run(given: EvalArguments): Promise<void> {
       return;
     }
     say(`weights: ${bitsLine(bits)}`);
-    result(`loss ${loss.toFixed(4)}, perplexity ${perplexity.toFixed(3)} over ${number(tokens)} tokens`);
+    result(
+      `loss ${loss.toFixed(4)}, perplexity ${perplexity.toFixed(3)}, accuracy ${number(100 * accuracy, 2)} % over ${number(tokens)} tokens`,
+    );
     if (unquantized !== undefined)
       result(`loss ${unquantized.toFixed(4)} unquantised: quantising adds ${(loss - unquantized).toFixed(4)}`);
     if (laplace) showCalibration(laplace);

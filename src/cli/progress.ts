@@ -1,5 +1,6 @@
 import type { HubProgress } from "../hub.ts";
 import type { StepMetrics } from "../train/step-metrics.ts";
+import type { Evaluated } from "../train/validation.ts";
 import { bytes, duration, number, say } from "./session.ts";
 
 /** Shows a training run: one line that renews itself on a terminal, about twenty lines on a pipe. */
@@ -20,7 +21,7 @@ export class Progress {
   show({ step, loss, tokens_per_second, skipped, validation }: StepMetrics): void {
     const left = ((performance.now() - this.#started) / 1000 / (step - this.#done)) * (this.#steps - step);
     const valid = validation
-      ? `  validation loss ${validation.loss.toFixed(4)}${validation.best ? ", the best so far" : ""}`
+      ? `  validation ${evaluatedLine(validation)}${validation.best ? ", the best so far" : ""}`
       : "";
     const line = `step ${step}/${this.#steps}  loss ${loss.toFixed(4)}${valid}  ${number(tokens_per_second)} tokens/s  ${duration(left)} left${skipped ? ", not finite: no update" : ""}`;
     if (Number.isFinite(loss)) this.#losses.push(loss);
@@ -35,6 +36,10 @@ export class Progress {
     if (process.stderr.isTTY) process.stderr.write("\n");
   }
 }
+
+/** "loss 2.1034, accuracy 51.2 %" */
+export const evaluatedLine = ({ loss, accuracy }: Evaluated): string =>
+  `loss ${loss.toFixed(4)}${accuracy === undefined ? "" : `, accuracy ${number(100 * accuracy, 1)} %`}`;
 
 const BARS = "▁▂▃▄▅▆▇█";
 

@@ -107,7 +107,7 @@ function chartsOf({ metrics, validation }: RunReport): Chart[] {
     { title: "Learning rate", curves: curve("learning rate", metrics, "learning_rate") },
     { title: "Gradient norm", curves: curve("gradient norm", metrics, "grad_norm") },
     { title: "Tokens per second", curves: curve("tokens per second", metrics, "tokens_per_second") },
-    { title: "Token accuracy", curves: curve("validation", validation, "accuracy") },
+    { title: "Accuracy", curves: curve("validation", validation, "accuracy") },
   ];
   return charts.filter(({ curves }) => curves.length > 0);
 }

@@ -84,7 +84,9 @@ export async function follow<R extends Pick<Row, "inputIds">, B>(
   });
   report(gpu, options.json ?? false, {
     ...{ steps: last?.step ?? saved?.step ?? 0, loss_first: first?.loss ?? null, loss_last: last?.loss ?? null },
-    ...{ loss_valid: last?.validation?.loss ?? null, ...more(), out, interrupted },
+    loss_valid: last?.validation?.loss ?? null,
+    ...(last?.validation?.accuracy !== undefined && { accuracy_valid: last.validation.accuracy }),
+    ...{ ...more(), out, interrupted },
     ...{ rows: stats.rows, truncated: stats.truncated, dropped: stats.dropped, tokens: stats.tokens },
     ...{ trainable_parameters: trainable, peak_bytes: peak, ...(planned !== undefined && { planned_bytes: planned }) },
     ...{ skipped_steps: skipped, seconds },

@@ -63,7 +63,7 @@ export async function trainPreference(given: LocatedArguments, said: SaidCommand
       () => {
         if (!measured) return {};
         say(measuredLine(measured));
-        return { accuracy_valid: measured.accuracy, margin_valid: measured.margin };
+        return { margin_valid: measured.margin };
       },
     );
   };

@@ -2,12 +2,12 @@ import { reshape } from "../autograd/basic-ops.ts";
 import { gatherRows, linearCrossEntropy } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import type { Uniform } from "../gpu/kernel.ts";
-import type { Plan } from "../gpu/plan.ts";
-import { addInto } from "../kernels/axpy.ts";
-import type { Head, LogitUpdate } from "../kernels/linear-cross-entropy.ts";
-import { readAll, type Tensor, tensor } from "../tensor/tensor.ts";
+import { copyTo } from "../kernels/copy-rows.ts";
+import { type Head, type LogitUpdate, linearCrossEntropy as scores } from "../kernels/linear-cross-entropy.ts";
+import { readAll, type Tensor, tensor, view } from "../tensor/tensor.ts";
 import { type Batch, collateRounded, isPacked, largestBatch, longest } from "./batches.ts";
 import { IGNORED, type Row } from "./data.ts";
+import { Replays } from "./replays.ts";
 
 /** Anything that predicts tokens, such as a model with or without an adapter: logits = hidden·headᵀ. */
 export interface LanguageModel {
@@ -73,64 +73,113 @@ function hostInputs({ ids, labels, targets }: Batch) {
   return { ids, targets, labels: targets.map((at) => (at < 0 ? IGNORED : (labels[at] ?? IGNORED))), places };
 }
 
-/** Σ over the batch's target tokens of −log p(target), times `scale`: one number, shape []. */
-export function batchLoss(model: LanguageModel, inputs: Inputs, scale: Uniform): Tensor {
-  const { ids, targets, labels, places, packing } = inputs;
-  const h = model.hidden(ids, packing && { packing });
-  const rows = reshape(h, [ids.size, h.shape.at(-1) ?? 0]);
-  const counted = targets.size === ids.size ? rows : gatherRows(rows, targets, places);
-  return linearCrossEntropy(counted, model.head, labels, scale, model.logitCap, model.headUpdates?.(counted));
+/** What is asked of a batch's loss in training. */
+export interface LossSettings {
+  /** ε: see `CrossEntropyOptions`. */
+  readonly labelSmoothing?: number | undefined;
 }
+
+/** Σ over the batch's target tokens of −log p(target), times `scale`: one number, shape []. */
+export function batchLoss(
+  model: LanguageModel,
+  inputs: Inputs,
+  scale: Uniform,
+  { labelSmoothing }: LossSettings = {},
+): Tensor {
+  const counted = countedRows(model.hidden(inputs.ids, optionsOf(inputs)), inputs);
+  const options = { logitCap: model.logitCap, updates: model.headUpdates?.(counted), labelSmoothing };
+  return linearCrossEntropy(counted, model.head, inputs.labels, scale, options);
+}
+
+const optionsOf = ({ packing }: Inputs) => packing && { packing };
+
+/** h where the batch has targets. */
+function countedRows(h: Tensor, { ids, targets, places }: Inputs): Tensor {
+  const rows = reshape(h, [ids.size, h.shape.at(-1) ?? 0]);
+  return targets.size === ids.size ? rows : gatherRows(rows, targets, places);
+}
+
+/** `batchLoss`, and how many of the targets are the likeliest word, the first of equals: two numbers, shapes [], without gradients. */
+function batchScores(model: LanguageModel, inputs: Inputs): { readonly loss: Tensor; readonly hits: Tensor } {
+  const h = model.hidden(inputs.ids, optionsOf(inputs));
+  const counted = countedRows(frozen(h), inputs);
+  const updates = model.headUpdates?.(counted).map(({ u, X, scale }) => ({ u: frozen(u), X: frozen(X), scale }));
+  const wants = { dh: false, dW: false, hits: true };
+  const { loss, hits } = scores(counted, model.head, inputs.labels, 1, wants, { logitCap: model.logitCap, updates });
+  return { loss, hits: hits as Tensor };
+}
+
+/** The same numbers, which no gradient goes back to. */
+export const frozen = (t: Tensor): Tensor => view(t, t.shape);
 
 export interface Evaluation {
   /** Mean of −log p over all target tokens, in nats. */
   readonly loss: number;
   /** exp(loss) */
   readonly perplexity: number;
+  /** Share of the target tokens that are the likeliest word, of equals the first. */
+  readonly accuracy: number;
   /** Target tokens. */
   readonly tokens: number;
 }
 
-/** The mean loss over the target tokens of all rows. Each shape of batch is traced once and replayed, as in training. */
+export interface EvaluateOptions {
+  /** Fills rows up to the longest of a batch; never seen by the loss. 0 unless given. */
+  readonly padId?: number;
+  /** Ends it after the batch in progress: its reason is thrown. */
+  readonly signal?: AbortSignal | undefined;
+}
+
+interface Scored extends Inputs {
+  /** Loss and hits. */
+  readonly sums: readonly Tensor[];
+}
+
+/** Works out loss and hits of batch after batch, into `sums`. */
+const scoring = (model: LanguageModel, largest: Batch) =>
+  new Replays<Batch, Scored>(
+    model.gpu,
+    {
+      key: shapeKey,
+      load(batch) {
+        const inputs = batchInputs(model.gpu, batch);
+        const sums = [0, 1].map(() => tensor(model.gpu, [0], []));
+        return { ...inputs, sums, tensors: [...inputs.tensors, ...sums] };
+      },
+      write: writeInputs,
+      run(inputs) {
+        const { loss, hits } = batchScores(model, inputs);
+        [loss, hits].forEach((value, i) => void copyTo(value, inputs.sums[i] as Tensor));
+      },
+    },
+    largest,
+  );
+
+/** Makes and frees what `evaluate` needs whose largest batch is this one. */
+export const planEvaluation = (model: LanguageModel, largest: Batch): void => scoring(model, largest).destroy();
+
+/** Loss and accuracy over the target tokens of all rows, without smoothing, dropout or noise. Each shape of batch is traced once and replayed, as in training. */
 export async function evaluate(
   model: LanguageModel,
   rows: readonly Row[],
   batchSize: number,
-  padId = 0,
+  { padId = 0, signal }: EvaluateOptions = {},
 ): Promise<Evaluation> {
-  const { gpu } = model;
   const most = longest(rows);
-  const workspace: GPUBuffer[] = [];
-  const shapes = new Map<string, { readonly inputs: Inputs; readonly plan: Plan }>();
-  const sum = tensor(gpu, [0], []);
-  const shapeOf = (batch: Batch): { readonly plan: Plan } => {
-    const key = shapeKey(batch);
-    const known = shapes.get(key);
-    if (known) writeInputs(known.inputs, batch);
-    const inputs = known?.inputs ?? batchInputs(gpu, batch);
-    const plan = known?.plan ?? gpu.trace(() => addInto(batchLoss(model, inputs, 1), sum), workspace);
-    shapes.set(key, { inputs, plan });
-    return { plan };
-  };
-  let total = 0;
-  let tokens = 0;
+  const replays = scoring(model, largestBatch(Math.min(batchSize, rows.length), most, isPacked(rows)));
+  let [total, hit, tokens] = [0, 0, 0];
   try {
-    shapeOf(largestBatch(Math.min(batchSize, rows.length), most, isPacked(rows))); // takes the memory for all
     for (let at = 0; at < rows.length; at += batchSize) {
+      signal?.throwIfAborted();
       const batch = collateRounded(rows.slice(at, at + batchSize), padId, most);
-      gpu.write(sum, new Float32Array(1));
-      shapeOf(batch).plan.run();
-      const [value] = await readAll([sum]);
-      total += value?.[0] ?? Number.NaN;
+      const [loss, hits] = await readAll(replays.run(batch).sums);
+      total += loss?.[0] ?? Number.NaN;
+      hit += hits?.[0] ?? Number.NaN;
       tokens += batch.tokens;
     }
   } finally {
-    for (const { inputs, plan } of shapes.values()) {
-      gpu.release(...inputs.tensors);
-      plan.destroy();
-    }
-    gpu.release(sum, ...workspace.map((buffer) => ({ buffer })));
+    replays.destroy();
   }
   const loss = total / tokens;
-  return { loss, perplexity: Math.exp(loss), tokens };
+  return { loss, perplexity: Math.exp(loss), accuracy: hit / tokens, tokens };
 }

@@ -2,8 +2,7 @@
 import { dryGpu } from "../gpu/dry.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { largestBatch } from "./batches.ts";
-import { batchInputs, batchLoss, type LanguageModel } from "./loss.ts";
+import type { LanguageModel } from "./loss.ts";
 import { type HasTrainingMode, TrainingStep } from "./step.ts";
 import { languageTask, type RowTask } from "./task.ts";
 
@@ -68,10 +67,7 @@ export async function planTraining(
   const step = new TrainingStep<unknown>({ task, parameters, ...(adapter && { adapter }), ...settings });
   const batch = task.largest(batchSize, maxLength);
   step.run(new Array(gradAccumulation).fill(batch), 0);
-  if (evaluation) {
-    const inputs = batchInputs(dry, largestBatch(evaluation.batchSize, evaluation.maxLength));
-    dry.trace(() => void batchLoss(model, inputs, 1), []);
-  }
+  if (evaluation) task.evaluation?.(task.largest(evaluation.batchSize, evaluation.maxLength));
   const { bytesPeak, dispatches } = dry.counters();
   const { gradientBytes: gradients, sizeBytes: optimizer } = step.optimizer;
   const activations = step.workspaceBytes;

@@ -4,7 +4,7 @@ import type { Uniform } from "../gpu/kernel.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { type Batch, collateRounded, largestBatch } from "./batches.ts";
 import type { Row } from "./data.ts";
-import { batchInputs, batchLoss, type LanguageModel, shapeKey, writeInputs } from "./loss.ts";
+import { batchInputs, batchLoss, type LanguageModel, planEvaluation, shapeKey, writeInputs } from "./loss.ts";
 
 /** A batch on the device. */
 export interface Loaded<B> {
@@ -33,6 +33,8 @@ export interface RowTask<R, B> extends Task<B> {
   collate(rows: readonly R[], most: number): B;
   /** The largest batch that rows of a run may make. */
   largest(batchSize: number, most: number): B;
+  /** Makes and frees what an evaluation needs whose largest batch is this one: how a plan knows. */
+  evaluation?(largest: B): void;
   /** Tokens of a row that go through the model; as many as its inputIds unless given. */
   tokensOf?(row: R): number;
 }
@@ -57,5 +59,6 @@ export function languageTask(model: LanguageModel, padId = 0, hasPacked = false)
     },
     collate: (rows, most) => collateRounded(rows, padId, most),
     largest: (batchSize, most) => largestBatch(batchSize, most, hasPacked),
+    evaluation: (largest) => planEvaluation(model, largest),
   };
 }

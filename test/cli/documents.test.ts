@@ -53,6 +53,15 @@ test("a run leaves its configuration, card, report, samples and events, and its 
     { step: 2, prompt: "Once" },
   ]);
   const { document } = parseHTML(await readFile(at("first/report.html"), "utf8"));
+  const [{ accuracy } = {}] = (await lines("first/metrics.jsonl")).map(
+    ({ validation }) => validation as { accuracy?: number },
+  );
+  expect(accuracy).toBeGreaterThanOrEqual(0);
+  expect(accuracy).toBeLessThanOrEqual(1);
+  const facts = Object.fromEntries(
+    [...document.querySelectorAll("tr")].map((tr) => [...tr.children].map((cell) => cell.textContent)),
+  );
+  expect(facts.validation).toMatch(/^loss \d\.\d{4}, accuracy \d+\.\d %$/);
   expect(document.querySelectorAll(".bar").length).toBe(14);
   expect([...document.querySelectorAll("h2")].map((heading) => heading.textContent)).toEqual([
     "Norm of the update, by module",

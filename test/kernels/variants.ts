@@ -70,6 +70,7 @@ import softCapSource from "../../src/kernels/soft-cap.wgsl";
 import softmax from "../../src/kernels/softmax.wgsl";
 import softmaxBackward from "../../src/kernels/softmax-backward.wgsl";
 import squareSums from "../../src/kernels/square-sums.wgsl";
+import tokenHits from "../../src/kernels/token-hits.wgsl";
 import transpose from "../../src/kernels/transpose.wgsl";
 import unary from "../../src/kernels/unary.wgsl";
 import { unpackMatrix, withPlainScales } from "../../src/kernels/unpack.ts";
@@ -125,6 +126,7 @@ export const KERNELS: Readonly<Record<string, string>> = {
   softmax,
   "softmax-backward": softmaxBackward,
   "square-sums": squareSums,
+  "token-hits": tokenHits,
   transpose,
   unary,
   unpack,
@@ -277,7 +279,9 @@ export function otherVariants(): Variant[] {
       addIntoOf(x, axpyOf(1, x, 1, x));
       gatherRowsOf(x, empty(recorder, [3], "variants", "i32"));
       const [h, labels] = [empty(recorder, [2, 4], "variants"), empty(recorder, [2], "variants", "i32")];
-      linearCrossEntropyOf(h, empty(recorder, [columns, 4], "variants"), labels, 1, { dh: true, dW: false });
+      const W = empty(recorder, [columns, 4], "variants");
+      for (const labelSmoothing of [0, 0.1])
+        linearCrossEntropyOf(h, W, labels, 1, { dh: true, dW: false, hits: true }, { labelSmoothing });
       gatedOf(x, x, "silu");
       gatedBackwardOf(x, x, x, "silu");
       for (const acc of [undefined, x]) dropoutOf(x, 0.5, { seed: 1, step: 1, stream: 1 }, acc);

@@ -242,6 +242,56 @@ test("evaluation is the mean over tokens, not over batches", async () => {
   model.destroy();
 });
 
+test("the accuracy is the share of target tokens that are the argmax of the model's logits", async () => {
+  const gpu = await testGpu();
+  const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
+  const guess = async (ids: readonly number[]): Promise<number[]> => {
+    const logits = gpu.scope(() => model.logits(tensor(gpu, Int32Array.from(ids), [1, ids.length])));
+    const [values = new Float32Array()] = await readAll([logits]);
+    gpu.release(logits);
+    const V = values.length / ids.length;
+    return ids.map((_, t) => {
+      const scores = values.subarray(t * V, (t + 1) * V);
+      return scores.indexOf(Math.max(...scores));
+    });
+  };
+  // A greedy continuation is all hits; the other rows are as they come.
+  const greedy = [7];
+  for (let t = 0; t < 8; t++) greedy.push((await guess(greedy))[t] as number);
+  const all = [...rows, { inputIds: greedy, labels: [-100, -100, ...greedy.slice(2)] }];
+  let hits = 0;
+  for (const { inputIds, labels } of all) {
+    const guesses = await guess(inputIds);
+    hits += labels.slice(1).filter((label, t) => label === guesses[t]).length;
+  }
+  gpu.resetCounters();
+  const { accuracy, tokens } = await evaluate(model, all, 4);
+  expect(tokens).toBe(15 + 7);
+  expect(hits).toBeGreaterThanOrEqual(7);
+  expect(accuracy).toBe(hits / tokens);
+  expect(gpu.counters().dispatches.get("token-hits")).toBeGreaterThan(0);
+  gpu.resetCounters();
+  const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: ["q_proj"] });
+  const settings = { parameters: adapter.parameters, steps: 1, batchSize: 2, learningRate: 1e-3 };
+  for await (const _ of train({ model, rows, ...settings }));
+  expect(gpu.counters().dispatches.has("token-hits")).toBe(false);
+  model.destroy();
+});
+
+test("an evaluation that is aborted throws the reason, and leaves nothing behind", async () => {
+  const gpu = await testGpu();
+  const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
+  const before = gpu.counters().bytesLive;
+  const reason = new Error("enough");
+  await expect(evaluate(model, rows, 2, { signal: AbortSignal.abort(reason) })).rejects.toBe(reason);
+  const later = new AbortController();
+  const running = evaluate(model, rows, 1, { signal: later.signal });
+  later.abort(reason);
+  await expect(running).rejects.toBe(reason);
+  expect(gpu.counters().bytesLive).toBe(before);
+  model.destroy();
+});
+
 test("schedules equal transformers'", () => {
   const { schedules } = JSON.parse(readFileSync("test/golden/adamw.json", "utf8")) as {
     schedules: Record<string, number[]>;
