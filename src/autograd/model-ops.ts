@@ -56,6 +56,11 @@ export function dropout(x: Tensor, p: number, key: drops.DropoutKey): Tensor {
   return record("dropout", drops.dropout(x, p, key), [x], (dy) => [adding((sum) => drops.dropout(dy, p, key, sum))]);
 }
 
+/** x + most·u, as `kernels/dropout.ts` says: noise, whose gradient is that of x. Keeps nothing. */
+export function addNoise(x: Tensor, most: number, key: drops.DropoutKey): Tensor {
+  return record("addNoise", drops.addNoise(x, most, key), [x], (dy) => [() => dy]);
+}
+
 /** LayerNorm over the last axis: (x − mean)·rsqrt(var + eps)·w + b. x [...,H], weight and bias [H]. Keeps x and two numbers per row. */
 export function layerNorm(x: Tensor, weight: Tensor, bias: Tensor, eps: number): Tensor {
   const { y, stats } = layer.layerNorm(x, weight, bias, eps);

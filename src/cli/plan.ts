@@ -13,6 +13,7 @@ import { ShapeError } from "../tensor/errors.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
 import { type MemoryPlan, type PlanOptions, planTraining } from "../train/plan.ts";
 import { preferenceTask } from "../train/preference.ts";
+import { languageTask } from "../train/task.ts";
 import {
   jsonOption,
   keepsTwice,
@@ -47,6 +48,8 @@ export interface RunSize {
   readonly evaluation?: PlanOptions["evaluation"];
   /** Whether rows are pairs of answers, of which one is preferred. */
   readonly preference?: boolean;
+  /** See `LanguageSettings`. */
+  readonly neftuneAlpha?: number | undefined;
 }
 
 interface PlanArguments extends Omit<RunSize, "maxLength" | "weights">, LoraArguments {
@@ -110,7 +113,7 @@ async function planOf(gpu: Gpu, model: string, adapter: LoraConfig | string, siz
       if (size.takesFromBase) attached.start(zeros(attached), true);
       const learned = {
         model: unfilled,
-        task: size.preference ? preferenceTask(unfilled) : undefined,
+        task: size.preference ? preferenceTask(unfilled) : languageTask(unfilled, size, size.packing),
         adapter: attached,
       };
       if (!size.loraFa) return { ...learned, parameters: attached.parameters };

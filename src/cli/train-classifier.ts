@@ -21,8 +21,14 @@ export async function trainClassifier(options: LocatedArguments, said: SaidComma
   refuse("train", {
     ...{ "--quantize": quantize, "--profile": profile, "--budget": budget, "--lora-fa": options.loraFa },
     ...{ "--sample-prompt": options.samplePrompt, "--packing": options.packing, "--dry-run": options.dryRun },
-    ...{ "--preference": options.preference, "--valid-split": options.validSplit, "--loss-on": options.lossOn },
+    ...{
+      "--preference": options.preference,
+      "--label-smoothing": options.labelSmoothing,
+      "--valid-split": options.validSplit,
+      "--loss-on": options.lossOn,
+    },
     ...{ "--chat-template": options.chatTemplate, "--prompt-separator": options.promptSeparator },
+    "--neftune-alpha": options.neftuneAlpha,
     ...(isByData && { [`--init ${init}`]: init }),
   });
   const { rows, stats } = await readClassRows(options, options.data);

@@ -60,6 +60,7 @@ export async function trainLanguage(options: LocatedArguments, said: SaidCommand
     loraFa: options.loraFa ?? false,
     weights: weightFormat(options.quantize),
     maxLength: longest(rows),
+    neftuneAlpha: options.neftuneAlpha,
     packing,
     evaluation: valid && { batchSize: Math.min(batchSize, valid.length), maxLength: longest(valid) },
   };
@@ -94,7 +95,7 @@ export async function trainLanguage(options: LocatedArguments, said: SaidCommand
       return;
     }
     await follow({
-      ...{ options, said, gpu, started, adapter, trained, task: languageTask(model, 0, packing) },
+      ...{ options, said, gpu, started, adapter, trained, task: languageTask(model, options, packing) },
       ...{ rows, steps, warmupSteps, settings, saved, stats, planned: plan.peak },
       evaluate: valid && (() => evaluate(model, valid, batchSize)),
       sample: options.samplePrompt && (await sampler(model, options.model, options.samplePrompt)),

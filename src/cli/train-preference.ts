@@ -71,11 +71,18 @@ export async function trainPreference(given: LocatedArguments, said: SaidCommand
 }
 
 /** Throws ShapeError for options that pairs have no use for. */
-function refuseWith({ packing, lossOn, init }: LocatedArguments): void {
+function refuseWith({ packing, lossOn, init, neftuneAlpha, labelSmoothing = 0 }: LocatedArguments): void {
   const isByData = init === "eva" || init === "lora_ga" || init === "loftq";
-  const refused = { "--packing": packing, "--loss-on": lossOn, ...(isByData && { [`--init ${init}`]: init }) };
+  const refused = {
+    "--packing": packing,
+    "--loss-on": lossOn,
+    "--neftune-alpha": neftuneAlpha,
+    ...(isByData && { [`--init ${init}`]: init }),
+  };
   for (const [flag, value] of Object.entries(refused))
     if (value !== undefined) throw new ShapeError(`train: ${flag} cannot go with --preference. Leave it out`);
+  if (labelSmoothing >= 0.5)
+    throw new ShapeError(`train: --label-smoothing of pairs must be below 0.5, got ${labelSmoothing}`);
 }
 
 /** What the run takes, said, if it fits. */

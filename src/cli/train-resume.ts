@@ -31,7 +31,7 @@ const KEPT = [
     "weightDecay",
   ],
   ...["loraFa", "loraplusLrRatio", "maxGradNorm", "seed", "shuffle", "packing"],
-  ...["preference", "beta", "labelSmoothing"],
+  ...["preference", "beta", "labelSmoothing", "neftuneAlpha"],
 ];
 
 interface RunPlan {

@@ -1,6 +1,6 @@
 /** A learning rate to begin with, from a short sweep over many. */
 import { ShapeError } from "../tensor/errors.ts";
-import { batchIndices, longest } from "./batches.ts";
+import { batchIndices, isPacked, longest } from "./batches.ts";
 import { TrainingStep } from "./step.ts";
 import { languageTask } from "./task.ts";
 import type { TrainOptions } from "./trainer.ts";
@@ -41,7 +41,7 @@ export async function findLearningRate(options: RateSweepOptions): Promise<RateS
     throw new ShapeError(
       `findLearningRate: rates must rise from above 0 in at least 2 steps, got ${lowest} to ${highest} in ${steps}`,
     );
-  const task = languageTask(model, options.padId);
+  const task = languageTask(model, options, isPacked(rows));
   const training = new TrainingStep({ ...options, task });
   const before = await training.state();
   const points: RatePoint[] = [];

@@ -4,10 +4,18 @@ import type { Gpu } from "../gpu/gpu.ts";
 import type { Uniform } from "../gpu/kernel.ts";
 import { copyTo } from "../kernels/copy-rows.ts";
 import { type Head, type LogitUpdate, linearCrossEntropy as scores } from "../kernels/linear-cross-entropy.ts";
+import type { EmbeddingNoise } from "../nn/table.ts";
 import { readAll, type Tensor, tensor, view } from "../tensor/tensor.ts";
 import { type Batch, collateRounded, isPacked, largestBatch, longest } from "./batches.ts";
 import { IGNORED, type Row } from "./data.ts";
 import { Replays } from "./replays.ts";
+
+interface HiddenOptions {
+  /** Of packed rows: positions and first places of segments, each i32 [B,T]. */
+  readonly packing?: { readonly positions: Tensor; readonly starts: Tensor };
+  /** Of the embeddings, in training. */
+  readonly noise?: EmbeddingNoise;
+}
 
 /** Anything that predicts tokens, such as a model with or without an adapter: logits = hidden·headᵀ. */
 export interface LanguageModel {
@@ -18,8 +26,8 @@ export interface LanguageModel {
   headUpdates?(h: Tensor): readonly LogitUpdate[];
   /** c: a logit x counts as c·tanh(x/c). */
   readonly logitCap?: number | undefined;
-  /** ids i32 [B,T] → [B,T,C], what `head` is applied to. Of packed rows: positions and first places of segments, each i32 [B,T]. */
-  hidden(ids: Tensor, options?: { readonly packing?: { readonly positions: Tensor; readonly starts: Tensor } }): Tensor;
+  /** ids i32 [B,T] → [B,T,C], what `head` is applied to. */
+  hidden(ids: Tensor, options?: HiddenOptions): Tensor;
 }
 
 /** A batch on the device. */
@@ -73,10 +81,11 @@ function hostInputs({ ids, labels, targets }: Batch) {
   return { ids, targets, labels: targets.map((at) => (at < 0 ? IGNORED : (labels[at] ?? IGNORED))), places };
 }
 
-/** What is asked of a batch's loss in training. */
+/** What training may ask of the loss of a batch. */
 export interface LossSettings {
-  /** ε: see `CrossEntropyOptions`. */
+  /** See `CrossEntropyOptions`. */
   readonly labelSmoothing?: number | undefined;
+  readonly noise?: EmbeddingNoise | undefined;
 }
 
 /** Σ over the batch's target tokens of −log p(target), times `scale`: one number, shape []. */
@@ -84,14 +93,13 @@ export function batchLoss(
   model: LanguageModel,
   inputs: Inputs,
   scale: Uniform,
-  { labelSmoothing }: LossSettings = {},
+  { labelSmoothing, noise }: LossSettings = {},
 ): Tensor {
-  const counted = countedRows(model.hidden(inputs.ids, optionsOf(inputs)), inputs);
+  const { ids, packing } = inputs;
+  const counted = countedRows(model.hidden(ids, { ...(packing && { packing }), ...(noise && { noise }) }), inputs);
   const options = { logitCap: model.logitCap, updates: model.headUpdates?.(counted), labelSmoothing };
   return linearCrossEntropy(counted, model.head, inputs.labels, scale, options);
 }
-
-const optionsOf = ({ packing }: Inputs) => packing && { packing };
 
 /** h where the batch has targets. */
 function countedRows(h: Tensor, { ids, targets, places }: Inputs): Tensor {
@@ -101,7 +109,8 @@ function countedRows(h: Tensor, { ids, targets, places }: Inputs): Tensor {
 
 /** `batchLoss`, and how many of the targets are the likeliest word, the first of equals: two numbers, shapes [], without gradients. */
 function batchScores(model: LanguageModel, inputs: Inputs): { readonly loss: Tensor; readonly hits: Tensor } {
-  const h = model.hidden(inputs.ids, optionsOf(inputs));
+  const { ids, packing } = inputs;
+  const h = model.hidden(ids, packing && { packing });
   const counted = countedRows(frozen(h), inputs);
   const updates = model.headUpdates?.(counted).map(({ u, X, scale }) => ({ u: frozen(u), X: frozen(X), scale }));
   const wants = { dh: false, dW: false, hits: true };

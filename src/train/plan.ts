@@ -60,7 +60,7 @@ export async function planTraining(
   { batchSize, maxLength, gradAccumulation = 1, packing = false, evaluation }: PlanOptions,
 ): Promise<MemoryPlan> {
   const dry = dryGpu(gpu);
-  const { model, parameters, adapter, projections, task = languageTask(model, 0, packing) } = await build(dry);
+  const { model, parameters, adapter, projections, task = languageTask(model, {}, packing) } = await build(dry);
   const trained = parameters.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
   const weights = dry.counters().bytesLive - trained;
   const settings = { projections, accumulates: gradAccumulation > 1 };

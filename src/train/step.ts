@@ -1,7 +1,6 @@
 import { add, scale as scaled } from "../autograd/basic-ops.ts";
 import { backward } from "../autograd/engine.ts";
 import type { Gpu } from "../gpu/gpu.ts";
-import type { Uniform } from "../gpu/kernel.ts";
 import type { Plan } from "../gpu/plan.ts";
 import { addInto } from "../kernels/axpy.ts";
 import { copyTo, putColumns } from "../kernels/copy-rows.ts";
@@ -12,12 +11,12 @@ import { AdamW, type AdamWSettings, type AdamWState } from "./adamw.ts";
 import type { Batch } from "./batches.ts";
 import type { LanguageModel } from "./loss.ts";
 import { type ProfiledDispatch, profiled } from "./profile.ts";
-import { type Loaded, languageTask, type Task } from "./task.ts";
+import { type Loaded, languageTask, type Task, type TrainingMode } from "./task.ts";
 
 /** An adapter, seen from training. */
 export interface HasTrainingMode {
   /** Set while a training step is made: dropout is on, its masks made from the seed and the number of the batch. */
-  training?: { readonly seed: number; readonly step: Uniform } | undefined;
+  training?: TrainingMode | undefined;
 }
 
 /** What is learned: the next tokens of a language model, or another task. */
@@ -29,7 +28,7 @@ interface StepSettings extends AdamWSettings {
   readonly parameters: readonly Tensor[];
   /** What is trained, where it behaves differently in training: its dropout is on within a step, with masks by `seed`. */
   readonly adapter?: HasTrainingMode;
-  /** Seed of the dropout masks; 0 unless given. */
+  /** Seed of the dropout masks and of noise; 0 unless given. */
   readonly seed?: number;
   /** Whether a step may have several batches, whose gradients are added up. */
   readonly accumulates?: boolean;
@@ -213,9 +212,10 @@ export class TrainingStep<B = Batch> {
 
   /** The loss of a batch and its parts, like `#losses`, its gradients taken. Only meanwhile is the adapter in training: between steps it may be evaluated. */
   #gradients(inputs: Loaded<B>, adds: boolean): Tensor {
-    this.#adapter.training = { seed: this.#seed, step: () => this.#batchCount };
+    const training = { seed: this.#seed, step: () => this.#batchCount };
+    this.#adapter.training = training;
     try {
-      const values = inputs.losses(() => this.#scale);
+      const values = inputs.losses(() => this.#scale, training);
       const weights = Object.values(this.#task.weights);
       const weighted = values.map((value, i) => (weights[i] === 1 ? value : scaled(value, weights[i] ?? 0)));
       const loss = weighted.reduce((sum, value) => add(sum, value));

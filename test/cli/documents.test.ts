@@ -35,6 +35,7 @@ test("a run leaves its configuration, card, report, samples and events, and its 
   await train(
     ...["--model", at("model"), "--data", at("rows.jsonl"), "--valid-data", at("rows.jsonl"), "--out", at("first")],
     ...["--steps", "2", "--rank", "2", "--valid-every", "1", "--sample-prompt", "Once", "--tensorboard"],
+    ...["--label-smoothing", "0.1", "--neftune-alpha", "5"],
   );
   const files = (await readdir(at("first"))).map((file) => file.replace(/\d{10}/, "N")).sort();
   expect(files).toEqual([
@@ -75,6 +76,8 @@ test("a run leaves its configuration, card, report, samples and events, and its 
   expect(parse(await readFile(at("first/run.yaml"), "utf8"))).toMatchObject({
     rank: 2,
     steps: 2,
+    "label-smoothing": 0.1,
+    "neftune-alpha": 5,
     "sample-prompt": ["Once"],
   });
 

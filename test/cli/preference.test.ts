@@ -102,11 +102,8 @@ test.each([
   ["--loss-on", "--loss-on cannot go with --preference. Leave it out", ["--loss-on", "all"]],
   ["--init eva", "--init eva cannot go with --preference. Leave it out", ["--init", "eva"]],
   ["beta of 0", "--beta must be a number above 0, got 0", ["--beta", "0"]],
-  [
-    "smoothing of a half",
-    "--label-smoothing must be a number of at least 0 and below 0.5, got 0.5",
-    ["--label-smoothing", "0.5"],
-  ],
+  ["smoothing of a half", "--label-smoothing of pairs must be below 0.5, got 0.5", ["--label-smoothing", "0.5"]],
+  ["noise", "--neftune-alpha cannot go with --preference. Leave it out", ["--neftune-alpha", "5"]],
 ])("%s is refused", async (_what, message, args) => {
   await expect(train("refused", ...DPO, ...args)).rejects.toThrow(new ShapeError(`train: ${message}`));
 });
@@ -125,7 +122,7 @@ test("pairs want --preference, and --preference wants pairs", async () => {
     ),
   );
   await expect(train("refused", "--beta", "0.2")).rejects.toThrow(
-    new ShapeError("train: --beta and --label-smoothing go with --preference. Add it, or leave them out"),
+    new ShapeError("train: --beta goes with --preference. Add it, or leave it out"),
   );
   expect(await readdir(at("refused"))).toEqual([]);
 });

@@ -27,7 +27,7 @@ import crossEntropyPiece from "../../src/kernels/cross-entropy-piece.wgsl";
 import crossEntropyPieceBackward from "../../src/kernels/cross-entropy-piece-backward.wgsl";
 import { gainBackward as gainBackwardOf, gain as gainOf } from "../../src/kernels/dora.ts";
 import doraNorms from "../../src/kernels/dora-norms.wgsl";
-import { dropout as dropoutOf } from "../../src/kernels/dropout.ts";
+import { addNoise as addNoiseOf, dropout as dropoutOf } from "../../src/kernels/dropout.ts";
 import dropout from "../../src/kernels/dropout.wgsl";
 import embedding from "../../src/kernels/embedding.wgsl";
 import embeddingBackward from "../../src/kernels/embedding-backward.wgsl";
@@ -284,6 +284,7 @@ export function otherVariants(): Variant[] {
         linearCrossEntropyOf(h, W, labels, 1, { dh: true, dW: false, hits: true }, { labelSmoothing });
       gatedOf(x, x, "silu");
       gatedBackwardOf(x, x, x, "silu");
+      if (columns % 4 === 0) addNoiseOf(x, 0.5, { seed: 1, step: 1, stream: 1 });
       for (const acc of [undefined, x]) dropoutOf(x, 0.5, { seed: 1, step: 1, stream: 1 }, acc);
       const w = empty(recorder, [columns], "variants");
       gainOf(x, w, w);
