@@ -115,7 +115,14 @@ export {
   readRows,
   rowsOf,
 } from "./train/data.ts";
-export { findLearningRate, type RatePoint, type RateSweep, type RateSweepOptions } from "./train/find-learning-rate.ts";
+export {
+  findLearningRate,
+  findTaskLearningRate,
+  type RatePoint,
+  type RateSweep,
+  type RateSweepOptions,
+  type TaskRateSweepOptions,
+} from "./train/find-learning-rate.ts";
 export {
   bestPrecision,
   type Curvature,

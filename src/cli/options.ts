@@ -45,6 +45,13 @@ export function amount(command: string, flags: string, description: string, pres
   return numeric(command, flags, description, { rule: "a number of at least 0", holds, preset });
 }
 
+/** A learning rate, or what finds one. */
+export function rateOption(command: string): Option {
+  const option = amount(command, "--learning-rate <x>", "peak learning rate; auto: as --find-lr suggests", 2e-4);
+  const number = option.parseArg;
+  return option.argParser((text) => (text === "auto" ? text : number?.(text, text)));
+}
+
 /** A time such as 90s, 20m or 1.5h, given in milliseconds. */
 export function timeOption(command: string, flags: string, description: string): Option {
   const option = new Option(flags, description);

@@ -37,7 +37,7 @@ export async function trainClassifier(options: LocatedArguments, said: SaidComma
   if (!valid && (options.validEvery !== undefined || options.patience !== undefined))
     throw new ShapeError("train: --valid-every and --patience of a classifier need --valid-data, got none");
   const settings = await keptSettings(options, { steps, warmupSteps, rows });
-  const saved = await begin(options.out, options.resume ?? false, settings, version());
+  const saved = await begin(options, settings, version());
   await withGpu(async (gpu) => {
     const started = performance.now();
     const model = await openClassifier(gpu, options, seed);

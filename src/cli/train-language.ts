@@ -79,7 +79,7 @@ export async function trainLanguage(options: LocatedArguments, said: SaidCommand
       `memory: at most ${bytes(plan.peak)} of the GPU's, ${bytes(plan.weights)} of it weights, ${bitsLine(plan.bits)}${besides}`,
     );
     const { dryRun = false } = options;
-    const saved = dryRun ? undefined : await begin(options.out, options.resume ?? false, settings, version());
+    const saved = await begin(options, settings, version());
     const model = await loadModelFrom(gpu, options.model, { weights: size.weights });
     model.checkpointing = checkpointing;
     const adapter = await startAdapter(model, options, rows, saved);

@@ -29,7 +29,7 @@ export async function trainPreference(given: LocatedArguments, said: SaidCommand
     const started = performance.now();
     const plan = await planned(gpu, options, pairs);
     const { dryRun = false } = options;
-    const saved = dryRun ? undefined : await begin(options.out, options.resume ?? false, settings, version());
+    const saved = await begin(options, settings, version());
     const model = await loadModelFrom(gpu, options.model, { weights: weightFormat(options.quantize) });
     model.checkpointing = options.checkpointing ?? false;
     const adapter = await startAdapter(model, options, [], saved);

@@ -20,6 +20,7 @@ import {
   preferenceOptions,
   quantizeOption,
   type RowArguments,
+  rateOption,
   revisionOption,
   rowOptions,
   stepOptions,
@@ -44,7 +45,8 @@ export interface TrainArguments extends LoraArguments, RowArguments {
   readonly epochs?: number;
   readonly batchSize: number;
   readonly gradAccumulation: number;
-  readonly learningRate: number;
+  readonly learningRate: number | "auto";
+  readonly findLr?: boolean;
   readonly schedule: Schedule;
   readonly warmup: number;
   readonly weightDecay: number;
@@ -90,6 +92,7 @@ Examples:
   $ lowrank train --model models/base --data train.jsonl --out adapters/pirate --save-every 50 --resume
   $ lowrank train --model models/base --data train.jsonl --out adapters/pirate --valid-data valid.jsonl --patience 3
   $ lowrank train --model models/base --data pairs.jsonl --out adapters/kind --preference dpo --learning-rate 5e-5
+  $ lowrank train --model models/base --data train.jsonl --out adapters/pirate --find-lr
   $ lowrank train --config adapters/pirate/run.yaml --out adapters/again --seed 1
 
 Ctrl-C ends training after the step in progress, saves the adapter and writes a checkpoint; a second one quits at once. The same command with
@@ -107,7 +110,13 @@ export function trainCommand(): Command {
     .requiredOption("--out <dir>", "where the adapter, metrics.jsonl, run.yaml and report.html go")
     .addOption(whole(name, "--steps <n>", "optimizer steps", 1).conflicts("epochs"))
     .addOption(whole(name, "--epochs <n>", "times to go through the data (default: 1)", 1))
-    .addOption(amount(name, "--learning-rate <x>", "peak learning rate", 2e-4))
+    .addOption(rateOption(name))
+    .addOption(
+      new Option(
+        "--find-lr",
+        "try ever higher learning rates for up to 100 steps, say where the loss falls most steeply, and train nothing",
+      ).conflicts(["resume", "dryRun"]),
+    )
     .addOption(
       new Option("--schedule <name>", "course of the learning rate after warmup")
         .choices(["linear", "cosine", "constant"])
