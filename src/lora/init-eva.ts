@@ -28,6 +28,8 @@ export interface EvaOptions {
    */
   readonly maxPasses?: number;
   readonly seed?: number;
+  /** Ends it by throwing the signal's reason. */
+  readonly signal?: AbortSignal | undefined;
 }
 
 /** Modules that read the same input. */
@@ -64,6 +66,7 @@ export async function attachEva(
     maxPasses = Math.max(50, batches.length),
     adjustScalingFactors = true,
     seed = 0,
+    signal,
   } = options;
   if (!(rho >= 1 && Number.isFinite(rho))) throw new ShapeError(`eva: rho must be a number of at least 1, got ${rho}`);
   if (!(tau >= 0 && tau <= 1)) throw new ShapeError(`eva: tau must be from 0 to 1, got ${tau}`);
@@ -75,7 +78,7 @@ export async function attachEva(
   const modules = modulesOf(config, [...model.linears.keys()]);
   const sources = sourcesOf(model, config, modules, rho);
   check(model, sources, batches);
-  const ranks = await settle(sources, config, batches, { tau, maxPasses, seed });
+  const ranks = await settle(sources, config, batches, { tau, maxPasses, seed, signal });
   const adapter = attachLora(model, redistributed(config, modules, ranks, adjustScalingFactors), seed);
   const starts = [...adapter.pairs].map(([name, { A, B }]) => {
     const pca = sources.find(({ names }) => names.includes(name))?.pca as Pca;
@@ -122,7 +125,12 @@ async function settle(
   sources: readonly Source[],
   config: LoraConfig,
   batches: readonly CalibrationBatch[],
-  { tau, maxPasses, seed }: { readonly tau: number; readonly maxPasses: number; readonly seed: number },
+  {
+    tau,
+    maxPasses,
+    seed,
+    signal,
+  }: Required<Pick<EvaOptions, "tau" | "maxPasses" | "seed">> & Pick<EvaOptions, "signal">,
 ): Promise<Map<string, number>> {
   let ranks = new Map(sources.flatMap(({ names, most }) => names.map((name) => [name, most] as const)));
   const isOpen = ({ names, settled, pca }: Source): boolean =>
@@ -131,7 +139,10 @@ async function settle(
     const batch = batches[pass % batches.length] as CalibrationBatch;
     const open = sources.filter((source) => isOpen(source) && source.most <= batch.positions.length);
     const runs = inRuns(open, ({ layer }) => 4 * batch.positions.length * (layer.weight.shape[1] ?? 0));
-    for (const run of runs) await look(run, batch, tau, seed);
+    for (const run of runs) {
+      signal?.throwIfAborted();
+      await look(run, batch, tau, seed);
+    }
     if (sources.every(({ pca }) => pca)) ranks = dealt(sources, config);
     if (!sources.some(isOpen)) return ranks;
   }
