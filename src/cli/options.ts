@@ -120,12 +120,15 @@ export const validSplitOption = (command: string): Option =>
 export const packingOption = (): Option =>
   new Option("--packing", "put several rows into one of --max-length, each seeing only itself: less padding");
 
-/** How pairs of answers are learned. */
-export const preferenceOptions = (command: string): Option[] => [
+export const preferenceOption = (): Option =>
   new Option(
     "--preference <loss>",
-    'learn from pairs {"prompt","chosen","rejected"} which answer is preferred (dpo: direct preference optimisation); --batch-size counts pairs',
-  ).choices(["dpo"]),
+    'rows are pairs {"prompt","chosen","rejected"}, of which one answer is preferred (dpo: direct preference optimisation); --batch-size counts pairs',
+  ).choices(["dpo"]);
+
+/** How pairs of answers are learned. */
+export const preferenceOptions = (command: string): Option[] => [
+  preferenceOption(),
   numeric(
     command,
     "--beta <x>",

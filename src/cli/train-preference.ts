@@ -3,14 +3,15 @@ import type { Gpu } from "../gpu/gpu.ts";
 import { loraFa } from "../lora/lora-fa.ts";
 import { loadModelFrom } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
+import { longest } from "../train/batches.ts";
 import type { PreferencePair } from "../train/data.ts";
 import { evaluatePreferences, type PreferenceEvaluation, preferenceTask, withReference } from "../train/preference.ts";
 import { keepsTwice, plannedConfig, weightFormat } from "./options.ts";
-import { demandFit } from "./plan.ts";
+import { demandFit, type RunSize } from "./plan.ts";
 import type { SaidCommand } from "./run-config.ts";
 import { bitsLine, bytes, dataLine, number, readPreferences, say, withGpu } from "./session.ts";
 import { follow, type LocatedArguments, stepsOf, type TrainedParts } from "./train-course.ts";
-import { dataFacts, readValidation, sampler, startAdapter } from "./train-language.ts";
+import { dataFacts, readPrompts, readValidation, sampler, samplesOf, startAdapter } from "./train-language.ts";
 import { begin, keptSettings } from "./train-resume.ts";
 import { version } from "./version.ts";
 
@@ -24,10 +25,15 @@ export async function trainPreference(given: LocatedArguments, said: SaidCommand
   const validPairs = await readValidation(readPreferences, options, read.valid, maxLength);
   const { steps, warmupSteps } = stepsOf(options, pairs.length);
   const settings = await keptSettings(options, { steps, warmupSteps, rows: pairs });
+  const prompts = await readPrompts(options);
+  const evaluation = validPairs && {
+    batchSize: Math.min(batchSize, validPairs.length),
+    maxLength: longestOf(validPairs),
+  };
 
   const work = async (gpu: Gpu): Promise<void> => {
     const started = performance.now();
-    const plan = await planned(gpu, options, pairs);
+    const plan = await planned(gpu, options, pairs, { evaluation, samples: samplesOf(prompts) });
     const { dryRun = false } = options;
     const saved = await begin(options, settings, version());
     const model = await loadModelFrom(gpu, options.model, { weights: weightFormat(options.quantize) });
@@ -57,7 +63,7 @@ export async function trainPreference(given: LocatedArguments, said: SaidCommand
             measured = await evaluatePreferences(model, valid, batchSize, options.beta);
             return measured;
           }),
-        sample: options.samplePrompt && (await sampler(model, options.model, options.samplePrompt)),
+        sample: prompts && sampler(model, prompts),
         data: dataFacts(stats, "pairs"),
       },
       () => {
@@ -86,22 +92,28 @@ function refuseWith({ packing, lossOn, init, neftuneAlpha, labelSmoothing = 0 }:
 }
 
 /** What the run takes, said, if it fits. */
-async function planned(gpu: Gpu, options: LocatedArguments, pairs: readonly PreferencePair[]) {
+async function planned(
+  gpu: Gpu,
+  options: LocatedArguments,
+  pairs: readonly PreferencePair[],
+  between: Pick<RunSize, "evaluation" | "samples">,
+) {
   const { batchSize, gradAccumulation, checkpointing = false, loraFa: isFa = false } = options;
-  const lengths = pairs.flatMap(({ chosen, rejected }) => [chosen.inputIds.length, rejected.inputIds.length]);
   const size = {
     ...{ batchSize: Math.min(batchSize, pairs.length), gradAccumulation, checkpointing, loraFa: isFa },
     takesFromBase: keepsTwice(options),
     weights: weightFormat(options.quantize),
-    maxLength: lengths.reduce((most, length) => Math.max(most, length), 0),
+    maxLength: longestOf(pairs),
     preference: true,
+    ...between,
   };
   const plan = await demandFit(gpu, options.model, options.initAdapter ?? plannedConfig(options), size, options.budget);
-  say(
-    `memory: at most ${bytes(plan.peak)} of the GPU's, ${bytes(plan.weights)} of it weights, ${bitsLine(plan.bits)}; what the reference, evaluations and samples take is not in it`,
-  );
+  say(`memory: at most ${bytes(plan.peak)} of the GPU's, ${bytes(plan.weights)} of it weights, ${bitsLine(plan.bits)}`);
   return plan;
 }
+
+const longestOf = (pairs: readonly PreferencePair[]): number =>
+  longest(pairs.flatMap(({ chosen, rejected }) => [chosen, rejected]));
 
 const measuredLine = ({ pairs, accuracy, margin }: PreferenceEvaluation): string =>
   `of ${number(pairs)} pairs not trained on, in ${number(100 * accuracy, 1)} % the chosen answer gained on the rejected one; by ${number(margin, 3)} on average`;

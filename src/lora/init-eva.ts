@@ -10,6 +10,7 @@ import type { LoraAdapter } from "./adapter.ts";
 import { attachLora } from "./attach.ts";
 import { type CalibrationBatch, demandBatches, inRuns } from "./calibration.ts";
 import { CLASSIFIER_HEADS, checkConfig, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
+import { planOperator } from "./device-operator.ts";
 import { addRows, explained, type Pca } from "./incremental-pca.ts";
 import { rowsOf } from "./init-factors.ts";
 import type { HasLinears } from "./parts.ts";
@@ -138,8 +139,7 @@ async function settle(
   for (let pass = 0; pass < maxPasses; pass++) {
     const batch = batches[pass % batches.length] as CalibrationBatch;
     const open = sources.filter((source) => isOpen(source) && source.most <= batch.positions.length);
-    const runs = inRuns(open, ({ layer }) => 4 * batch.positions.length * (layer.weight.shape[1] ?? 0));
-    for (const run of runs) {
+    for (const run of runsOf(open, batch)) {
       signal?.throwIfAborted();
       await look(run, batch, tau, seed);
     }
@@ -151,7 +151,8 @@ async function settle(
 
 /** One more batch of what the sources read. */
 async function look(sources: readonly Source[], batch: CalibrationBatch, tau: number, seed: number): Promise<void> {
-  const inputs = await inputsOf(sources, batch);
+  const { kept, free } = record(sources, batch);
+  const inputs = await readAll(kept).finally(free);
   for (const [i, source] of sources.entries()) {
     const K = source.layer.weight.shape[1] ?? 0;
     const rows = matrix(batch.positions.length, K, inputs[i] ?? []);
@@ -161,14 +162,17 @@ async function look(sources: readonly Source[], batch: CalibrationBatch, tau: nu
   }
 }
 
-/** What each source reads at the batch's positions, [n,K]. An adapter that only looks is on its layer meanwhile. */
-async function inputsOf(sources: readonly Source[], batch: CalibrationBatch): Promise<Float32Array[]> {
-  const gpu = sources[0]?.layer.weight.gpu;
-  if (!gpu) return [];
+/** What each source reads at the batch's positions, [n,K], on the device. An adapter that only looks is on its layer meanwhile. */
+function record(
+  sources: readonly Source[],
+  batch: CalibrationBatch,
+): { readonly kept: readonly Tensor[]; free(): void } {
+  const { gpu } = (sources[0] as Source).layer.weight;
   const { positions } = batch;
   const at = tensor(gpu, positions, [positions.length]);
   const kept = sources.map(({ layer }) => empty(gpu, [positions.length, layer.weight.shape[1] ?? 0], "eva"));
   const workspace: GPUBuffer[] = [];
+  const free = (): void => gpu.release(at, ...kept, ...workspace.map((buffer) => ({ buffer })));
   try {
     sources.forEach(({ layer }, i) => {
       const keep = (x: Tensor): void => copyTo(gatherRows(x, at), kept[i] as Tensor);
@@ -188,12 +192,32 @@ async function inputsOf(sources: readonly Source[], batch: CalibrationBatch): Pr
     const plan = gpu.trace(() => void batch.forward(), workspace);
     plan.run();
     plan.destroy();
-    return await readAll(kept);
+    return { kept, free };
+  } catch (error) {
+    free();
+    throw error;
   } finally {
     for (const { layer } of sources) layer.adapters = undefined;
-    gpu.release(at, ...kept, ...workspace.map((buffer) => ({ buffer })));
   }
 }
+
+/** Makes and frees on a dry Gpu what `attachEva` needs there: how a plan knows. */
+export function planEva(model: HasLinears, config: LoraConfig, batches: readonly CalibrationBatch[], rho = 2): void {
+  const sources = sourcesOf(model, config, modulesOf(config, [...model.linears.keys()]), rho);
+  for (const batch of batches)
+    for (const run of runsOf(sources, batch)) {
+      record(run, batch).free();
+      for (const { layer, most } of run) {
+        const { gpu, shape } = layer.weight;
+        const X = empty(gpu, [most + batch.positions.length + 1, shape[1] ?? 0], "eva");
+        planOperator(X, 2 * most);
+        gpu.release(X);
+      }
+    }
+}
+
+const runsOf = (sources: readonly Source[], { positions }: CalibrationBatch): Source[][] =>
+  inRuns(sources, ({ layer }) => 4 * positions.length * (layer.weight.shape[1] ?? 0));
 
 /** cos of the angle between each component and what it was. */
 const cosines = ({ components: a }: Pca, { components: b }: Pca): number[] =>

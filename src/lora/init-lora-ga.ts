@@ -8,7 +8,7 @@ import { Random } from "../tensor/random.ts";
 import { type Tensor, tensor } from "../tensor/tensor.ts";
 import type { LoraAdapter } from "./adapter.ts";
 import { type CalibrationBatch, demandBatches, inRuns } from "./calibration.ts";
-import { deviceOperator } from "./device-operator.ts";
+import { deviceOperator, planOperator } from "./device-operator.ts";
 import { asValues, type Factors, rowsOf, scaledRows } from "./init-factors.ts";
 
 const DIRECTIONS = ["ArB2r", "A2rBr", "ArBr", "random"] as const;
@@ -91,6 +91,17 @@ export async function initLoraGa(
     adapter.enable();
   }
   adapter.start(starts, true);
+}
+
+/** Makes and frees on a dry Gpu what `initLoraGa` needs there: how a plan knows. */
+export function planLoraGa(adapter: LoraAdapter, batches: readonly CalibrationBatch[]): void {
+  adapter.disable();
+  for (const run of inRuns(modulesOf(adapter), ({ weight }) => 2 * weight.sizeBytes)) {
+    const gradients = gradientSums(run, batches);
+    for (const [i, { r }] of run.entries()) planOperator(gradients[i] as Tensor, 4 * r);
+    gradients[0]?.gpu.release(...gradients);
+  }
+  adapter.enable();
 }
 
 function checkOptions({ direction, scale, gamma }: Chosen): void {

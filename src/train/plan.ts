@@ -46,6 +46,8 @@ interface Planned {
   readonly adapter?: HasTrainingMode;
   /** See `AdamWSettings`. */
   readonly projections?: ReadonlyMap<Tensor, Tensor>;
+  /** Makes and frees what else is done between steps, such as samples. What is done before the first, `build` itself may make and free. */
+  readonly between?: () => void;
 }
 
 /**
@@ -60,7 +62,14 @@ export async function planTraining(
   { batchSize, maxLength, gradAccumulation = 1, packing = false, evaluation }: PlanOptions,
 ): Promise<MemoryPlan> {
   const dry = dryGpu(gpu);
-  const { model, parameters, adapter, projections, task = languageTask(model, {}, packing) } = await build(dry);
+  const {
+    model,
+    parameters,
+    adapter,
+    projections,
+    between,
+    task = languageTask(model, {}, packing),
+  } = await build(dry);
   const trained = parameters.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
   const weights = dry.counters().bytesLive - trained;
   const settings = { projections, accumulates: gradAccumulation > 1 };
@@ -68,6 +77,7 @@ export async function planTraining(
   const batch = task.largest(batchSize, maxLength);
   step.run(new Array(gradAccumulation).fill(batch), 0);
   if (evaluation) task.evaluation?.(task.largest(evaluation.batchSize, evaluation.maxLength));
+  between?.();
   const { bytesPeak, dispatches } = dry.counters();
   const { gradientBytes: gradients, sizeBytes: optimizer } = step.optimizer;
   const activations = step.workspaceBytes;
