@@ -18,12 +18,12 @@ export class Progress {
     this.#every = Math.max(1, Math.ceil(steps / 20));
   }
 
-  show({ step, loss, tokens_per_second, skipped, validation }: StepMetrics): void {
+  show({ step, loss, grad_norm, tokens_per_second, skipped, validation }: StepMetrics): void {
     const left = ((performance.now() - this.#started) / 1000 / (step - this.#done)) * (this.#steps - step);
     const valid = validation
       ? `  validation ${evaluatedLine(validation)}${validation.best ? ", the best so far" : ""}`
       : "";
-    const line = `step ${step}/${this.#steps}  loss ${loss.toFixed(4)}${valid}  ${number(tokens_per_second)} tokens/s  ${duration(left)} left${skipped ? ", not finite: no update" : ""}`;
+    const line = `step ${step}/${this.#steps}  loss ${loss.toFixed(4)}${valid}  ${number(tokens_per_second)} tokens/s  ${duration(left)} left${skipped ? `, ${Number.isFinite(loss + grad_norm) ? "nothing to learn" : "not finite"}: no update` : ""}`;
     if (Number.isFinite(loss)) this.#losses.push(loss);
     if (process.stderr.isTTY)
       process.stderr.write(`\r\x1b[K${sparkline(this.#losses)}  ${line}${validation ? "\n" : ""}`);

@@ -5,6 +5,7 @@ import type { Uniform } from "../gpu/kernel.ts";
 import { copyTo } from "../kernels/copy-rows.ts";
 import { type Head, type LogitUpdate, linearCrossEntropy as scores } from "../kernels/linear-cross-entropy.ts";
 import type { EmbeddingNoise } from "../nn/table.ts";
+import { ShapeError } from "../tensor/errors.ts";
 import { readAll, type Tensor, tensor, view } from "../tensor/tensor.ts";
 import { type Batch, collateRounded, isPacked, largestBatch, longest } from "./batches.ts";
 import { IGNORED, type Row } from "./data.ts";
@@ -167,7 +168,7 @@ const scoring = (model: LanguageModel, largest: Batch) =>
 /** Makes and frees what `evaluate` needs whose largest batch is this one. */
 export const planEvaluation = (model: LanguageModel, largest: Batch): void => scoring(model, largest).destroy();
 
-/** Loss and accuracy over the target tokens of all rows, without smoothing, dropout or noise. Each shape of batch is traced once and replayed, as in training. */
+/** Loss and accuracy over the target tokens of all rows, without smoothing, dropout or noise. Each shape of batch is traced once and replayed, as in training. Throws ShapeError where there is no target. */
 export async function evaluate(
   model: LanguageModel,
   rows: readonly Row[],
@@ -189,6 +190,7 @@ export async function evaluate(
   } finally {
     replays.destroy();
   }
+  if (tokens === 0) throw new ShapeError(`evaluate: rows must have a target token, got none in ${rows.length}`);
   const loss = total / tokens;
   return { loss, perplexity: Math.exp(loss), accuracy: hit / tokens, tokens };
 }

@@ -46,7 +46,7 @@ export interface StepResult {
   readonly losses?: Readonly<Record<string, number>>;
   /** Global norm of the gradient, before clipping. */
   readonly gradNorm: number;
-  /** False where the update was not made because loss or norm were not finite. */
+  /** False where the update was not made: loss or norm were not finite, or the batches had nothing to learn. */
   readonly updated: boolean;
 }
 
@@ -142,7 +142,8 @@ export class TrainingStep<B = Batch> {
     if (batches.length === 0) throw new ShapeError("TrainingStep: a step must have a batch, got none");
     if (this.optimizer.stepCount - this.#read >= SLOTS)
       throw new ShapeError(`TrainingStep: results of ${SLOTS} steps are kept, got a step more. Read them first`);
-    this.#scale = 1 / batches.reduce((sum, batch) => sum + this.#task.count(batch), 0);
+    const count = batches.reduce((sum, batch) => sum + this.#task.count(batch), 0);
+    this.#scale = count > 0 ? 1 / count : 0;
     this.#learningRate = learningRate;
     this.optimizer.stepCount++;
     for (const [i, batch] of batches.entries()) {
@@ -206,7 +207,8 @@ export class TrainingStep<B = Batch> {
     else addInto(losses, this.#losses);
     if (!isLast) return;
     const clip = this.optimizer.norm();
-    recordStep(this.#losses, clip, this.#ring, () => (this.optimizer.stepCount - 1) % SLOTS, MOST_BAD_STEPS);
+    const slot = (): number => (this.optimizer.stepCount - 1) % SLOTS;
+    recordStep(this.#losses, clip, this.#ring, slot, () => (this.#scale > 0 ? MOST_BAD_STEPS : 0));
     this.optimizer.update(clip, () => this.#learningRate);
   }
 

@@ -79,7 +79,8 @@ const READ_EVERY_MS = 250;
  * Trains `parameters` to predict next tokens and yields the metrics of each step once its update is done.
  *
  * The loss of a step is the mean over all its target tokens, across accumulation. A step whose loss or gradient norm is not finite leaves
- * the parameters as they are; after five such steps in a row it throws ShapeError, and the parameters are those of the last good step.
+ * the parameters as they are; after five such steps in a row it throws ShapeError, and the parameters are those of the last good step. A step
+ * whose rows have no target token changes nothing, either.
  */
 export const train = ({ model, ...options }: TrainOptions): AsyncGenerator<StepMetrics, void, undefined> =>
   trainTask({ ...options, task: languageTask(model, options, isPacked(options.rows)) });

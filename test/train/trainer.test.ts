@@ -8,6 +8,7 @@ import { loadModel, makeModel, weightShapes } from "../../src/models/load.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { empty, readAll, slice, type Tensor, tensor, view } from "../../src/tensor/tensor.ts";
 import { AdamW } from "../../src/train/adamw.ts";
+import type { TrainingState } from "../../src/train/checkpoint.ts";
 import type { Row } from "../../src/train/data.ts";
 import { evaluate } from "../../src/train/loss.ts";
 import { type MemoryPlan, planTraining } from "../../src/train/plan.ts";
@@ -144,6 +145,45 @@ test("one bad step is skipped and counted, and training goes on", async () => {
   expect(after[3]).not.toEqual(after[2]);
   adapter.detach();
   model.destroy();
+});
+
+test("a step whose rows are all masked changes nothing and is no bad one, wherever it comes", async () => {
+  const gpu = await testGpu();
+  const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
+  const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: ["q_proj"] });
+  const masked = { inputIds: [1, 2, 3], labels: [-100, -100, -100] };
+  const all = [row(1, 2, 3, 4), ...new Array<Row>(6).fill(masked), row(5, 6, 7)];
+  const settings = { model, parameters: adapter.parameters, batchSize: 1, learningRate: 1e-2, weightDecay: 0.1 };
+  const states: TrainingState[] = [];
+  const seen: [skipped: boolean, loss: number, norm: number][] = [];
+  const options = { rows: all, steps: 8, schedule: "constant", readEvery: 1 } as const;
+  const checkpoint = { every: 1, save: (state: TrainingState) => void states.push(state) };
+  for await (const { skipped, loss, grad_norm } of train({ ...settings, ...options, checkpoint }))
+    seen.push([skipped, loss, grad_norm]);
+  expect(seen.map(([skipped]) => skipped)).toEqual([false, true, true, true, true, true, true, false]);
+  expect(seen.slice(1, 7)).toEqual(new Array(6).fill([true, 0, 0]));
+  for (const { optimizer, badSteps } of states.slice(1, 7)) {
+    expect(optimizer.runs).toEqual(states[0]?.optimizer.runs);
+    expect(badSteps).toBe(0);
+  }
+  expect(states[7]?.optimizer.runs).not.toEqual(states[0]?.optimizer.runs);
+  await expect(evaluate(model, [masked, masked], 2)).rejects.toThrow(
+    new ShapeError("evaluate: rows must have a target token, got none in 2"),
+  );
+  model.destroy();
+});
+
+test("a masked row beside others changes neither loss nor gradient", async () => {
+  const some = rows.slice(0, 2);
+  const masked = { inputIds: [9, 8, 7], labels: [-100, -100, -100] };
+  const [plain, beside] = [await run({ rows: some }), await run({ rows: [...some, masked], batchSize: 3 })];
+  const halves = await run({ rows: [...some, masked], batchSize: 2, gradAccumulation: 2 });
+  for (const { metrics } of [beside, halves])
+    expectClose(
+      [metrics[0]?.loss ?? 0, metrics[0]?.grad_norm ?? 0],
+      [plain.metrics[0]?.loss ?? 0, plain.metrics[0]?.grad_norm ?? 0],
+      1e-5,
+    );
 });
 
 test("replayed, eager and read late: the same bits", async () => {
