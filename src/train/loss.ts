@@ -6,7 +6,7 @@ import { copyTo } from "../kernels/copy-rows.ts";
 import { type Head, type LogitUpdate, linearCrossEntropy as scores } from "../kernels/linear-cross-entropy.ts";
 import type { EmbeddingNoise } from "../nn/table.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { readAll, type Tensor, tensor, view } from "../tensor/tensor.ts";
+import { readAll, type Shape, slice, type Tensor, tensor, view } from "../tensor/tensor.ts";
 import { type Batch, collateRounded, isPacked, largestBatch, longest } from "./batches.ts";
 import { IGNORED, type Row } from "./data.ts";
 import { Replays } from "./replays.ts";
@@ -48,21 +48,30 @@ export interface Inputs {
 export const shapeKey = ({ B, T, targets, packing }: Batch): string =>
   `${B}×${T}/${targets.length}${packing ? " packed" : ""}`;
 
-/** The batch on the device. */
-export function batchInputs(gpu: Gpu, batch: Batch): Inputs {
+/** The batch on the device; with `room`, the tensors of a batch no smaller, in their memory, to which it then belongs. */
+export function batchInputs(gpu: Gpu, batch: Batch, room?: readonly Tensor[]): Inputs {
   const { B, T } = batch;
   const { ids, targets, labels, places } = hostInputs(batch);
   const made = {
-    ids: tensor(gpu, ids, [B, T]),
-    targets: tensor(gpu, targets, [targets.length]),
-    labels: tensor(gpu, labels, [labels.length]),
-    places: tensor(gpu, places, [places.length]),
+    ids: placed(gpu, ids, [B, T], room?.[0]),
+    targets: placed(gpu, targets, [targets.length], room?.[1]),
+    labels: placed(gpu, labels, [labels.length], room?.[2]),
+    places: placed(gpu, places, [places.length], room?.[3]),
   };
   const packing = batch.packing && {
-    positions: tensor(gpu, batch.packing.positions, [B, T]),
-    starts: tensor(gpu, batch.packing.starts, [B, T]),
+    positions: placed(gpu, batch.packing.positions, [B, T], room?.[4]),
+    starts: placed(gpu, batch.packing.starts, [B, T], room?.[5]),
   };
-  return { ...made, ...(packing && { packing }), tensors: [...Object.values(made), ...Object.values(packing ?? {})] };
+  const tensors = room ? [] : [...Object.values(made), ...Object.values(packing ?? {})];
+  return { ...made, ...(packing && { packing }), tensors };
+}
+
+/** `tensor`, in the memory of one no smaller where that is given. */
+export function placed(gpu: Gpu, data: Int32Array | Float32Array, shape: Shape, room: Tensor | undefined): Tensor {
+  if (!room) return tensor(gpu, data, shape);
+  const t = slice(room, 0, shape);
+  gpu.write(t, data);
+  return t;
 }
 
 /** Puts another batch of the same shape in their place. What was dispatched before still sees the old one. */
@@ -151,10 +160,10 @@ const scoring = (model: LanguageModel, largest: Batch) =>
     model.gpu,
     {
       key: shapeKey,
-      load(batch) {
-        const inputs = batchInputs(model.gpu, batch);
-        const sums = [0, 1].map(() => tensor(model.gpu, [0], []));
-        return { ...inputs, sums, tensors: [...inputs.tensors, ...sums] };
+      load(batch, room) {
+        const sums = room?.slice(0, 2) ?? [0, 1].map(() => tensor(model.gpu, [0], []));
+        const inputs = batchInputs(model.gpu, batch, room?.slice(2));
+        return { ...inputs, sums, tensors: room ? [] : [...sums, ...inputs.tensors] };
       },
       write: writeInputs,
       run(inputs) {

@@ -7,7 +7,7 @@ import { ShapeError } from "../tensor/errors.ts";
 import { read, type Tensor, tensor, view } from "../tensor/tensor.ts";
 import { type Batch, collate, longest, roundedLength } from "./batches.ts";
 import { IGNORED, type PreferencePair } from "./data.ts";
-import { frozen, type LanguageModel } from "./loss.ts";
+import { frozen, type LanguageModel, placed } from "./loss.ts";
 import { Replays } from "./replays.ts";
 import type { RowTask } from "./task.ts";
 
@@ -59,14 +59,14 @@ export function preferenceTask(
     weights: { loss: 1 },
     key: keyOf,
     count: ({ margins }) => margins.length,
-    load(pairs) {
-      const inputs = onDevice(gpu, pairs);
+    load(pairs, room) {
+      const inputs = onDevice(gpu, pairs, room);
       const P = pairs.margins.length;
       // Where the margin of a pair stands among the logits of its two classes.
       const cells = Array.from({ length: P }, (_, p) => tensor(gpu, unit(2 * P, 2 * p), [P, 2]));
       const [first, second] = [0, 1].map((label) => tensor(gpu, new Int32Array(P).fill(label), [P]));
       return {
-        tensors: [...tensorsOf(inputs), ...cells, ...(first && second ? [first, second] : [])],
+        tensors: [...(room ? [] : tensorsOf(inputs)), ...cells, ...(first && second ? [first, second] : [])],
         write: (next) => writeInputs(inputs, next),
         losses(scale) {
           const losses = rowLosses(model, inputs);
@@ -138,14 +138,14 @@ function hostInputs({ batch: { ids, labels, B }, targets, margins }: PreferenceB
   };
 }
 
-function onDevice(gpu: Gpu, pairs: PreferenceBatch): PreferenceInputs {
+function onDevice(gpu: Gpu, pairs: PreferenceBatch, room: readonly Tensor[] = []): PreferenceInputs {
   const { ids, targets, places, labels, margins } = hostInputs(pairs);
   return {
-    ids: tensor(gpu, ids, [pairs.batch.B, pairs.batch.T]),
-    targets: tensor(gpu, targets, [targets.length]),
-    places: tensor(gpu, places, [places.length]),
-    margins: tensor(gpu, margins, [margins.length / 2, 2]),
-    labels: labels.map((row) => tensor(gpu, row, [row.length])),
+    ids: placed(gpu, ids, [pairs.batch.B, pairs.batch.T], room[0]),
+    targets: placed(gpu, targets, [targets.length], room[1]),
+    places: placed(gpu, places, [places.length], room[2]),
+    margins: placed(gpu, margins, [margins.length / 2, 2], room[3]),
+    labels: labels.map((row, b) => placed(gpu, row, [row.length], room[4 + b])),
   };
 }
 
@@ -183,10 +183,11 @@ const measuring = (model: LanguageModel, largest: PreferenceBatch) =>
     model.gpu,
     {
       key: keyOf,
-      load(pairs) {
-        const inputs = onDevice(model.gpu, pairs);
-        const losses = tensor(model.gpu, new Float32Array(pairs.batch.B), [1, pairs.batch.B]);
-        return { ...inputs, losses, tensors: [...tensorsOf(inputs), losses] };
+      load(pairs, room) {
+        const { B } = pairs.batch;
+        const losses = placed(model.gpu, new Float32Array(B), [1, B], room?.[0]);
+        const inputs = onDevice(model.gpu, pairs, room?.slice(1));
+        return { ...inputs, losses, tensors: room ? [] : [losses, ...tensorsOf(inputs)] };
       },
       write: writeInputs,
       run: (inputs) =>

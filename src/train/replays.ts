@@ -6,7 +6,8 @@ import type { Tensor } from "../tensor/tensor.ts";
 interface Pass<B, I> {
   /** Batches with the same key have inputs of the same shapes. */
   key(batch: B): string;
-  load(batch: B): I;
+  /** With `room`, the tensors of a batch no smaller, in their memory. */
+  load(batch: B, room?: readonly Tensor[]): I;
   /** Puts another batch of the same shape in its place. */
   write(inputs: I, batch: B): void;
   run(inputs: I): void;
@@ -48,7 +49,8 @@ export class Replays<B, I extends { readonly tensors: readonly Tensor[] }> {
       this.#pass.write(known.inputs, batch);
       return known;
     }
-    const inputs = this.#pass.load(batch);
+    const [largest] = this.#shapes.values();
+    const inputs = this.#pass.load(batch, largest?.inputs.tensors);
     const made = { inputs, plan: this.#gpu.trace(() => this.#pass.run(inputs), this.#workspace) };
     this.#shapes.set(key, made);
     return made;

@@ -84,6 +84,8 @@ export class TrainingStep<B = Batch> {
   readonly #workspace: GPUBuffer[] = [];
   readonly #inputs = new Map<string, Loaded<B>>();
   readonly #plans = new Map<string, Plan>();
+  /** Where batches are put: into the tensors of the largest. */
+  #room: readonly Tensor[] | undefined;
   #read = 0;
   #batchCount = 0;
   // What varies from step to step.
@@ -116,11 +118,13 @@ export class TrainingStep<B = Batch> {
   }
 
   /**
-   * Takes the memory of a step on such batches now. With the largest batch of a run, no later one needs more: their plans share what
-   * this one needs. Nothing is done eagerly.
+   * Takes the memory of a step on such batches now, the first of them as large as any of the run: no later one may need more, as inputs and plans
+   * share what it needs. Nothing is done eagerly.
    */
   reserve(batches: readonly B[]): void {
     if (this.#eager) return;
+    const [largest] = batches;
+    if (largest) this.#room = this.#inputsFor(largest).tensors;
     batches.forEach((batch, i) => void this.#planFor(batch, i === 0, i === batches.length - 1));
   }
 
@@ -255,7 +259,7 @@ export class TrainingStep<B = Batch> {
       known.write(batch);
       return known;
     }
-    const made = this.#task.load(batch);
+    const made = this.#task.load(batch, this.#room);
     this.#inputs.set(shape, made);
     return made;
   }

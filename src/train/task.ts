@@ -35,7 +35,8 @@ export interface Task<B> {
   key(batch: B): string;
   /** What the losses are the mean over, such as rows or tokens. */
   count(batch: B): number;
-  load(batch: B): Loaded<B>;
+  /** With `room`, the tensors of a batch no smaller, in their memory, as far as it can. */
+  load(batch: B, room?: readonly Tensor[]): Loaded<B>;
 }
 
 /** A task that makes its batches of rows, none longer than `most`. */
@@ -76,8 +77,8 @@ export function languageTask(
     weights: { loss: 1 },
     key: shapeKey,
     count: ({ tokens }) => tokens,
-    load(batch) {
-      const inputs = batchInputs(model.gpu, batch);
+    load(batch, room) {
+      const inputs = batchInputs(model.gpu, batch, room);
       return {
         tensors: inputs.tensors,
         write: (next) => writeInputs(inputs, next),

@@ -235,6 +235,22 @@ test("a plan for pairs is that of the run, its evaluations and samples", async (
 });
 
 test.each([
+  ["language", [], ["a", "a fox", "a fox in the garden of the old house", "a fox in the old house", "rain"]],
+  [
+    "pairs",
+    DPO,
+    ["sad", "sad today", "sad today, as it rained on the old house", "sad today for the sun was gone", "so"],
+  ],
+])("rows of many lengths take no more than the longest, but for constants: %s", async (what, args, words) => {
+  const rows = words.map((text) =>
+    JSON.stringify(what === "pairs" ? { prompt: "I", chosen: text, rejected: "no" } : { text }),
+  );
+  const valid = ["--valid-data", at(`many-${what}.jsonl`), ...VALID];
+  const { peak, plan } = await peakOf(`many-${what}`, rows, ...args, ...valid, "--steps", "6");
+  expect(peak - plan).toBeLessThanOrEqual(10 * 256); // each shape has a constant of its own, the gradient's seed
+});
+
+test.each([
   ["evaluations and samples", ["--valid-split", "0.5", ...VALID, ...LONG]],
   [
     "samples of more tokens than a batch",
