@@ -94,6 +94,16 @@ test("a run that goes on has the bytes and metrics of one that was never cut off
   );
 });
 
+test("--find-lr suggests a rate for pairs, at which the loss falls, and trains nothing", async () => {
+  await train("rates", ...DPO, "--find-lr", "--json");
+  const { points, suggestion } = JSON.parse(result);
+  expect(Math.abs(points[0].loss - Math.LN2)).toBeLessThanOrEqual(1e-5);
+  const at0 = points.findIndex((point: { learningRate: number }) => point.learningRate === suggestion);
+  expect(points[at0 + 1].loss).toBeLessThan(points[at0 - 1].loss);
+  expect(await readdir(at("rates"))).toEqual(["learning-rate.html", "learning-rate.json"]);
+  await expect(train("rates", ...DPO, "--find-lr", "--dry-run")).rejects.toThrow("--find-lr");
+});
+
 test("a dry run reads everything and writes nothing", async () => {
   await train("dry", ...DPO, "--dry-run", "--lora-fa");
   expect(said).toContain("dry run: 2 steps of 2 pairs would follow. Nothing was written");
