@@ -1,6 +1,7 @@
 // What takes long can be given up: the reason is thrown, the model is as before and no memory stays behind.
 import { afterAll, beforeAll, beforeEach, expect, test } from "vitest";
 import type { Gpu } from "../../src/gpu/gpu.ts";
+import type { ByteSource, Directory } from "../../src/io/bytes.ts";
 import { diskDirectory } from "../../src/io/files.ts";
 import { attachLora } from "../../src/lora/attach.ts";
 import { initLora } from "../../src/lora/init.ts";
@@ -42,6 +43,26 @@ async function givesUp(run: () => Promise<unknown>): Promise<void> {
   await expect(run()).rejects.toBe(REASON);
   expect(gpu.counters().bytesLive).toBe(bytesLive);
 }
+
+test("loading, in the midst of the weights", async () => {
+  const later = new AbortController();
+  let opened = 0;
+  const slow: Directory = {
+    name: DIRECTORY.name,
+    async open(file) {
+      const source = await DIRECTORY.open(file);
+      if (!source || !file.endsWith(".safetensors")) return source;
+      const read: ByteSource["read"] = (offset, length) => {
+        if (++opened === 6) later.abort(REASON);
+        return source.read(offset, length);
+      };
+      return { sizeBytes: source.sizeBytes, read };
+    },
+  };
+  await givesUp(() => loadModel(gpu, slow, { signal: later.signal }));
+  expect(opened).toBe(6);
+  model.destroy();
+});
 
 test("evaluations", async () => {
   const adapter = attachLora(model, CONFIG);
