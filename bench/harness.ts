@@ -44,6 +44,8 @@ interface Prepared {
   readonly cases: readonly Case[];
   /** The work of the case `against`, for the peers: its costs and reference values are theirs too. */
   readonly work?: PeerWork;
+  /** Frees what is not among the inputs. */
+  readonly dispose?: () => void;
 }
 
 export interface Settings {
@@ -148,7 +150,7 @@ export async function measure(
   peers: readonly Peer[] = [],
   peaks?: Peaks,
 ): Promise<CaseReport[]> {
-  const { inputs, cases, work } = contest.setup(gpu);
+  const { inputs, cases, work, dispose: disposeOfOurs } = contest.setup(gpu);
   const ours: Entrant[] = [];
   const theirs: Entrant[] = [];
   try {
@@ -166,6 +168,7 @@ export async function measure(
     return [...ours, ...theirs].map((entrant) => report(entrant, ours[0] ?? entrant, peaks));
   } finally {
     for (const { dispose } of theirs) await dispose?.();
+    disposeOfOurs?.();
     gpu.release(...inputs);
   }
 }

@@ -26,7 +26,15 @@ const kernels: Plugin = {
 rmSync("dist", { recursive: true, force: true });
 await build({
   entryPoints: [
-    ...["src/index.ts", "src/node.ts", "src/hub.ts", "src/browser.ts", "src/tokenizer.ts", "src/data.ts"],
+    ...[
+      "src/index.ts",
+      "src/node.ts",
+      "src/hub.ts",
+      "src/browser.ts",
+      "src/tokenizer.ts",
+      "src/data.ts",
+      "src/server.ts",
+    ],
     "src/cli/main.ts",
   ],
   outdir: "dist",

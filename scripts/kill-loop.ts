@@ -16,7 +16,9 @@ const report = await killLoop({
   seed: Number(values.seed),
   onKill: (line) => console.log(line),
 });
-console.log(`${report.kills} kills in ${report.runs} runs: ${report.wrong.length === 0 ? "nothing wrong" : "WRONG"}`);
+console.log(
+  `${report.kills} kills, ${report.inWrites} of them while a checkpoint was being written, ${report.compared} runs compared: ${report.wrong.length === 0 ? "nothing wrong" : "WRONG"}`,
+);
 for (const line of report.wrong) console.log(line);
 await rm(home, { recursive: true });
 if (report.wrong.length > 0) process.exitCode = 1;

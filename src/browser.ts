@@ -1,4 +1,4 @@
-/** `lowrank/browser`: models and adapters of the Hub or another server, kept in the browser. */
+/** `lowrank/browser`: models and adapters of the Hub or another server, and checkpoints of training runs, kept in the browser. */
 
 export { isModelId } from "./io/hub-client.ts";
 export { type HubDirectoryOptions, hubDirectory } from "./io/hub-directory.ts";
@@ -10,3 +10,11 @@ export {
   clearCached,
   listCached,
 } from "./io/opfs.ts";
+export {
+  type CheckpointOptions,
+  listCheckpoints,
+  newestCheckpoint,
+  removeCheckpoints,
+  type StoredRun,
+  writeCheckpoint,
+} from "./io/opfs-checkpoints.ts";

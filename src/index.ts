@@ -3,6 +3,16 @@
 export * from "./autograd/basic-ops.ts";
 export { adding, backward, type Gradients, once, recompute, record } from "./autograd/engine.ts";
 export * from "./autograd/model-ops.ts";
+export {
+  type CheckpointContent,
+  changedSettings,
+  checkpointContent,
+  type RunNotes,
+  type RunSettings,
+  readCheckpoint,
+  type SavedCheckpoint,
+  startAsIn,
+} from "./checkpoint-content.ts";
 export { GpuError } from "./gpu/errors.ts";
 export { type Counters, type Dispatch, Gpu, type HasBuffer, type OpenGpuOptions, openGpu } from "./gpu/gpu.ts";
 export {
@@ -38,6 +48,7 @@ export type { Layout } from "./kernels/matmul.ts";
 export { type PackOptions, packMatrix } from "./kernels/pack.ts";
 export { unpackMatrix } from "./kernels/unpack.ts";
 export { LoraAdapter } from "./lora/adapter.ts";
+export { AdapterPool, type PoolCounts, type PoolOptions, poolBytes } from "./lora/adapter-pool.ts";
 export { attachLora } from "./lora/attach.ts";
 export type { CalibrationBatch } from "./lora/calibration.ts";
 export type { LoraConfig } from "./lora/config.ts";
@@ -59,6 +70,7 @@ export type {
   TokenRows,
 } from "./lora/parts.ts";
 export { type AdapterFiles, type LoadPeftOptions, loadPeft, savePeft } from "./lora/peft.ts";
+export { SharedBase } from "./lora/shared-base.ts";
 export { matchModules, type TargetModules } from "./lora/target-modules.ts";
 export { BertClassifier, type BertConfig } from "./models/bert.ts";
 export { CausalModel, type HiddenOptions, type KvCache, type Packing } from "./models/causal.ts";
@@ -71,8 +83,9 @@ export { type Linear, type LinearAdapter, linear } from "./nn/linear.ts";
 export type { Module } from "./nn/module.ts";
 export { inverseFrequencies, type RopeSettings, ropeTables } from "./nn/rope.ts";
 export type { EmbeddingNoise, HeadUpdate, Table, TableUpdate } from "./nn/table.ts";
+export { constraintOf, jsonConstraint } from "./serve/constraint.ts";
 export { type GenerateOptions, generate, generateTokens } from "./serve/generate.ts";
-export type { SampledToken, SamplingOptions, ScoredToken } from "./serve/sampling.ts";
+export type { SampledToken, SamplingOptions, ScoredToken, TokenConstraint } from "./serve/sampling.ts";
 export { ShapeError } from "./tensor/errors.ts";
 export { isPacked, type PackedFormat, type PackedMatrix } from "./tensor/packed.ts";
 export { Random } from "./tensor/random.ts";
@@ -113,6 +126,7 @@ export {
   type RowOptions,
   readPairs,
   readRows,
+  rowStream,
   rowsOf,
 } from "./train/data.ts";
 export {
@@ -123,6 +137,13 @@ export {
   type RateSweepOptions,
   type TaskRateSweepOptions,
 } from "./train/find-learning-rate.ts";
+export {
+  type LaneSettings,
+  LaneStep,
+  type LaneStepOptions,
+  type LaneWork,
+  type SharesBase,
+} from "./train/lane-step.ts";
 export {
   bestPrecision,
   type Curvature,
@@ -177,6 +198,7 @@ export {
   type ProfiledDispatch,
   profileTable,
 } from "./train/profile.ts";
+export type { Rows } from "./train/row-source.ts";
 export { type Schedule, scheduleFactor } from "./train/schedule.ts";
 export {
   type Dimension,
@@ -190,13 +212,20 @@ export {
 } from "./train/search.ts";
 export {
   type HasTrainingMode,
-  type StepResult,
   TrainingStep,
   type TrainingStepOptions,
   type TrainingStepState,
 } from "./train/step.ts";
 export type { StepMetrics } from "./train/step-metrics.ts";
-export { type SweepOptions, type SweepStrategy, type SweepTrial, sweep } from "./train/sweep.ts";
+export type { StepResult } from "./train/step-ring.ts";
+export {
+  type SharedRuns,
+  type SharedTrial,
+  type SweepOptions,
+  type SweepStrategy,
+  type SweepTrial,
+  sweep,
+} from "./train/sweep.ts";
 export {
   type LanguageSettings,
   type Loaded,
@@ -205,5 +234,6 @@ export {
   type Task,
   type TrainingMode,
 } from "./train/task.ts";
+export { type LaneEvent, type LaneOptions, type TogetherOptions, trainTogether } from "./train/together.ts";
 export { type TrainOptions, type TrainTaskOptions, train, trainTask } from "./train/trainer.ts";
 export type { BestSoFar, Evaluated, Validation } from "./train/validation.ts";

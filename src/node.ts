@@ -11,14 +11,12 @@ import { type LoadOptions, loadModel } from "./models/load.ts";
 
 export {
   changedSettings,
-  checkpointSteps,
-  openCheckpoint,
   type RunNotes,
   type RunSettings,
   type SavedCheckpoint,
-  saveCheckpoint,
   startAsIn,
-} from "./checkpoints.ts";
+} from "./checkpoint-content.ts";
+export { checkpointSteps, openCheckpoint, saveCheckpoint } from "./checkpoints.ts";
 export { appendLine, diskDirectory, ensureWritableDirectory, fileSource, writeFileAtomic } from "./io/files.ts";
 export { profilePage } from "./train/profile-page.ts";
 

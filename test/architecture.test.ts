@@ -21,7 +21,9 @@ const OUTSIDE: readonly [file: RegExp, modules: RegExp][] = [
   [/^src\/io\/tokenizer\.ts$/, /^@huggingface\/tokenizers$/],
   [/^src\/io\/chat-template\.ts$/, /^@huggingface\/jinja$/],
   [/^src\/io\/tables\.ts$/, /^(csv-parse\/sync|hyparquet|hyparquet-compressors)$/],
+  [/^src\/serve\/http\//, /^hono(\/|$)/],
   [/^src\/cli\//, /^(node:|commander$|yaml$)/],
+  [/^src\/cli\/serve-node\.ts$/, /^@hono\/node-server$/],
 ];
 
 const files = readdirSync("src", { recursive: true, encoding: "utf8" })
@@ -88,6 +90,11 @@ test.each(files)("%s imports only what it may", (file) => {
 
 test.each(["src/index.ts", "src/browser.ts"])("%s loads nothing from outside src/", (entry) => {
   expect([...loadedBy(entry)].filter((file) => !file.startsWith("src/"))).toEqual([]);
+});
+
+test("src/server.ts loads nothing from outside src/ but hono", () => {
+  const outside = [...loadedBy("src/server.ts")].filter((file) => !file.startsWith("src/"));
+  expect(outside.toSorted()).toEqual(["hono", "hono/secure-headers"]);
 });
 
 test("every import names a file that exists, with its extension", () => {

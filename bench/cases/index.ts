@@ -3,8 +3,10 @@ import { loraLadder, matmulLadder } from "../ladder.ts";
 import { addition, rowSum } from "./bandwidth.ts";
 import { halfArithmetic, matrixUnits } from "./half.ts";
 import type { SizedContest } from "./inputs.ts";
+import { togetherOverApart } from "./lanes.ts";
 import { type LoraSizes, loraBackward, loraForward, loraStep } from "./lora.ts";
 import { LAYOUTS, linear, square } from "./matmul.ts";
+import { fewPlaces, mixedBatch } from "./mixed.ts";
 import { doraOverLora, llamaStep, loraOverFull, nf4OverF16 } from "./step.ts";
 import type { StepSizes } from "./step-work.ts";
 import { weightFormats } from "./weights.ts";
@@ -38,6 +40,9 @@ const LAYERS: readonly (readonly [K: number, N: number])[] = [
 const WIDE: StepSizes = { layers: 1, hidden: 1024, inside: 2816, heads: 8, kvHeads: 4, vocab: 512, T: 256, r: 16 };
 const HALF_AS_WIDE: StepSizes = { ...WIDE, hidden: 512, inside: 1376 };
 
+/** Of short rows, at which a step of one adapter leaves a device time to spare. */
+const SMALL: StepSizes = { layers: 4, hidden: 256, inside: 688, heads: 8, kvHeads: 4, vocab: 1024, T: 64, r: 8 };
+
 export function contests({ quick, full, isSoftware }: Scope): SizedContest[] {
   if (quick) return quickContests();
   const patient = full || !isSoftware;
@@ -59,11 +64,19 @@ export function contests({ quick, full, isSoftware }: Scope): SizedContest[] {
     ...loraSizes.map(loraForward),
     ...loraSizes.map(loraBackward),
     ...loraSizes.filter(({ r }) => patient || r === 16).map(loraStep),
+    mixedBatch({ hidden: 2048, inside: 8192, rows: 32, r: 16 }),
+    fewPlaces({ hidden: 512, inside: 2048, rows: 32, r: 8 }),
     ...[1024, ...(patient ? [4096] : [])].flatMap((n) => [addition(n, n), rowSum(n, n)]),
     llamaStep({ layers: 4, hidden: 256, inside: 688, heads: 8, kvHeads: 4, vocab: 1024, T: 256, r: 8 }),
     loraOverFull({ layers: 2, hidden: 512, inside: 1376, heads: 8, kvHeads: 4, vocab: 1024, T: 256, r: 8 }),
     doraOverLora(patient ? WIDE : HALF_AS_WIDE),
     nf4OverF16(patient ? WIDE : HALF_AS_WIDE),
+    ...[2, 4].flatMap((lanes) =>
+      [1, 2, 4, 8].map((rows) => togetherOverApart({ ...(patient ? WIDE : SMALL), T: 64, lanes, rows })),
+    ),
+    ...[1, 2, 4, 8].map((rows) => togetherOverApart({ ...(patient ? WIDE : SMALL), T: 64, lanes: 2, rows }, "nf4")),
+    togetherOverApart({ ...(patient ? WIDE : SMALL), T: 64, lanes: 4, rows: 1 }, "nf4"),
+    ...[2, 4].map((lanes) => togetherOverApart({ ...(patient ? WIDE : SMALL), T: 16, lanes, rows: 1 })),
     ...ladders(patient ? 2048 : 256),
   ];
   return all.filter(({ flops, group }) => flops <= limit * stepsOf(group));
@@ -85,12 +98,15 @@ function quickContests(): SizedContest[] {
     loraForward(sizes),
     loraBackward(sizes),
     loraStep(sizes),
+    mixedBatch({ hidden: 64, inside: 96, rows: 8, r: 4 }),
+    fewPlaces({ hidden: 64, inside: 96, rows: 8, r: 4 }, 50),
     addition(256, 256),
     rowSum(256, 256),
     llamaStep(tiny),
     loraOverFull(tiny),
     doraOverLora(tiny),
     nf4OverF16(tiny),
+    togetherOverApart({ ...tiny, lanes: 2, rows: 1 }),
     ...ladders(128),
   ];
 }

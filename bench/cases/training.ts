@@ -186,10 +186,11 @@ export function measured(gpu: Gpu, make: (own: Gpu) => Training): { readonly pea
   return { peakBytes };
 }
 
-const onDevice = (gpu: Gpu, { values, rows, columns }: HostMatrix): Tensor => tensor(gpu, values, [rows, columns]);
+export const onDevice = (gpu: Gpu, { values, rows, columns }: HostMatrix): Tensor =>
+  tensor(gpu, values, [rows, columns]);
 
 /** A weight; that of a linear layer as it is to be stored, NF4 with its scales quantised too, as models are loaded. */
-function weightOf(
+export function weightOf(
   gpu: Gpu,
   sizes: StepSizes,
   name: string,
@@ -203,7 +204,7 @@ function weightOf(
 }
 
 /** The whole buffer that these tensors are in, as one tensor. */
-function bufferOf(parts: readonly Tensor[]): Tensor {
+export function bufferOf(parts: readonly Tensor[]): Tensor {
   const [one] = parts as [Tensor];
   if (parts.some(({ buffer }) => buffer !== one.buffer)) throw new Error("bench: A and B must lie in one buffer");
   const end = Math.max(...parts.map(({ offsetBytes, sizeBytes }) => offsetBytes + sizeBytes));
@@ -211,7 +212,7 @@ function bufferOf(parts: readonly Tensor[]): Tensor {
 }
 
 /** Copies of tensors, one behind the other. */
-function joined(gpu: Gpu, parts: readonly Tensor[]): Tensor {
+export function joined(gpu: Gpu, parts: readonly Tensor[]): Tensor {
   const y = empty(gpu, [parts.reduce((sum, { size }) => sum + size, 0)], "bench");
   let at = 0;
   for (const part of parts) {

@@ -78,10 +78,13 @@ const GROUPS: Readonly<Record<string, string>> = {
   "lora-forward": "LoRA, forward",
   "lora-backward": "LoRA, backward",
   "lora-step": "LoRA, forward and backward",
+  "mixed-batch": "Rows with adapters of their own",
+  "mixed-places": "More adapters than places",
   "llama-step": "A training step of LoRA",
   "llama-full-step": "A training step of all weights, and of LoRA",
   "llama-dora-step": "A training step of LoRA, and of DoRA",
   "llama-nf4-step": "A training step on weights in f16, and in NF4",
+  "lanes-step": "A training step of several adapters, one after the other and in one batch",
   bandwidth: "Elementwise and reductions",
 };
 

@@ -8,6 +8,7 @@
  */
 import { spawnSync } from "node:child_process";
 import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { dirname } from "node:path";
 import { parseArgs } from "node:util";
 import { readRecords } from "../../src/data.ts";
 import {
@@ -134,6 +135,7 @@ const result = {
   ...(peft.bleu !== undefined && { bleu: { answers: ANSWERS, ours: peft.bleu_ours, peft: peft.bleu } }),
 };
 console.log(JSON.stringify(result, null, 2));
+if (values.json) mkdirSync(dirname(values.json), { recursive: true });
 if (values.json) writeFileSync(values.json, `${JSON.stringify(result, null, 2)}\n`);
 
 async function readAll(file: string): Promise<Row[]> {

@@ -140,23 +140,31 @@ export function gatherRows(x: Tensor, ids: Tensor, inverse: Tensor): Tensor {
  * Of an adapted head the logits are h·Wᵀ + Σ s·u·Xᵀ. The gradients are worked out in the forward pass, where the logits of a chunk are
  * there, and kept: of h, and of W, u and X unless they are frozen.
  */
-export function linearCrossEntropy(
+export function linearCrossEntropy(...inputs: Parameters<typeof linearCrossEntropies>): Tensor {
+  const { loss, losses } = linearCrossEntropies(...inputs);
+  loss.gpu.release(losses);
+  return loss;
+}
+
+/** `linearCrossEntropy`, and beside it the loss of each row, [M], which has no gradient of its own. */
+export function linearCrossEntropies(
   h: Tensor,
   head: fused.Head,
   labels: Tensor,
   scale: Uniform = 1,
   options: fused.CrossEntropyOptions = {},
-): Tensor {
+): { loss: Tensor; losses: Tensor } {
   const { updates = [] } = options;
   const trained = piecesOf(head).flatMap(({ W }) => (isPacked(W) ? [] : [W]));
   const wants = { dh: h.requiresGrad, dW: trained.some((W) => W.requiresGrad) };
   const made = fused.linearCrossEntropy(h, head, labels, scale, wants, options);
-  const { loss, dh, dW, du, dX } = made;
+  const { loss, losses, dh, dW, du, dX } = made;
   const inputs = [h, ...trained, ...updates.map(({ u }) => u), ...updates.map(({ X }) => X)];
   const gradients = [dh, ...(wants.dW ? dW : trained.map(() => undefined)), ...du, ...dX];
   const weighted = (i: number, dy: Tensor): Tensor => {
     const gradient = gradients[i] as Tensor;
     return isSeed(dy) ? gradient : binary("mul", gradient, dy);
   };
-  return record("linearCrossEntropy", loss, inputs, (dy) => inputs.map((_, i) => () => weighted(i, dy)));
+  record("linearCrossEntropy", loss, inputs, (dy) => inputs.map((_, i) => () => weighted(i, dy)));
+  return { loss, losses };
 }

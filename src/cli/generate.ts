@@ -1,6 +1,14 @@
 import { Command, type Option } from "commander";
+import { parseJsonObject } from "../io/json.ts";
+import type { Tokenizer } from "../io/tokenizer.ts";
+import type { CausalModel } from "../models/causal.ts";
 import { diskDirectory } from "../node.ts";
-import { generate } from "../serve/generate.ts";
+import { beamSearch } from "../serve/beam-search.ts";
+import { jsonConstraint } from "../serve/constraint.ts";
+import { generateTokens } from "../serve/generate.ts";
+import type { SampledToken } from "../serve/sampling.ts";
+import { textOf } from "../serve/text.ts";
+import { ShapeError } from "../tensor/errors.ts";
 import { loadTokenizer } from "../tokenizer.ts";
 import {
   adapterOption,
@@ -13,7 +21,7 @@ import {
   whole,
 } from "./options.ts";
 import { located } from "./places.ts";
-import { continuation, openModel, result, withGpu } from "./session.ts";
+import { openModel, readTextFile, result, say, withGpu } from "./session.ts";
 
 interface GenerateArguments {
   readonly model: string;
@@ -28,14 +36,18 @@ interface GenerateArguments {
   readonly minP?: number;
   readonly repetitionPenalty?: number;
   readonly stop?: readonly string[];
-  readonly seed: number;
+  readonly jsonSchema?: string;
+  readonly beams?: number;
+  readonly seed?: number;
   readonly json?: boolean;
 }
 
 const EXAMPLES = `
 Examples:
   $ lowrank generate --model models/base --prompt "Once upon a time"
-  $ lowrank generate --model models/base --adapter adapters/pirate --prompt "Once" --temperature 0.8 --seed 7`;
+  $ lowrank generate --model models/base --adapter adapters/pirate --prompt "Once" --temperature 0.8 --seed 7
+  $ lowrank generate --model models/base --prompt "A person as JSON:" --json-schema person.json
+  $ lowrank generate --model models/base --prompt "Once" --beams 4`;
 
 export function generateCommand(): Command {
   return new Command("generate")
@@ -75,7 +87,9 @@ export function generateCommand(): Command {
       }),
     )
     .option("--stop <text...>", "end before any of these texts")
-    .addOption(whole("generate", "--seed <n>", "seed of the random draws", 0, 0))
+    .option("--json-schema <file>", "give nothing but JSON that fits the JSON Schema in this file")
+    .addOption(whole("generate", "--beams <n>", "search for the likeliest text, with so many open ones at a time", 1))
+    .addOption(whole("generate", "--seed <n>", "seed of the random draws (default: 0)", 0))
     .addOption(jsonOption())
     .addHelpText("after", EXAMPLES)
     .action(run);
@@ -88,44 +102,88 @@ const share = (flags: string, description: string, holds: (x: number) => boolean
   });
 
 async function run(options: GenerateArguments): Promise<void> {
-  const { model: path, adapter, prompt, json, stop = [], ...settings } = await located(options);
+  const { model: path, adapter, prompt, json, stop, jsonSchema, beams, ...settings } = await located(options);
+  const idle = beams === undefined ? undefined : NOT_WITH_BEAMS.find((name) => options[name] !== undefined);
+  if (idle) throw new ShapeError(`generate: --beams must be without --${dashed(idle)}, got both`);
   const tokenizer = await loadTokenizer(diskDirectory(path));
   const promptIds = tokenizer.encode(prompt);
+  const schema = jsonSchema === undefined ? undefined : parseJsonObject(await readTextFile(jsonSchema), jsonSchema);
+  const constraint = schema && jsonConstraint(schema, tokenizer);
   await withGpu(async (gpu) => {
     const model = await openModel(gpu, path, weightFormat(options.quantize), adapter);
-    const ids: number[] = [];
-    let shown = 0;
-    const show = (soFar: string): void => {
-      if (!json && soFar.length > shown) process.stdout.write(soFar.slice(shown));
-      shown = Math.max(shown, soFar.length);
-    };
-    let end: number | undefined;
-    const isDrawn = [settings.topK, settings.topP, settings.minP].some((limit) => limit !== undefined);
-    for await (const id of generate(model, { temperature: isDrawn ? 1 : 0, ...settings, promptIds })) {
-      if (id === tokenizer.eosId) break;
-      ids.push(id);
-      const soFar = continuation(tokenizer, promptIds, ids);
-      end = firstOf(stop, soFar);
-      if (end !== undefined) break;
-      show(settled(soFar, stop));
+    if (beams !== undefined) {
+      const answers = await search(model, tokenizer, { promptIds, maxTokens: settings.maxTokens, beams });
+      const [{ text, ids } = { text: "", ids: [] }] = answers;
+      result(json ? JSON.stringify({ prompt, text, prompt_ids: promptIds, ids, answers }) : text);
+      return;
     }
-    const text = continuation(tokenizer, promptIds, ids).slice(0, end);
-    show(text);
+    const ids: number[] = [];
+    const isDrawn = [settings.topK, settings.topP, settings.minP].some((limit) => limit !== undefined);
+    const sampling = { temperature: isDrawn ? 1 : 0, ...settings, promptIds, constraint };
+    async function* tokens(): AsyncGenerator<SampledToken, void, undefined> {
+      for await (const token of generateTokens(model, sampling)) {
+        if (token.id !== tokenizer.eosId) ids.push(token.id);
+        yield token;
+      }
+    }
+    let text = "";
+    for await (const piece of textOf(tokens(), { tokenizer, promptIds, stop, room: settings.maxTokens })) {
+      if (!json) process.stdout.write(piece.text);
+      text += piece.text;
+    }
     result(json ? JSON.stringify({ prompt, text, prompt_ids: promptIds, ids }) : "");
+    if (schema && !isJson(text))
+      say(`warning: the JSON is cut off after ${ids.length} tokens. Raise --max-tokens, or leave out --stop`);
   });
 }
 
-/** Where the first of the stops begins, if there is one. */
-const firstOf = (stops: readonly string[], text: string): number | undefined => {
-  const places = stops.map((stop) => text.indexOf(stop)).filter((at) => at >= 0);
-  return places.length > 0 ? Math.min(...places) : undefined;
-};
+/** What says how tokens are drawn, or where a text ends: a search has no use for it. */
+const NOT_WITH_BEAMS = [
+  "temperature",
+  "topK",
+  "topP",
+  "minP",
+  "repetitionPenalty",
+  "seed",
+  "stop",
+  "jsonSchema",
+] as const;
 
-/** The text without an end that may change: a character still in pieces, or what a stop may begin with. */
-function settled(text: string, stops: readonly string[]): string {
-  const known = text.replace(/\ufffd+$/, "");
-  const isOpen = (at: number): boolean => stops.some((stop) => stop.startsWith(known.slice(at)));
-  for (let at = Math.max(0, known.length - Math.max(0, ...stops.map((stop) => stop.length))); at < known.length; at++)
-    if (isOpen(at)) return known.slice(0, at);
-  return known;
+const dashed = (name: string): string => name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
+
+interface FoundText {
+  readonly text: string;
+  readonly ids: readonly number[];
+  readonly score: number;
+}
+
+async function search(
+  model: CausalModel,
+  tokenizer: Tokenizer,
+  options: { readonly promptIds: readonly number[]; readonly maxTokens: number; readonly beams: number },
+): Promise<FoundText[]> {
+  const ends = tokenizer.eosId === undefined ? [] : [tokenizer.eosId];
+  const eosIds = [...new Set([...model.config.eosIds, ...ends])];
+  const answers = await beamSearch(model, { ...options, eosIds });
+  return Promise.all(
+    answers.map(async ({ ids, score }) => ({ text: await textOfIds(tokenizer, options.promptIds, ids), ids, score })),
+  );
+}
+
+async function textOfIds(tokenizer: Tokenizer, promptIds: readonly number[], ids: readonly number[]): Promise<string> {
+  async function* tokens(): AsyncGenerator<SampledToken> {
+    for (const id of ids) yield { id, logprob: 0, top: [] };
+  }
+  let text = "";
+  for await (const piece of textOf(tokens(), { tokenizer, promptIds, room: ids.length })) text += piece.text;
+  return text;
+}
+
+function isJson(text: string): boolean {
+  try {
+    JSON.parse(text);
+    return true;
+  } catch {
+    return false;
+  }
 }

@@ -13,6 +13,7 @@ import { mergeCommand } from "./merge.ts";
 import { planCommand } from "./plan.ts";
 import { quantizeCommand } from "./quantize.ts";
 import { withConfig } from "./run-config.ts";
+import { serveCommand } from "./serve.ts";
 import { exitCode, say } from "./session.ts";
 import { sweepCommand } from "./sweep.ts";
 import { trainCommand } from "./train.ts";
@@ -27,6 +28,7 @@ const program = new Command("lowrank")
   .addCommand(planCommand())
   .addCommand(evalCommand())
   .addCommand(generateCommand())
+  .addCommand(serveCommand())
   .addCommand(mergeCommand())
   .addCommand(quantizeCommand())
   .addCommand(combineCommand())

@@ -8,6 +8,7 @@ import type { LoraConfig } from "../lora/config.ts";
 import { planEva } from "../lora/init-eva.ts";
 import { planLoraGa } from "../lora/init-lora-ga.ts";
 import { freezeA } from "../lora/lora-fa.ts";
+import { SharedBase } from "../lora/shared-base.ts";
 import type { CausalModel } from "../models/causal.ts";
 import { emptyModel } from "../models/load.ts";
 import { bitsPerWeight, type WeightFormat } from "../models/weights.ts";
@@ -105,7 +106,7 @@ export const budgetOption = (command: string): Option =>
   );
 
 /** The memory that a run may use: what was asked for; on a software adapter what the machine has; else nobody can tell. */
-const budgetOf = (gpu: Gpu, asked: number | undefined): number | undefined =>
+export const budgetOf = (gpu: Gpu, asked: number | undefined): number | undefined =>
   asked ?? (gpu.isSoftware ? totalmem() : undefined);
 
 interface RunPlan extends MemoryPlan {
@@ -158,6 +159,30 @@ const calibration = (model: CausalModel, { calibration: by, batchSize, maxLength
   }));
   return calibrationBatches(model, cut, { batchSize, batches: by.batches });
 };
+
+/** Whether these adapters can be trained in one batch, and fit. */
+export async function fitTogether(
+  gpu: Gpu,
+  model: string,
+  adapters: readonly LoraConfig[],
+  size: Pick<RunSize, "weights" | "batchSize" | "maxLength" | "packing" | "evaluation">,
+  budget: number,
+): Promise<boolean> {
+  try {
+    const { peak } = await planTraining(
+      gpu,
+      async (dry) => {
+        const unfilled = await emptyModel(dry, diskDirectory(model), { weights: size.weights });
+        return { model: unfilled, shared: new SharedBase(adapters.map((config) => attachLora(unfilled, config))) };
+      },
+      size,
+    );
+    return peak <= budget;
+  } catch (error) {
+    if (error instanceof GpuError || error instanceof ShapeError) return false;
+    throw error;
+  }
+}
 
 const zeros = ({ pairs }: LoraAdapter): Map<string, Record<"A" | "B", Float32Array>> =>
   new Map([...pairs].map(([name, { A, B }]) => [name, { A: new Float32Array(A.size), B: new Float32Array(B.size) }]));

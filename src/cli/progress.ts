@@ -10,6 +10,8 @@ export class Progress {
   readonly #started: number = performance.now();
   readonly #done: number;
   readonly #losses: number[] = [];
+  /** Whether a line on the terminal waits to be renewed. */
+  #isOpen = false;
 
   /** `done`: steps of the run that it goes on from. */
   constructor(steps: number, done = 0) {
@@ -25,15 +27,17 @@ export class Progress {
       : "";
     const line = `step ${step}/${this.#steps}  loss ${loss.toFixed(4)}${valid}  ${number(tokens_per_second)} tokens/s  ${duration(left)} left${skipped ? `, ${Number.isFinite(loss + grad_norm) ? "nothing to learn" : "not finite"}: no update` : ""}`;
     if (Number.isFinite(loss)) this.#losses.push(loss);
-    if (process.stderr.isTTY)
+    if (process.stderr.isTTY) {
       process.stderr.write(`\r\x1b[K${sparkline(this.#losses)}  ${line}${validation ? "\n" : ""}`);
-    else if (skipped || validation || step === this.#done + 1 || step % this.#every === 0 || step === this.#steps)
+      this.#isOpen = !validation;
+    } else if (skipped || validation || step === this.#done + 1 || step % this.#every === 0 || step === this.#steps)
       say(line);
   }
 
   /** Leaves the line as it stands; what is said next starts below it. */
   end(): void {
-    if (process.stderr.isTTY) process.stderr.write("\n");
+    if (this.#isOpen) process.stderr.write("\n");
+    this.#isOpen = false;
   }
 }
 

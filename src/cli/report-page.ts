@@ -63,7 +63,7 @@ ${Object.entries(report.tables)
 ${Object.entries(report.texts)
   .map(([heading, text]) => section(heading, text === "" ? "" : `<pre>${html(text)}</pre>`))
   .join("\n")}
-<script>${script}</script>
+<script>${LANGUAGE}${script}</script>
 <script>const charts = ${json};
 ${DRAW}</script>
 </html>
@@ -73,13 +73,18 @@ ${DRAW}</script>
 const STYLE = `
 :root{color-scheme:light dark}
 body{font:15px/1.5 system-ui;max-width:1080px;margin:2em auto;padding:0 1em}
-#charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:1em}
+#charts{margin:1.5em 0;display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:1em}
 figure{margin:0}figcaption{font-weight:600}
 table{border-collapse:collapse}th{text-align:left;font-weight:400;opacity:.7;padding-right:1.5em;vertical-align:top}
 pre{overflow:auto;padding:1em;background:#8881;white-space:pre-wrap}
 .bar{display:grid;grid-template-columns:24em 1fr 5em;gap:.5em;font:12px ui-monospace,monospace}
 .bar i{background:#3b82f6;height:.8em;align-self:center}
 .u-legend{font-size:12px}`;
+
+/** Chromium's language in the POSIX locale is "en-US@posix", which no number can be formatted in: uPlot would throw. */
+const LANGUAGE = `
+try { new Intl.NumberFormat(navigator.language) } catch { Object.defineProperty(navigator, "language", { value: "en" }) }
+`;
 
 /** Draws each chart into its figure, as wide as that is. Colours that are told apart by most people with a colour vision deficiency (Okabe and Ito). */
 const DRAW = `

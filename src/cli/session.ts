@@ -164,7 +164,8 @@ async function readAs<R>(
   return { rows: train, stats, maxLength: length, valid };
 }
 
-async function openTemplate(model: string, given: string | undefined): Promise<ChatTemplate | undefined> {
+/** The template of a model's directory, or what a --chat-template says in its place. */
+export async function openTemplate(model: string, given: string | undefined): Promise<ChatTemplate | undefined> {
   const directory = diskDirectory(model);
   if (given === undefined) return loadChatTemplate(directory);
   const text = given === "chatml" ? CHATML : await readTextFile(given);
@@ -219,10 +220,4 @@ export function duration(seconds: number): string {
   const pad = (n: number): string => String(n).padStart(2, "0");
   if (whole >= 3600) return `${Math.floor(whole / 3600)}h ${pad(Math.floor((whole % 3600) / 60))}m`;
   return whole >= 60 ? `${Math.floor(whole / 60)}m ${pad(whole % 60)}s` : `${whole}s`;
-}
-
-/** The text that `ids` add to the prompt: decoded with it, for a decoder may drop a space at the start of a text. */
-export function continuation(tokenizer: Tokenizer, promptIds: readonly number[], ids: readonly number[]): string {
-  const [before, all] = [tokenizer.decode(promptIds), tokenizer.decode([...promptIds, ...ids])];
-  return all.startsWith(before) ? all.slice(before.length) : tokenizer.decode(ids);
 }

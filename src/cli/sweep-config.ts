@@ -14,6 +14,8 @@ export interface SweepConfig {
   readonly validSplit?: number;
   readonly strategy: SweepStrategy;
   readonly trials: number;
+  /** Trials that are proposed at a time, and train at once where they can. */
+  readonly together: number;
   /** Of a trial. */
   readonly steps: number;
   readonly batchSize: number;
@@ -65,6 +67,7 @@ const KEYS: Readonly<Record<string, Rule>> = {
   "valid-split": { rule: "a number above 0 and below 1", holds: numbers((x) => x > 0 && x < 1) },
   strategy: { rule: "bayes, random or grid", holds: (value) => STRATEGIES.includes(value), preset: "bayes" },
   trials: { ...count(1), preset: 20 },
+  together: count(1),
   steps: { ...count(1), isNeeded: true },
   "batch-size": { ...count(1), preset: 4 },
   "max-length": count(2),
@@ -72,10 +75,13 @@ const KEYS: Readonly<Record<string, Rule>> = {
   evaluations: { ...count(1), preset: 5 },
 };
 
-/** Throws FormatError naming file and line for a key that is none, one that is missing, and a value out of range. */
-export function readSweepConfig(path: string, text: string): SweepConfig {
-  const { values: given, where } = readYaml(path, text);
-  const values = named(given, [...Object.keys(KEYS), ...Object.keys(SETTINGS), "space"], "sweep.yaml", where);
+/** By default. Of "bayes" each but the first of a round is proposed knowing less. */
+const TOGETHER: Readonly<Record<SweepStrategy, number>> = { grid: 4, random: 4, bayes: 2 };
+
+/** Throws FormatError naming file and line for a key that is none, one that is missing, and a value out of range. `together` counts in place of the file's. */
+export function readSweepConfig(path: string, text: string, together?: number): SweepConfig {
+  const { values: written, where } = readYaml(path, text);
+  const values = named(written, [...Object.keys(KEYS), ...Object.keys(SETTINGS), "space"], "sweep.yaml", where);
   const space = readSpace(values.space, (...keys) => where("space", ...keys));
   const twice = Object.keys(space).find((name) => values[name] !== undefined);
   if (twice !== undefined)
@@ -83,13 +89,15 @@ export function readSweepConfig(path: string, text: string): SweepConfig {
   if (values["valid-data"] !== undefined && values["valid-split"] !== undefined)
     throw new FormatError(`${where("valid-split")}: "valid-split" must not go with "valid-data". Leave one out`);
   const fixed = Object.fromEntries(Object.entries(SETTINGS).filter(([name]) => !(name in space)));
-  const [run, settings] = [read(values, KEYS, where), read(values, fixed, where)];
+  const [given, settings] = [read(values, KEYS, where), read(values, fixed, where)];
+  const preset = TOGETHER[given.strategy as SweepStrategy];
+  const run = { ...given, together: together ?? given.together ?? preset };
   const camel = (name: string): string => name.replace(/-./g, (part) => part.slice(1).toUpperCase());
-  const written = Object.entries(space).map(([name, of]) => [name, "values" in of ? of.values : of]);
+  const dimensions = Object.entries(space).map(([name, of]) => [name, "values" in of ? of.values : of]);
   const options = Object.fromEntries(Object.entries(run).map(([name, value]) => [camel(name), value]));
   return {
     ...(options as unknown as Omit<SweepConfig, "fixed" | "space" | "resolved">),
-    ...{ fixed: settings, space, resolved: { ...run, ...settings, space: Object.fromEntries(written) } },
+    ...{ fixed: settings, space, resolved: { ...run, ...settings, space: Object.fromEntries(dimensions) } },
   };
 }
 

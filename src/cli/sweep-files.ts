@@ -13,6 +13,7 @@ import { type SweepConfig, sweepYaml } from "./sweep-config.ts";
 
 /** A line of sweep.jsonl. What is not a finite number is null there. */
 export interface FinishedTrial extends SweepTrial {
+  /** From its beginning to its end, with what trained at once. */
   readonly seconds: number;
 }
 
@@ -76,11 +77,11 @@ export async function addTrial(out: string, done: readonly FinishedTrial[]): Pro
   await appendLine(trialsFile(out), JSON.stringify(done.at(-1)));
   await syncFile(trialsFile(out));
   await disk.syncDirectory(out);
-  await settle(out, done);
+  await settle(out, done, true);
 }
 
-/** Moves the best trial's adapter to `best`, and removes what other trials left. */
-export async function settle(out: string, done: readonly SweepTrial[]): Promise<void> {
+/** Moves the best trial's adapter to `best`, and removes what other trials left, but for those that may still run: `goesOn`. */
+export async function settle(out: string, done: readonly SweepTrial[], goesOn = false): Promise<void> {
   const best = bestOf(done);
   const from = best && candidate(out, best.trial);
   if (from && existsSync(from)) {
@@ -88,7 +89,10 @@ export async function settle(out: string, done: readonly SweepTrial[]): Promise<
     await disk.rename(from, join(out, "best"));
     await disk.syncDirectory(out);
   }
-  for (const name of await disk.list(out)) if (/^candidate-\d+$/.test(name)) await disk.remove(join(out, name));
+  for (const name of await disk.list(out)) {
+    const [, trial] = /^candidate-(\d+)$/.exec(name) ?? [];
+    if (trial !== undefined && !(goesOn && Number(trial) > done.length)) await disk.remove(join(out, name));
+  }
 }
 
 /** The first of the lowest value; undefined where no trial has one. */

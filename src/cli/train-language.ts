@@ -11,7 +11,8 @@ import { loadPeft } from "../lora/peft.ts";
 import type { CausalModel } from "../models/causal.ts";
 import { openLinears } from "../models/load.ts";
 import { diskDirectory, loadModelFrom, type SavedCheckpoint, startAsIn } from "../node.ts";
-import { generate } from "../serve/generate.ts";
+import { generateTokens } from "../serve/generate.ts";
+import { textOf } from "../serve/text.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { loadTokenizer } from "../tokenizer.ts";
 import { longest } from "../train/batches.ts";
@@ -27,7 +28,6 @@ import type { SaidCommand } from "./run-config.ts";
 import {
   bitsLine,
   bytes,
-  continuation,
   dataLine,
   number,
   openPeft,
@@ -150,9 +150,10 @@ export function sampler(model: CausalModel, { tokenizer, prompts }: Prompts): Sa
   return async () => {
     const samples: { readonly prompt: string; readonly text: string }[] = [];
     for (const { prompt, promptIds } of prompts) {
-      const ids: number[] = [];
-      for await (const id of generate(model, { promptIds, maxTokens: SAMPLED })) ids.push(id);
-      samples.push({ prompt, text: continuation(tokenizer, promptIds, ids) });
+      const tokens = generateTokens(model, { promptIds, maxTokens: SAMPLED });
+      let text = "";
+      for await (const piece of textOf(tokens, { tokenizer, promptIds, room: SAMPLED })) text += piece.text;
+      samples.push({ prompt, text });
     }
     return samples;
   };

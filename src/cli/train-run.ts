@@ -142,7 +142,7 @@ class RunFiles {
   async addSamples(step: number): Promise<void> {
     for (const sample of (await this.#options.sample?.()) ?? []) {
       await appendLine(join(this.#options.out, "samples.jsonl"), JSON.stringify({ step, ...sample }));
-      say(`after step ${step}: ${sample.prompt}\u2192${sample.text}`);
+      say(`after step ${step}: ${sample.prompt} \u2192${sample.text.replaceAll("\n", "\n  ")}`);
     }
   }
 

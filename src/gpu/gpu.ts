@@ -143,6 +143,8 @@ export class Gpu {
   readonly #bindGroups = new Map<string, GPUBindGroup>();
   readonly #bufferIds = new WeakMap<GPUBuffer, number>();
   readonly #free = new Map<number, GPUBuffer[]>();
+  /** Handed out and not given back. */
+  readonly #live = new WeakSet<GPUBuffer>();
   readonly #scopes: Scope[] = [];
   readonly #checks = new Set<Promise<void>>();
   #staging: GPUBuffer[] = [];
@@ -259,6 +261,7 @@ export class Gpu {
     this.#bytesLive += size;
     this.#bytesPeak = Math.max(this.#bytesPeak, this.#bytesLive);
     this.#buffersLive++;
+    this.#live.add(buffer);
     this.#scopes.at(-1)?.owned.add(buffer);
     if (this.#poison) this.write({ buffer }, new Uint8Array(size).fill(0xff));
     return buffer;
@@ -266,7 +269,7 @@ export class Gpu {
 
   /**
    * Gives buffers back to the pool, each once. They may be handed out again at once: the queue keeps the order. Views go with what they
-   * are views of: throws GpuError for one that comes without.
+   * are views of: throws GpuError for one that comes without, and for what was given back before.
    */
   release(...buffers: readonly HasBuffer[]): void {
     const whole = new Set(buffers.flatMap(({ buffer, offsetBytes }) => (offsetBytes ? [] : [buffer])));
@@ -538,6 +541,8 @@ export class Gpu {
 
   #recycle(buffer: GPUBuffer): void {
     if (Trace.isVirtual(buffer)) return; // liveness is found from what uses it
+    if (!this.#live.delete(buffer))
+      throw new GpuError(`release: a buffer is given back once, got "${buffer.label}" again`);
     const free = this.#free.get(buffer.size);
     if (free) free.push(buffer);
     else this.#free.set(buffer.size, [buffer]);

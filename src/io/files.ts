@@ -1,7 +1,7 @@
 /** Files on a disk, in Node and Deno. The only place in `io` that imports `node:`. */
 import { createHash } from "node:crypto";
-import { constants, createReadStream, statSync } from "node:fs";
-import { access, appendFile, mkdir, open, readdir, rename, rm, stat } from "node:fs/promises";
+import { constants, createReadStream, realpathSync, statSync } from "node:fs";
+import { access, appendFile, mkdir, open, readdir, realpath, rename, rm, stat } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { type ByteSource, checkFileName, checkRange, type Directory } from "./bytes.ts";
 import { FormatError } from "./errors.ts";
@@ -49,6 +49,42 @@ export function diskDirectory(path: string): Directory {
       const inside = join(path, file);
       return statSync(inside, { throwIfNoEntry: false }) ? fileSource(inside) : undefined;
     },
+  };
+}
+
+/**
+ * The directories directly in `root`, for names that a stranger gives: undefined for one that is not there. A link out of it, or within, is as if
+ * it were not there, and so are links inside of a directory. Messages name no path above a directory.
+ *
+ * Throws a FormatError unless `root` is a directory.
+ */
+export function directoriesIn(root: string): (name: string) => Promise<Directory | undefined> {
+  diskDirectory(root);
+  const home = realpathSync(root);
+  /** Whether it is reached without a link. */
+  const isPlain = async (path: string): Promise<boolean> => (await realpath(path).catch(() => undefined)) === path;
+  return async (name) => {
+    checkFileName(home, name);
+    if (name.includes("/")) throw new FormatError(`a directory must be named without a slash, got "${name}"`);
+    const path = join(home, name);
+    if (!(await isPlain(path)) || !statSync(path).isDirectory()) return undefined;
+    const withoutPath = async <T>(action: () => Promise<T>): Promise<T> => {
+      try {
+        return await action();
+      } catch (error) {
+        throw error instanceof FormatError ? new FormatError(error.message.replaceAll(path, name)) : error;
+      }
+    };
+    return {
+      name,
+      async open(file) {
+        checkFileName(name, file);
+        const inside = join(path, file);
+        if (!(await isPlain(inside))) return undefined;
+        const source = await withoutPath(() => fileSource(inside));
+        return { ...source, read: (offset, length) => withoutPath(() => source.read(offset, length)) };
+      },
+    };
   };
 }
 

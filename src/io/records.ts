@@ -36,7 +36,7 @@ const READERS: Readonly<Record<string, Reader>> = {
 export const DATA_ENDINGS: readonly string[] = Object.keys(READERS);
 
 /**
- * The records of a data file; its name's ending says what it is. Reads as it goes, but a CSV file and a group of a Parquet file as a whole.
+ * The records of a data file; its name's ending says what it is. Reads as it goes, in pieces of a MiB, of a Parquet file a group at a time.
  * Throws a FormatError that names file and line.
  */
 export function readRecords(

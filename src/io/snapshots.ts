@@ -6,7 +6,7 @@
  */
 import type { Directory } from "./bytes.ts";
 import { FormatError } from "./errors.ts";
-import { isObject, readJson } from "./json.ts";
+import { isObject, type JsonObject, readJson } from "./json.ts";
 
 /** What is known of a file's content. */
 export interface Digest {
@@ -74,9 +74,7 @@ export async function writeSnapshot(
   await disk.syncDirectory(home);
   await disk.remove(temporary);
   await disk.makeDirectory(temporary);
-  const digests: Record<string, Digest> = {};
-  for (const [file, content] of Object.entries(files))
-    digests[file] = await disk.write(`${temporary}/${file}`, content);
+  const digests = await writeFiles(disk, temporary, files);
   const manifest = { format: FORMAT, step, files: digests };
   await disk.write(`${temporary}/${MANIFEST}`, `${JSON.stringify(manifest, null, 2)}\n`);
   await disk.syncDirectory(temporary);
@@ -87,6 +85,17 @@ export async function writeSnapshot(
   const kept = before.filter((other) => other < step).slice(0, keep - 1);
   for (const other of before)
     if (other !== step && !kept.includes(other)) await discard(disk, `${root}/${nameOf(other)}`);
+}
+
+/** Writes files that are not there yet into `path`, one after the other. */
+export async function writeFiles(
+  disk: Pick<Disk, "write">,
+  path: string,
+  files: Readonly<Record<string, Content>>,
+): Promise<Record<string, Digest>> {
+  const digests: Record<string, Digest> = {};
+  for (const [file, content] of Object.entries(files)) digests[file] = await disk.write(`${path}/${file}`, content);
+  return digests;
 }
 
 /** Gives it another name first: a directory that is half gone should not look like a snapshot. */
@@ -120,6 +129,24 @@ export async function newestSnapshot(
   return undefined;
 }
 
+/** What `find` finds; where that is nothing throws FormatError with the first of its complaints, else passes them on to `warn`. */
+export async function demandSnapshot(
+  place: string,
+  find: (warn: (message: string) => void) => Promise<Snapshot | undefined>,
+  warn: (message: string) => void,
+): Promise<Snapshot> {
+  const complaints: string[] = [];
+  const found = await find((message) => complaints.push(message));
+  if (!found)
+    throw new FormatError(
+      complaints.length === 0
+        ? `${place}: must have a checkpoint to go on from, got none`
+        : `${place}: must have a checkpoint that is whole, got ${complaints.length} that are not. ${complaints[0]}`,
+    );
+  for (const message of complaints) warn(message);
+  return found;
+}
+
 /** What is wrong with a snapshot, or undefined. */
 async function complaint(disk: Disk, directory: Directory, step: number): Promise<string | undefined> {
   const { name } = directory;
@@ -129,16 +156,25 @@ async function complaint(disk: Disk, directory: Directory, step: number): Promis
     const { format, step: of, files } = manifest;
     if (format !== FORMAT || of !== step || !isObject(files))
       return `${name}/${MANIFEST}: must be of format ${FORMAT} and step ${step}, got ${JSON.stringify(format)} and ${JSON.stringify(of)}`;
-    for (const [file, expected] of Object.entries(files)) {
-      const found = await disk.digest(`${name}/${file}`);
-      if (!found) return `${name}/${file}: must be there, got nothing`;
-      const { bytes, sha256 } = isObject(expected) ? expected : {};
-      if (found.bytes !== bytes) return `${name}/${file}: must have ${bytes} bytes, got ${found.bytes}`;
-      if (found.sha256 !== sha256) return `${name}/${file}: must have the SHA-256 of its manifest, got another`;
-    }
+    return await wrongFile(disk, name, files);
   } catch (error) {
     if (error instanceof FormatError) return error.message;
     throw error;
+  }
+}
+
+/** What is wrong with the first file in `path` that is not as its manifest says, or undefined. */
+export async function wrongFile(
+  disk: Pick<Disk, "digest">,
+  path: string,
+  files: JsonObject,
+): Promise<string | undefined> {
+  for (const [file, expected] of Object.entries(files)) {
+    const found = await disk.digest(`${path}/${file}`);
+    if (!found) return `${path}/${file}: must be there, got nothing`;
+    const { bytes, sha256 } = isObject(expected) ? expected : {};
+    if (found.bytes !== bytes) return `${path}/${file}: must have ${bytes} bytes, got ${found.bytes}`;
+    if (found.sha256 !== sha256) return `${path}/${file}: must have the SHA-256 of its manifest, got another`;
   }
   return undefined;
 }

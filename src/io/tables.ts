@@ -25,16 +25,15 @@ export async function* csvRecords(
   name: string,
   delimiter: string,
 ): AsyncGenerator<DataRecord, void, undefined> {
-  let text = "";
-  for await (const line of lines) text += `${line.text}\n`;
-  const [header, ...rows] = cellsOf(text, name, delimiter);
-  if (!header) return;
-  const columns = header.record;
-  const twice = columns.find((column, i) => columns.indexOf(column) !== i);
-  if (twice !== undefined)
-    throw new FormatError(`${name}:1: a column must not occur twice, got ${JSON.stringify(excerpt(twice))}`);
-  for (const { record, info } of rows) {
-    const where = `${name}:${info.lines}`;
+  let columns: readonly string[] | undefined;
+  for await (const { record, line } of csvRows(lines, name, delimiter)) {
+    if (!columns) {
+      columns = record;
+      const twice = record.find((column, i) => record.indexOf(column) !== i);
+      if (twice === undefined) continue;
+      throw new FormatError(`${name}:1: a column must not occur twice, got ${JSON.stringify(excerpt(twice))}`);
+    }
+    const where = `${name}:${line}`;
     if (record.length !== columns.length)
       throw new FormatError(
         `${where}: a row must have ${columns.length} cells, as many as line 1, got ${record.length}. Quote cells that hold the separator`,
@@ -52,19 +51,37 @@ const CSV_REASONS: Readonly<Record<string, string>> = {
 
 interface CsvRow {
   readonly record: readonly string[];
-  /** `lines`: where the row ends. */
-  readonly info: Info;
+  /** Where the row ends. */
+  readonly line: number;
 }
 
-function cellsOf(text: string, name: string, delimiter: string): CsvRow[] {
+/** Letters that are parsed at a time, and the rest of the last row. */
+const CSV_BLOCK = 2 ** 20;
+
+/** Block by block: a block ends with a line up to which the quotes are closed, that is even in number (RFC 4180). */
+async function* csvRows(lines: AsyncIterable<Line>, name: string, delimiter: string): AsyncGenerator<CsvRow> {
+  let [text, before, isQuoted] = ["", 0, false];
+  for await (const line of lines) {
+    text += `${line.text}\n`;
+    if (line.text.split('"').length % 2 === 0) isQuoted = !isQuoted;
+    if (isQuoted || text.length < CSV_BLOCK) continue;
+    yield* cellsOf(text, name, delimiter, before);
+    [text, before] = ["", line.number];
+  }
+  yield* cellsOf(text, name, delimiter, before);
+}
+
+/** The rows of a text that has so many lines before it. */
+function cellsOf(text: string, name: string, delimiter: string, before: number): CsvRow[] {
   try {
     const options = { delimiter, info: true, skip_empty_lines: true, relax_column_count: true } as const;
-    return parse(text, options) as unknown as CsvRow[];
+    const rows = parse(text, options) as unknown as { readonly record: readonly string[]; readonly info: Info }[];
+    return rows.map(({ record, info }) => ({ record, line: before + info.lines }));
   } catch (error) {
     const { code, lines } = error as CsvError & { readonly lines?: number };
     const reason = CSV_REASONS[String(code)] ?? String(code);
     throw new FormatError(
-      `${name}:${lines ?? 1}: must be CSV, got ${reason}. Quote a cell that holds quotes, and double them`,
+      `${name}:${before + (lines ?? 1)}: must be CSV, got ${reason}. Quote a cell that holds quotes, and double them`,
     );
   }
 }

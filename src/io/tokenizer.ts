@@ -26,7 +26,14 @@ export interface EncodedTexts {
   readonly isCut: boolean;
 }
 
-export interface PairTokenizer extends Tokenizer {
+/** Tokens as bytes of UTF-8, of which one may have a part of a character. */
+export interface TokenBytes {
+  readonly eosId: number | undefined;
+  /** What a token adds within a text; undefined for a special token, and where there is none. */
+  tokenBytes(id: number): Uint8Array | undefined;
+}
+
+export interface PairTokenizer extends Tokenizer, TokenBytes {
   /**
    * The ids of one text or a pair, with special tokens. Of more than `maxLength`, tokens of the texts are cut off at their ends, of the longer
    * text first, as transformers does (truncation "longest_first").
@@ -57,13 +64,19 @@ export async function loadTokenizer(directory: Directory): Promise<PairTokenizer
   };
   // As transformers 5 does: the clean-up strips real spaces, so it is off unless asked for, and never done for BPE.
   const cleanUp = config.clean_up_tokenization_spaces === true && (definition.model as JsonObject).type !== "BPE";
+  const decode: Tokenizer["decode"] = (ids, { skipSpecialTokens = true } = {}) =>
+    ids.length === 0
+      ? "" // the library throws
+      : library.decode([...ids], { skip_special_tokens: skipSpecialTokens, clean_up_tokenization_spaces: cleanUp });
+  const bytes = new Map<number, Uint8Array | undefined>();
   return {
     encode: (text, { addSpecialTokens = true } = {}) =>
       library.encode(text, { add_special_tokens: addSpecialTokens }).ids,
-    decode: (ids, { skipSpecialTokens = true } = {}) =>
-      ids.length === 0
-        ? "" // the library throws
-        : library.decode([...ids], { skip_special_tokens: skipSpecialTokens, clean_up_tokenization_spaces: cleanUp }),
+    decode,
+    tokenBytes: (id) => {
+      if (!bytes.has(id)) bytes.set(id, bytesOf(library, id, decode));
+      return bytes.get(id);
+    },
     encodeTexts: (text, pair, maxLength) => encodeTexts(library, [text, pair], maxLength),
     bosId: idOf("bos_token"),
     eosId: idOf("eos_token"),
@@ -200,8 +213,28 @@ function repairByteFallback(decoder: LibraryDecoder | null): void {
   };
 }
 
+function bytesOf(library: Library, id: number, decode: Tokenizer["decode"]): Uint8Array | undefined {
+  const token = library.id_to_token(id);
+  const added = library.get_added_tokens_decoder().get(id);
+  if (token === undefined || added?.special) return undefined;
+  const decoder = library.decoder as LibraryDecoder | null;
+  const parts = decoder === null ? [] : [decoder, ...(decoder.decoders ?? [])];
+  const levels = parts.find(({ config }) => config.type === "ByteLevel")?.byte_decoder;
+  if (levels && !added) {
+    const found = [...token].map((character) => levels[character]);
+    return found.every((one) => one !== undefined) ? Uint8Array.from(found) : undefined;
+  }
+  const byte = /^<0x([0-9A-Fa-f]{2})>$/.exec(token)?.[1];
+  if (byte !== undefined && parts.some(({ config }) => config.type === "ByteFallback"))
+    return Uint8Array.of(Number.parseInt(byte, 16));
+  const first = decode([id]); // a decoder may drop the space at the start of a text
+  return new TextEncoder().encode(decode([id, id]).slice(first.length));
+}
+
 interface LibraryDecoder {
   readonly config: { readonly type?: string };
+  /** Of a byte-level one: from the characters of tokens. */
+  readonly byte_decoder?: Readonly<Record<string, number>>;
   readonly decoders?: readonly LibraryDecoder[];
   decode_chain(tokens: string[]): string[];
 }

@@ -1,4 +1,4 @@
-import { defineKernel } from "../gpu/kernel.ts";
+import { defineKernel, type Uniform } from "../gpu/kernel.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
 import clipSource from "./clip-factor.wgsl";
@@ -10,12 +10,12 @@ const clipFactor = defineKernel("clip-factor", clipSource);
 
 /**
  * [norm, factor] of all gradients together, for clipping as torch.nn.utils.clip_grad_norm_ does:
- * norm = √Σ g², factor = min(1, maxNorm / (norm + 1e-6)), or 1 if maxNorm is 0.
+ * norm = √Σ (s·g)², factor = s·min(1, maxNorm / (norm + 1e-6)), or s if maxNorm is 0. s is what the gradients still lack, 1 unless given.
  *
  * Stays on the device. Summed in an order that only the shapes decide. A norm that is not finite is passed on as it is, with
- * factor 0 for an infinite one and NaN for NaN (1 if maxNorm is 0). Throws ShapeError without gradients or if maxNorm < 0.
+ * factor 0 for an infinite one and NaN for NaN (s if maxNorm is 0). Throws ShapeError without gradients or if maxNorm < 0.
  */
-export function globalNorm(grads: readonly Tensor[], maxNorm: number): Tensor {
+export function globalNorm(grads: readonly Tensor[], maxNorm: number, s: Uniform = 1): Tensor {
   const [one] = grads;
   if (!one) throw new ShapeError("globalNorm: there must be at least one gradient, got none");
   if (!(maxNorm >= 0)) throw new ShapeError(`globalNorm: maxNorm must be 0 (no clipping) or more, got ${maxNorm}`);
@@ -30,7 +30,7 @@ export function globalNorm(grads: readonly Tensor[], maxNorm: number): Tensor {
       first += C;
     });
     const clip = empty(gpu, [2], "globalNorm");
-    clipFactor(gpu, { max_norm: maxNorm }, { total: reduce("sum", partials), clip }, [1]);
+    clipFactor(gpu, { max_norm: maxNorm, s }, { total: reduce("sum", partials), clip }, [1]);
     return clip;
   });
 }

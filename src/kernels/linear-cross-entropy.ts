@@ -41,6 +41,8 @@ export interface CrossEntropyOptions {
 
 export interface LinearCrossEntropy {
   readonly loss: Tensor;
+  /** What it is the sum of: that of each row, [M]. */
+  readonly losses: Tensor;
   /** Rows whose label is the first of the likeliest words, shape [], if they were wanted. */
   readonly hits: Tensor | undefined;
   /** d(loss)/dh, if it was wanted. */
@@ -150,8 +152,8 @@ export function linearCrossEntropy(
   }
   const loss = reduce("sum", losses);
   const hitCount = hits && reduce("sum", hits);
-  gpu.release(losses, ...(hits ? [hits] : []));
-  return { loss, hits: hitCount, dh, dW, du, dX };
+  if (hits) gpu.release(hits);
+  return { loss, losses, hits: hitCount, dh, dW, du, dX };
 }
 
 /** y = s·op(x)·w, or y + s·op(x)·w after the first time. */

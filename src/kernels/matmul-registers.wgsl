@@ -27,6 +27,7 @@ struct Dims {
   x_batch: u32, w_batch: u32,  // elements from one batch to the next; 0 repeats the operand
   group_bits: u32,             // 2^group_bits elements of w share a scale: parts/weight-*.wgsl
   block: u32, block_size: u32, // of columns: parts/blocked.wgsl
+  low: u32,                    // pairs of a row of u: parts/lora-rows.wgsl
 }
 @group(0) @binding(0) var<uniform> d: Dims;
 @group(0) @binding(1) var<storage, read> x: array<Left>;
@@ -100,6 +101,9 @@ fn plus(row: vec4f, columns: mat4x4f, sum: vec4f) -> vec4f {
   return fma(vec4f(row[3]), columns[3], fma(vec4f(row[2]), columns[2], two));
 }
 
+// What a row's own adapter makes of four finished elements, before `finish`: parts/lora-rows.wgsl.
+fn adapt4(value: vec4f, row: u32, column: u32) -> vec4f { return value; }
+
 // What becomes of a finished element: parts/epilogue.wgsl.
 fn finish(value: f32, row: u32, column: u32) -> f32 { return value; }
 
@@ -146,7 +150,8 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
       let column = j0 + 4u * j;
       if (i0 + i < d.M && column < d.N) {
         let to = id.z * d.M + i0 + i;
-        for (var q = 0u; q < FOUR; q++) { acc[i][j][q] = finish(d.s * acc[i][j][q], to, column + q); }
+        acc[i][j] = adapt4(d.s * acc[i][j], to, column);
+        for (var q = 0u; q < FOUR; q++) { acc[i][j][q] = finish(acc[i][j][q], to, column + q); }
         store(to, column, acc[i][j]);
       }
     }

@@ -17,6 +17,7 @@ struct Dims {
   s: f32, c: f32,
   group_bits: u32,              // 2^group_bits elements of w share a scale: parts/weight-*.wgsl
   block: u32, block_size: u32,  // of columns: parts/blocked.wgsl
+  low: u32,                     // pairs of a row of u: parts/lora-rows.wgsl
 }
 @group(0) @binding(0) var<uniform> d: Dims;
 @group(0) @binding(1) var<storage, read> x: array<Left>;
@@ -41,10 +42,17 @@ fn x4(row: u32, column: u32) -> vec4f { return x[x_at(min(row, d.M - 1u), column
 
 fn w4(row: u32, column: u32) -> vec4f { return widen((min(row, d.N - 1u) * d.K + column) / 4u); }
 
+fn u1(row: u32, rank: u32) -> f32 { return u[min(row, d.M - 1u) * d.R + rank]; }
+
+fn b1(row: u32, rank: u32) -> f32 { return b[min(row, d.N - 1u) * d.R + rank]; }
+
 fn widen(at: u32) -> vec4f { return w[at]; }
 
 // What all threads do first: parts/nf4-levels.wgsl.
 fn prepare(thread: u32) {}
+
+// What a row's own adapter makes of a finished element, before `finish`: parts/lora-rows.wgsl.
+fn adapt(value: f32, row: u32, column: u32) -> f32 { return value; }
 
 // What becomes of a finished element: parts/epilogue.wgsl.
 fn finish(value: f32, row: u32, column: u32) -> f32 { return value; }
@@ -74,9 +82,9 @@ fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_index) thr
   }
   if (LOW_RANK == 1u) {
     for (var r = thread; r < d.R; r += WG) {
-      for (var i = 0u; i < TM; i++) { low[i] = d.c * u[min(tile.y * TM + i, d.M - 1u) * d.R + r]; }
+      for (var i = 0u; i < TM; i++) { low[i] = d.c * u1(tile.y * TM + i, r); }
       for (var j = 0u; j < TN; j++) {
-        let right = b[min(tile.x * TN + j, d.N - 1u) * d.R + r];
+        let right = b1(tile.x * TN + j, r);
         for (var i = 0u; i < TM; i++) { acc[i][j] += low[i] * right; }
       }
     }
@@ -89,6 +97,6 @@ fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_index) thr
   for (var e = thread; e < TILE; e += WG) {
     let i = tile.y * TM + e / TN;
     let j = tile.x * TN + e % TN;
-    if (i < d.M && j < d.N) { y[y_at(i, j)] = finish(d.s * sums[e * WG], i, j); }
+    if (i < d.M && j < d.N) { y[y_at(i, j)] = finish(adapt(d.s * sums[e * WG], i, j), i, j); }
   }
 }

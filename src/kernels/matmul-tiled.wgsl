@@ -36,6 +36,7 @@ struct Dims {
   splits: u32,
   group_bits: u32,                  // 2^group_bits elements of w share a scale: parts/weight-*.wgsl
   block: u32, block_size: u32,      // of columns: parts/blocked.wgsl
+  low: u32,                         // pairs of a row of u: parts/lora-rows.wgsl
 }
 @group(0) @binding(0) var<uniform> d: Dims;
 @group(0) @binding(1) var<storage, read> x: array<Left>;
@@ -124,6 +125,9 @@ fn fetch(at: vec2u, tile: vec2u, stage_at: u32) -> mat4x4f {
 // What all threads do first: parts/nf4-levels.wgsl.
 fn prepare(thread: u32) {}
 
+// What a row's own adapter makes of four finished elements, before `finish`: parts/lora-rows.wgsl.
+fn adapt4(value: vec4f, row: u32, column: u32) -> vec4f { return value; }
+
 // What becomes of a finished element: parts/epilogue.wgsl.
 fn finish(value: f32, row: u32, column: u32) -> f32 { return value; }
 
@@ -173,7 +177,8 @@ fn main(@builtin(workgroup_id) tile: vec3u, @builtin(local_invocation_id) thread
       let column = 4u * (tile.x * BN4 + thread.x + j * WX);
       if (row < d.M && column < d.N) {
         let to = tile.z * d.M + row;
-        for (var q = 0u; q < FOUR; q++) { acc[i][j][q] = finish(d.s * acc[i][j][q], to, column + q); }
+        acc[i][j] = adapt4(d.s * acc[i][j], to, column);
+        for (var q = 0u; q < FOUR; q++) { acc[i][j][q] = finish(acc[i][j][q], to, column + q); }
         store(to, column, acc[i][j]);
       }
     }

@@ -4,6 +4,7 @@ import { ShapeError } from "../tensor/errors.ts";
 import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
 import { empty, expectDType, expectShape, rowsOf, type Shape, type Tensor, view } from "../tensor/tensor.ts";
 import { narrow16 } from "./cast.ts";
+import { checkLowRankRows, type LowRankRows, lowRankRowParts, RAGGED_X } from "./lora-rows.ts";
 import { defaultPlan, type MatmulPlan, type MatmulShape, plans, shapeClass, suits, unitsTile } from "./matmul-plans.ts";
 import registersSource from "./matmul-registers.wgsl";
 import rowsSource from "./matmul-rows.wgsl";
@@ -17,7 +18,6 @@ import levelsSource from "./parts/nf4-levels.wgsl";
 import quadsSource from "./parts/quads.wgsl";
 import raggedLowSource from "./parts/ragged-low.wgsl";
 import raggedWSource from "./parts/ragged-w.wgsl";
-import raggedXSource from "./parts/ragged-x.wgsl";
 import raggedYSource from "./parts/ragged-y.wgsl";
 import subgroupSumsSource from "./parts/subgroup-sums.wgsl";
 import unarySource from "./unary.wgsl";
@@ -31,7 +31,6 @@ const units = defineKernel("matmul-units", unitsSource);
 const splits = defineKernel("matmul-splits", splitsSource);
 
 const NF4_LEVELS = definePart("nf4-levels", levelsSource);
-const RAGGED_X = definePart("ragged-x", raggedXSource);
 const RAGGED_W = definePart("ragged-w", raggedWSource);
 const RAGGED_LOW = [definePart("ragged-low", raggedLowSource), definePart("low-elements", tiledSource, ["u4", "b4"])];
 const RAGGED_Y = definePart("ragged-y", raggedYSource);
@@ -60,6 +59,8 @@ export interface MatmulOptions {
   /** Factor on x·w; 1 unless given. */
   readonly scale?: number;
   readonly lowRank?: LowRank;
+  /** Another low-rank term for each row of y, and a factor on their sum: of one product without `lowRank`. */
+  readonly lowRankRows?: LowRankRows;
   /** [N], added to every row. */
   readonly bias?: Tensor;
   /** Applied after the bias: x·σ(x), x·Φ(x), or the latter's approximation by tanh. */
@@ -79,7 +80,7 @@ export interface MatmulOptions {
 
 /**
  * y = act(scale·op(x)·op(w) + lowRank.scale·u·b + bias) + residual, one dispatch (two where k is split; several, by rows, where it takes
- * long).
+ * long). With `lowRankRows` what is added to the product, and its factor, are each row's own.
  *
  * "nn": x [M,K], w [K,N]. "nt": x [M,K], w [N,K]. "tn": x [K,M], w [K,N]. All give y [M,N]. Further leading axes are batches:
  * those of x and w must be equal, or w has none and serves every batch (x's are then rows of one product). A low-rank term
@@ -94,7 +95,7 @@ export function matmul(
   options: MatmulOptions = {},
 ): Tensor {
   const { gpu } = x;
-  const { lowRank, blocked = false } = options;
+  const { lowRank, lowRankRows, blocked = false } = options;
   const { M, N, K, batch, shape } = sizes(blocked && layout === "tn" ? joined(x, w) : x.shape, w, layout);
   const R = lowRank?.u.shape.at(-1) ?? 0;
   expectDType("matmul", "x", x, "f32");
@@ -108,6 +109,13 @@ export function matmul(
     ]);
     const [rule, b] = layout === "nt" ? ["b must be [N,R]", [N, R]] : ["b must be [R,N]", [R, N]];
     expectShape("matmul", rule as string, lowRank.b, b as number[]);
+  }
+  if (lowRankRows) {
+    if (batch > 1 || lowRank)
+      throw new ShapeError(
+        `matmul: low-rank terms by rows need one product without another such term, got x [${x.shape}] and w [${w.shape}]${lowRank ? " with one" : ""}`,
+      );
+    checkLowRankRows("matmul", lowRankRows, M, N);
   }
   if (options.bias) expectShape("matmul", "bias must be [N]", options.bias, [N]);
   if (options.residual) expectShape("matmul", "residual must have the shape of y", options.residual, shape);
@@ -141,6 +149,7 @@ export function matmul(
       run(gpu, { ...product, M: count }, plan, part(x), stored, part(y), {
         ...options,
         ...(lowRank && { lowRank: { ...lowRank, u: part(lowRank.u) } }),
+        ...(lowRankRows && { lowRankRows: { ...lowRankRows, u: part(lowRankRows.u) } }),
         ...(residual && { residual: part(residual) }),
       });
     }
@@ -185,9 +194,9 @@ function run(
   x: Tensor,
   w: Tensor | PackedMatrix,
   y: Tensor,
-  { scale = 1, lowRank, bias, activation, residual, blocked }: MatmulOptions,
+  { scale = 1, lowRank, lowRankRows, bias, activation, residual, blocked }: MatmulOptions,
 ): void {
-  const { u, b } = lowRank ?? { u: x, b: x };
+  const { u, b } = lowRankRows ?? lowRank ?? { u: x, b: x };
   const { tuned } = plan;
   const [X_T, W_T] = [layout === "tn" ? 1 : 0, layout === "nt" ? 1 : 0];
   const packed = isPacked(w) ? w : undefined;
@@ -200,32 +209,33 @@ function run(
   const raggedY = (columns: number): readonly Part[] => (columns % 4 === 0 ? [] : [RAGGED_Y]);
   const blockedY = G > 1 && !X_T ? [BLOCKED_Y] : [];
   const yParts = [...raggedY(blockedY.length > 0 ? block : N), ...blockedY];
+  const rowPairs = (lowRankRows?.u.shape[1] ?? 0) / 2;
   // The kernels compute s·(x·w + c·u·b).
   const [k, s, c] = scale === 0 && lowRank ? [0, 1, lowRank.scale] : [K, scale, (lowRank?.scale ?? 0) / scale];
   const uniforms = {
     ...{ M, N, K: k, R, s, c: lowRank ? c : 0, x_batch: M * K, w_batch: K * N },
-    ...{ splits: plan.splits, group_bits: Math.log2(packed?.group ?? 1), block, block_size: P * block },
+    ...{ splits: plan.splits, group_bits: Math.log2(packed?.group ?? 1), block, block_size: P * block, low: rowPairs },
   };
   const weight = packed ? weightParts(packed) : [];
   const levels = packed?.format === "nf4" ? [NF4_LEVELS] : [];
   const hasEpilogue = Boolean(bias || activation || residual);
-  const finish = hasEpilogue
-    ? {
-        parts: EPILOGUE,
-        tuned: {
+  const finish = {
+    parts: [...(lowRankRows ? lowRankRowParts(lowRankRows) : []), ...(hasEpilogue ? EPILOGUE : [])],
+    tuned: hasEpilogue
+      ? {
           ...{ BIAS: bias ? 1 : 0, RESIDUAL: residual ? 1 : 0 },
           ...{ ACT: activation ? 1 : 0, OP: activation ? ACTIVATIONS[activation] : 0 },
-        },
-      }
-    : { parts: [], tuned: {} };
-  const rest = { bias: bias ?? x, residual: residual ?? x };
+        }
+      : {},
+  };
+  const rest = { u, b, bias: bias ?? x, residual: residual ?? x };
   const buffers: Record<string, HasBuffer> = {
-    ...{ x, w: packed?.words ?? (w as Tensor), u, b, y, scales: packed?.scales ?? x },
+    ...{ x, w: packed?.words ?? (w as Tensor), y, scales: packed?.scales ?? x },
     ...rest,
   };
   const addUp = (sums: Tensor, pieces: number): void => {
     const n = batch * M * N;
-    const dims = { n, M, N, P: pieces, block, block_size: P * block };
+    const dims = { n, M, N, P: pieces, block, block_size: P * block, low: rowPairs };
     splits(gpu, dims, { parts: sums, y, ...rest }, [n], finish.tuned, [...blockedY, ...finish.parts]);
   };
   const { TM = 1, TN = 1 } = tuned;
@@ -268,10 +278,11 @@ function run(
       gpu.scope(() => {
         const left = narrow16(x, "f16");
         const right = packed?.words ?? narrow16(w as Tensor, "f16");
-        const low = lowRank ? { u: narrow16(u, "f16"), b: narrow16(b, "f16") } : { u: left, b: left };
-        const sums = hasEpilogue ? empty(gpu, y.shape, "matmul") : y;
-        units(gpu, uniforms, { x: left, w: right, ...low, y: sums }, threads, { ...tuned, X_T, W_T });
-        if (hasEpilogue) addUp(sums, 1);
+        const pair = lowRank ? { u: narrow16(u, "f16"), b: narrow16(b, "f16") } : { u: left, b: left };
+        const isFinished = finish.parts.length === 0;
+        const sums = isFinished ? y : empty(gpu, y.shape, "matmul");
+        units(gpu, uniforms, { x: left, w: right, ...pair, y: sums }, threads, { ...tuned, X_T, W_T });
+        if (!isFinished) addUp(sums, 1);
       });
       return;
     }

@@ -11,6 +11,7 @@ import { join, type Live, PairMember } from "./pair-member.ts";
 import {
   type AdapterParts,
   type Beginning,
+  type Group,
   type LoraPair,
   PARTS,
   type SavedLayer,
@@ -30,6 +31,8 @@ export class LoraAdapter {
   readonly config: LoraConfig;
   /** The adapted layers by module name, such as "model.layers.0.self_attn.q_proj". */
   readonly pairs: ReadonlyMap<string, LoraPair>;
+  /** Layers on one input whose A's are one matrix. */
+  readonly groups: readonly Group[];
   /** The modules that are trained whole, or their biases, by module name. `setScale` does not change them. */
   readonly saved: ReadonlyMap<string, SavedLayer>;
   /** The adapted embeddings and heads. */
@@ -51,6 +54,7 @@ export class LoraAdapter {
   constructor(config: LoraConfig, parts: AdapterParts, buffers: readonly Tensor[]) {
     this.config = config;
     this.pairs = parts.pairs;
+    this.groups = parts.groups;
     this.saved = parts.saved;
     this.tables = parts.tables;
     this.tokens = parts.tokens;
@@ -162,6 +166,11 @@ export class LoraAdapter {
       pair.layer.weight = residual;
     }
     for (const member of this.#linears) member.takeSquares();
+  }
+
+  /** What `setScale` was given; 1 at first. */
+  get factor(): number {
+    return this.#factor;
   }
 
   /** s of a module whose rank and alpha no pattern changes, times what `setScale` was given. */

@@ -63,20 +63,59 @@ export function loraLinears(
   s: number,
   drop?: LoraDropout,
 ): Tensor[] {
+  if (drop && layers.length !== 1) throw new ShapeError(`loraLinears: dropout takes one layer, got ${layers.length}`);
+  const dropped = (t: Tensor, sum?: Tensor): Tensor => (drop ? dropout(t, drop.p, drop.key, sum) : t);
+  const pairs = layers.map((layer) => layer.A);
+  const shrunk = shrink(x, A, pairs, dropped);
+
+  return layers.map(({ W, A: own, B, bias }, i) => {
+    const u = shrunk.block(i);
+    const y = matmul(x, W, "nt", { lowRank: { u, b: B, scale: s }, ...(bias && { bias }) });
+    const base = isPacked(W) ? [] : [W]; // a packed one is always frozen
+    return record("loraLinear", y, [shrunk.u, x, B, ...(bias ? [bias] : []), ...base], (dy) => {
+      const { v, dB } = throughB(dy, B, u, s, shrunk.u.requiresGrad || x.requiresGrad);
+      const du = adding((sum) => shrunk.gradient(i, v, sum)); // [G,P,R]
+      const dx = adding((sum) => {
+        const low = v();
+        const residual = sum ? { residual: sum } : {};
+        if (!drop) return matmul(dy, W, "nn", { lowRank: { u: low, b: own, scale: 1 }, ...residual });
+        return x.gpu.scope(() => dropped(matmul(low, own), matmul(dy, W, "nn", residual)));
+      }); // [...,K]
+      const dW = () => matmul(rows(dy), rows(x), "tn"); // [N,K], never run while W is frozen
+      return [du, dx, dB, ...(bias ? [() => sumTo(dy, bias.shape)] : []), dW];
+    });
+  });
+}
+
+const rows = (t: Tensor): Tensor => view(t, dims2("loraLinear", "t", t));
+
+/** u = x·Aᵀ of layers that read the same x. */
+export interface Shrunk {
+  /** [G,P,R] */
+  readonly u: Tensor;
+  /** uᵢ [...,R] */
+  block(i: number): Tensor;
+  /** Has `v` put the gradient of uᵢ into that of u, which is `sum` where there is one. */
+  gradient(i: number, v: (out: Tensor) => void, sum?: Tensor): Tensor;
+}
+
+/** x·Aᵀ in one product, A [G·R,K] the Aᵢ one below the other, and their gradients vᵀ·x; `dropped` is done to x on its way. */
+export function shrink(
+  x: Tensor,
+  A: Tensor,
+  pairs: readonly Tensor[],
+  dropped: (x: Tensor) => Tensor = (t) => t,
+): Shrunk {
   const { gpu } = x;
-  const G = layers.length;
-  if (drop && G !== 1) throw new ShapeError(`loraLinears: dropout takes one layer, got ${G}`);
+  const G = pairs.length;
   const [M] = dims2("loraLinear", "x", x);
   const R = dims2("loraLinear", "A", A)[0] / G;
   const P = G === 1 ? M : blockRows(M, R);
   const block = (t: Tensor, i: number): Tensor => slice(t, i * P * R, [...x.shape.slice(0, -1), R]);
-  const rows = (t: Tensor): Tensor => view(t, dims2("loraLinear", "t", t));
-  const dropped = (t: Tensor, sum?: Tensor): Tensor => (drop ? dropout(t, drop.p, drop.key, sum) : t);
 
   const u = empty(gpu, [G, P, R], "loraLinear");
   gpu.scope(() => void matmul(dropped(x), A, "nt", { out: u, blocked: true }));
   const filled = new Set<number>();
-  const pairs = layers.map((layer) => layer.A);
   record("loraShrink", u, pairs, (v) => {
     // A layer that nothing came of has no gradient.
     for (let i = 0; i < G; i++)
@@ -84,31 +123,38 @@ export function loraLinears(
     const dA = once(() => gpu.scope(() => matmul(v, rows(dropped(x)), "tn", { blocked: true }))); // [G·R,K]
     return pairs.map((_, i) => () => rowsOf(dA(), i * R, R));
   });
+  return {
+    u,
+    block: (i) => block(u, i),
+    gradient: (i, v, sum = empty(gpu, u.shape, "loraLinear")) => {
+      filled.add(i);
+      v(block(sum, i));
+      return sum;
+    },
+  };
+}
 
-  return layers.map(({ W, A: own, B, bias }, i) => {
-    const y = matmul(x, W, "nt", { lowRank: { u: block(u, i), b: B, scale: s }, ...(bias && { bias }) });
-    const base = isPacked(W) ? [] : [W]; // a packed one is always frozen
-    return record("loraLinear", y, [u, x, B, ...(bias ? [bias] : []), ...base], (dy) => {
-      let out: Tensor | undefined;
-      // v and dB both go through dy: together where both are needed.
-      const both = once(() => loraDy(dy, B, block(u, i), s, undefined, out));
-      const areBoth = B.requiresGrad && (u.requiresGrad || x.requiresGrad);
-      const v = once(() => (areBoth ? both().v : matmul(dy, B, "nn", { scale: s, ...(out && { out }) }))); // [...,R]
-      const du = adding((sum = empty(gpu, u.shape, "loraLinear")) => {
-        out = block(sum, i);
-        filled.add(i);
-        v();
-        return sum;
-      }); // [G,P,R]
-      const dx = adding((sum) => {
-        const low = v();
-        const residual = sum ? { residual: sum } : {};
-        if (!drop) return matmul(dy, W, "nn", { lowRank: { u: low, b: own, scale: 1 }, ...residual });
-        return gpu.scope(() => dropped(matmul(low, own), matmul(dy, W, "nn", residual)));
-      }); // [...,K]
-      const dB = () => (areBoth ? both().dB : matmul(rows(dy), rows(block(u, i)), "tn", { scale: s })); // [N,R]
-      const dW = () => matmul(rows(dy), rows(x), "tn"); // [N,K], never run while W is frozen
-      return [du, dx, dB, ...(bias ? [() => sumTo(dy, bias.shape)] : []), dW];
-    });
-  });
+/**
+ * What comes of dy [...,N] on its way through s·u·Bᵀ: v = s·dy·B, the gradient of u, and dB = s·dyᵀ·u, each once. v goes to the `out` that it is
+ * first asked for with.
+ */
+export function throughB(
+  dy: Tensor,
+  B: Tensor,
+  u: Tensor,
+  s: number,
+  wantsV: boolean,
+): { readonly v: (out?: Tensor) => Tensor; readonly dB: () => Tensor } {
+  let place: Tensor | undefined;
+  // Both go through dy: together where both are needed.
+  const both = once(() => loraDy(dy, B, u, s, undefined, place));
+  const areBoth = B.requiresGrad && wantsV;
+  const v = once(() => (areBoth ? both().v : matmul(dy, B, "nn", { scale: s, ...(place && { out: place }) }))); // [...,R]
+  return {
+    v: (out) => {
+      place ??= out;
+      return v();
+    },
+    dB: () => (areBoth ? both().dB : matmul(rows(dy), rows(u), "tn", { scale: s })), // [N,R]
+  };
 }

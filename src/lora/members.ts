@@ -34,15 +34,15 @@ export function demandRoom(call: string, owner: object, members: readonly Guest[
       for (const [other, theirs] of users.get(module) ?? [])
         if (other !== owner && !(member.adds() && theirs.adds()))
           throw new ShapeError(
-            `${call}: adapters share a layer where each only adds B·A to it, got two on ${member.name} of which one does more: DoRA, a start from the base, a trained copy or bias. Disable or unmerge the other first`,
+            `${call}: adapters share a layer where each only adds B·A to it, got two on ${member.name} of which one does more: DoRA, a start from the base, a trained copy or bias, a pool. Disable or unmerge the other first`,
           );
 }
 
-export function enter(owner: object, member: Member): void {
+export function enter(owner: object, member: Guest): void {
   for (const module of member.modules) users.set(module, new Map([...(users.get(module) ?? []), [owner, member]]));
 }
 
-export function leave(owner: object, { modules }: Member): void {
+export function leave(owner: object, { modules }: Pick<Member, "modules">): void {
   for (const module of modules) users.get(module)?.delete(owner);
 }
 

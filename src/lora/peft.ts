@@ -143,24 +143,24 @@ export async function loadPeft(
       }
       if (isTurned) loaded.set(key, parts.map(turned));
     }
-    const one = (module: string, suffix: string): Tensor | undefined => loaded.get(`${PREFIX}${module}.${suffix}`)?.[0];
-    return attachParts(model, config, {
-      linear: ({ name }) =>
-        Object.fromEntries(Object.entries(KEYS).map(([part, key]) => [part, one(name, key)])) as unknown as LoraParts,
-      table: ({ name, table }) => {
-        const { X, Y } = TABLE_KEYS[table.use];
-        return { X: one(name, X), Y: one(name, Y) } as TableParts;
-      },
-      rows: ({ name }) => one(name, ROWS_KEY) as Tensor,
-      save: ({ name, layer: { weight } }): SavedParts => ({
-        weight: "length" in weight ? loaded.get(`${PREFIX}${name}.weight`) : one(name, "weight"),
-        bias: one(name, "bias"),
-      }),
-    });
   } catch (error) {
     gpu.release(...[...loaded.values()].flat());
     throw error;
   }
+  const one = (module: string, suffix: string): Tensor | undefined => loaded.get(`${PREFIX}${module}.${suffix}`)?.[0];
+  return attachParts(model, config, {
+    linear: ({ name }) =>
+      Object.fromEntries(Object.entries(KEYS).map(([part, key]) => [part, one(name, key)])) as unknown as LoraParts,
+    table: ({ name, table }) => {
+      const { X, Y } = TABLE_KEYS[table.use];
+      return { X: one(name, X), Y: one(name, Y) } as TableParts;
+    },
+    rows: ({ name }) => one(name, ROWS_KEY) as Tensor,
+    save: ({ name, layer: { weight } }): SavedParts => ({
+      weight: "length" in weight ? loaded.get(`${PREFIX}${name}.weight`) : one(name, "weight"),
+      bias: one(name, "bias"),
+    }),
+  });
 }
 
 function turned(t: Tensor): Tensor {

@@ -1,8 +1,15 @@
 import { add, matmul, reshape, scale } from "../autograd/basic-ops.ts";
 import { record } from "../autograd/engine.ts";
-import { embedding } from "../autograd/model-ops.ts";
+import { type AttentionOptions, attention, embedding } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import { copyRows } from "../kernels/copy-rows.ts";
+import {
+  type PagedAttentionOptions,
+  type PagedTokens,
+  type Pages,
+  pagedAttention,
+  pagedWrite,
+} from "../kernels/paged.ts";
 import { softCap } from "../kernels/soft-cap.ts";
 import type { Linear } from "../nn/linear.ts";
 import { inUse, type Module } from "../nn/module.ts";
@@ -30,21 +37,30 @@ export interface Packing {
   readonly starts: Tensor;
 }
 
-/** A cache, packed rows, or neither: packed rows take no cache. */
+/** Tokens of any sequences, in one row [1,T], whose keys and values lie in pages: those of this pass are put there, and all are seen. */
+export interface PagedRow extends PagedTokens {
+  readonly layers: readonly Pages[];
+  /** No sequence gets longer: what angles that depend on the length go by. */
+  readonly contextLength: number;
+}
+
+/** A cache, packed rows, a row with its cache in pages, or none of them. */
 export interface HiddenOptions {
   readonly cache?: KvCache;
   readonly packing?: Packing;
   /** In training, on the tokens' embeddings. */
   readonly noise?: EmbeddingNoise;
+  readonly paged?: PagedRow;
 }
 
 /** Where the tokens of a forward pass stand. */
-export interface Places {
+export interface Places extends HiddenOptions {
   /** Position of the first token: what a cache holds already. */
   readonly start: number;
   /** Positions after the last token. */
   readonly end: number;
-  readonly packing: Packing | undefined;
+  /** i32 [B,T]: of each token, where they are not start, start + 1, … in every row. */
+  readonly positions: Tensor | undefined;
 }
 
 /** A model that predicts the next token: logits = hidden·headᵀ. What its layers compute is its own. */
@@ -112,8 +128,21 @@ export abstract class CausalModel<C extends CausalConfig = CausalConfig> {
     const y = this.hidden(ids, cache ? { cache } : {});
     if (!lastOnly) return this.#project(y);
     const last = Int32Array.from({ length: B }, (_, b) => b * T + T - 1);
-    const lasts = embedding(reshape(y, [B * T, this.config.hiddenSize]), tensor(this.gpu, last, [B, 1]));
-    return this.#project(lasts);
+    return this.#projectRows(y, tensor(this.gpu, last, [B, 1]));
+  }
+
+  /**
+   * Next-token logits of some tokens of a row whose cache is in pages: ids i32 [1,T], `rows` i32 [N] (of the row's tokens) → [N,V].
+   *
+   * Every length that it depends on is the row's or in a tensor's values, so that a traced call serves any sequences. Throws ShapeError as
+   * `pagedAttention`, and for a model whose angles change as a sequence grows within contextLength.
+   */
+  pagedLogits(ids: Tensor, paged: PagedRow, rows: Tensor): Tensor {
+    return this.#projectRows(this.hidden(ids, { paged }), rows);
+  }
+
+  #projectRows(y: Tensor, rows: Tensor): Tensor {
+    return this.#project(embedding(reshape(y, [y.size / this.config.hiddenSize, this.config.hiddenSize]), rows));
   }
 
   /** y·headᵀ. Pieces are joined, and capped logits are for reading: there is no gradient through that. */
@@ -142,14 +171,19 @@ export abstract class CausalModel<C extends CausalConfig = CausalConfig> {
   }
 
   /** Throws ShapeError where the tokens do not fit. */
-  protected places(ids: Tensor, { cache, packing }: HiddenOptions): Places {
+  protected places(ids: Tensor, options: HiddenOptions): Places {
+    const { cache, packing, paged } = options;
     if (cache && packing)
       throw new ShapeError("hidden: packed rows take no cache, got one. Give each segment a row of its own");
+    if (paged) {
+      if (cache || packing) throw new ShapeError("hidden: a row in pages takes no other cache and no packing, got one");
+      return { ...options, start: 0, end: paged.contextLength, positions: view(paged.positions, ids.shape) };
+    }
     const start = cache?.length ?? 0;
     const end = start + (ids.shape[1] ?? 0);
     const limit = cache?.capacity ?? this.config.contextLength;
     if (end > limit) throw new ShapeError(`logits: at most ${limit} positions fit, got ${end}. Shorten the rows`);
-    return { start, end, packing };
+    return { ...options, start, end, positions: packing?.positions };
   }
 
   /** An empty cache for B rows of up to `capacity` positions. */
@@ -171,15 +205,34 @@ export abstract class CausalModel<C extends CausalConfig = CausalConfig> {
   }
 }
 
-/** Puts the keys and values of tokens from position `start` on into a layer's cache, and gives all that it holds then. */
-export function cached(
-  layer: KvCache["layers"][number] | undefined,
-  keys: Tensor,
-  values: Tensor,
-  start: number,
-): { readonly keys: Tensor; readonly values: Tensor } {
-  if (!layer) return { keys, values };
-  copyRows(keys, layer.k, start);
-  copyRows(values, layer.v, start);
-  return { keys: layer.k, values: layer.v };
+/**
+ * Attention of a pass's queries over all keys that they see, those of this pass included, in layer i: q [B,T,H,D], k and v [B,T,G,D] →
+ * [B,T,H,D]. Keys and values are put into the cache, where there is one.
+ */
+export function attend(
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  { start, end, packing, cache, paged }: Places,
+  i: number,
+  { window, ...options }: PagedAttentionOptions,
+): Tensor {
+  const pages = paged?.layers[i];
+  if (paged && pages) {
+    const flat = (t: Tensor): Tensor => view(t, t.shape.slice(1));
+    pagedWrite(flat(k), flat(v), pages, paged);
+    return view(pagedAttention(flat(q), pages, paged, { ...options, window }), q.shape);
+  }
+  const layer = cache?.layers[i];
+  if (layer) {
+    copyRows(k, layer.k, start);
+    copyRows(v, layer.v, start);
+  }
+  const settings: AttentionOptions = {
+    ...(options.scale !== undefined && { scale: options.scale }),
+    softCap: options.softCap,
+    ...(window !== undefined && window < end && { window }),
+    ...(packing && { starts: packing.starts }),
+  };
+  return attention(q, layer?.k ?? k, layer?.v ?? v, { keyLength: end, ...settings });
 }

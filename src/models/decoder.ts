@@ -9,14 +9,15 @@
  */
 import { add, reshape, scale, split } from "../autograd/basic-ops.ts";
 import { recompute } from "../autograd/engine.ts";
-import { addRmsNorm, attention, gated, rmsNorm, rope } from "../autograd/model-ops.ts";
+import { addRmsNorm, gated, rmsNorm, rope } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import { type Linear, linear, linears } from "../nn/linear.ts";
 import { inUse, type Norm } from "../nn/module.ts";
 import { dependsOnLength, type RopeSettings, ropeTables } from "../nn/rope.ts";
 import { embed, type Table } from "../nn/table.ts";
+import { ShapeError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { CausalModel, cached, type HiddenOptions, type KvCache, type Places } from "./causal.ts";
+import { attend, CausalModel, type HiddenOptions, type Places } from "./causal.ts";
 import type { DecoderConfig } from "./decoder-config.ts";
 import { type Limits, Shapes, type WeightMap, Weights } from "./weights.ts";
 
@@ -114,19 +115,20 @@ export class Decoder extends CausalModel<DecoderConfig> {
     let sum = times(embed(this.#embedding, ids, options.noise), embeddingScale);
     const first = (x: Tensor, norm: Norm | undefined): Tensor => (norm ? this.#normed(x, norm) : x);
     if (this.checkpointing && !cache) {
-      for (const { attention: attend, mlp } of this.#blocks)
+      this.#blocks.forEach(({ attention: own, mlp }, i) => {
         sum = recompute(sum, (x) => {
-          const mixed = this.#attend(attend, first(x, attend.norms.before), places);
-          const middle = this.#join(x, mixed, attend.norms, mlp.norms.before);
+          const mixed = this.#attend(own, first(x, own.norms.before), places, i);
+          const middle = this.#join(x, mixed, own.norms, mlp.norms.before);
           return this.#join(middle.sum, this.#feedForward(mlp, middle.y), mlp.norms, undefined).sum;
         });
+      });
       return times(this.#normed(sum, this.#norm), logitScale);
     }
     let y = first(sum, this.#blocks[0]?.attention.norms.before);
-    this.#blocks.forEach(({ attention: attend, mlp }, i) => {
+    this.#blocks.forEach(({ attention: own, mlp }, i) => {
       const next = this.#blocks[i + 1];
       const following = next ? next.attention.norms.before : this.#norm;
-      ({ sum, y } = this.#join(sum, this.#attend(attend, y, places, cache?.layers[i]), attend.norms, mlp.norms.before));
+      ({ sum, y } = this.#join(sum, this.#attend(own, y, places, i), own.norms, mlp.norms.before));
       ({ sum, y } = this.#join(sum, this.#feedForward(mlp, y), mlp.norms, following));
     });
     if (cache) cache.length = places.end;
@@ -155,37 +157,35 @@ export class Decoder extends CausalModel<DecoderConfig> {
   #attend(
     { inputs, queryNorm, keyNorm, o, window, rope: turn }: Block["attention"],
     n: Tensor,
-    { start, end, packing }: Places,
-    layer?: KvCache["layers"][number],
+    places: Places,
+    i: number,
   ): Tensor {
     const { heads, kvHeads, headDim, attentionScale, attentionCap } = this.config;
     const [B = 0, T = 0] = n.shape;
     const widths = [heads * headDim, kvHeads * headDim, kvHeads * headDim];
     const [ofQ, ofK, ofV] = parts(inputs, n, widths) as [Tensor, Tensor, Tensor];
-    const tables = turn && this.#tables(turn, end);
+    const tables = turn && this.#tables(turn, places);
     const place = (x: Tensor, norm: Norm | undefined, count: number): Tensor => {
       const isWhole = norm?.weight.size === x.shape.at(-1); // of all heads at once
       const apart = reshape(norm && isWhole ? this.#normed(x, norm) : x, [B, T, count, headDim]);
       const y = norm && !isWhole ? this.#normed(apart, norm) : apart;
-      return tables ? rope(y, tables.cos, tables.sin, packing?.positions ?? start) : y;
+      return tables ? rope(y, tables.cos, tables.sin, places.positions ?? places.start) : y;
     };
     const queries = place(ofQ, queryNorm, heads);
-    const own = place(ofK, keyNorm, kvHeads);
-    const { keys, values } = cached(layer, own, reshape(ofV, [B, T, kvHeads, headDim]), start);
-    const mixed = attention(queries, keys, values, {
-      keyLength: end,
-      ...(attentionScale && { scale: attentionScale }),
-      ...(attentionCap && { softCap: attentionCap }),
-      ...(window !== undefined && window < end && { window }),
-      ...(packing && { starts: packing.starts }),
-    });
+    const keys = place(ofK, keyNorm, kvHeads);
+    const options = { scale: attentionScale, softCap: attentionCap, window };
+    const mixed = attend(queries, keys, reshape(ofV, [B, T, kvHeads, headDim]), places, i, options);
     return linear(o, reshape(mixed, [B, T, heads * headDim]));
   }
 
   /** Those of rows that end before position `end`. */
-  #tables({ settings, tables, long }: Rope, end: number): Rope["tables"] {
+  #tables({ settings, tables, long }: Rope, { end, paged }: Places): Rope["tables"] {
     if (!dependsOnLength(settings, end)) return tables;
     if (long) return long;
+    if (paged && settings.type === "dynamic")
+      throw new ShapeError(
+        `hidden: angles of "dynamic" RoPE change as a sequence grows past ${settings.originalLength} tokens, which pages do not follow, got a context of ${end}. Limit it to ${settings.originalLength}`,
+      );
     return ropeTables(this.gpu, this.config.rotaryDim ?? this.config.headDim, end, settings, end);
   }
 

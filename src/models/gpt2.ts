@@ -8,7 +8,7 @@
  */
 import { add, reshape, split } from "../autograd/basic-ops.ts";
 import { recompute } from "../autograd/engine.ts";
-import { attention, layerNorm } from "../autograd/model-ops.ts";
+import { layerNorm } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import type { JsonObject } from "../io/json.ts";
 import { type Activation, activate } from "../nn/activation.ts";
@@ -16,7 +16,7 @@ import { type Linear, linear } from "../nn/linear.ts";
 import { inUse, type Norm } from "../nn/module.ts";
 import { embed, type Table } from "../nn/table.ts";
 import { type Tensor, tensor } from "../tensor/tensor.ts";
-import { CausalModel, cached, type HiddenOptions, type KvCache, type Places } from "./causal.ts";
+import { attend, CausalModel, type HiddenOptions, type Places } from "./causal.ts";
 import { ConfigReader, tokenIds } from "./config-reader.ts";
 import type { CausalConfig } from "./decoder-config.ts";
 import { type Limits, Shapes, type WeightMap, Weights } from "./weights.ts";
@@ -112,7 +112,7 @@ export class Gpt2 extends CausalModel<Gpt2Config> {
     const { cache } = options;
     const [, T = 0] = ids.shape;
     const at =
-      places.packing?.positions ??
+      places.positions ??
       tensor(
         this.gpu,
         Int32Array.from({ length: T }, (_, t) => places.start + t),
@@ -120,7 +120,7 @@ export class Gpt2 extends CausalModel<Gpt2Config> {
       );
     let sum = add(embed(this.#tokens, ids, options.noise), embed(this.#positions, at));
     this.#blocks.forEach((block, i) => {
-      const run = (x: Tensor): Tensor => this.#block(block, i, x, places, cache?.layers[i]);
+      const run = (x: Tensor): Tensor => this.#block(block, i, x, places);
       sum = this.checkpointing && !cache ? recompute(sum, run) : run(sum);
     });
     if (cache) cache.length = places.end;
@@ -132,23 +132,12 @@ export class Gpt2 extends CausalModel<Gpt2Config> {
     return layerNorm(x, weight, bias as Tensor, this.config.layerNormEps);
   }
 
-  #block(
-    { norms, qkv, o, fc, down }: Block,
-    i: number,
-    x: Tensor,
-    { start, end, packing }: Places,
-    layer?: KvCache["layers"][number],
-  ): Tensor {
+  #block({ norms, qkv, o, fc, down }: Block, i: number, x: Tensor, places: Places): Tensor {
     const { heads, headDim, hiddenSize: C, activation, attentionScales } = this.config;
     const [B = 0, T = 0] = x.shape;
     const apart = split(linear(qkv, this.#normed(x, norms[0])), [C, C, C]);
     const [q, k, v] = apart.map((t) => reshape(t, [B, T, heads, headDim])) as [Tensor, Tensor, Tensor];
-    const { keys, values } = cached(layer, k, v, start);
-    const mixed = attention(q, keys, values, {
-      keyLength: end,
-      scale: attentionScales[i] ?? 1,
-      ...(packing && { starts: packing.starts }),
-    });
+    const mixed = attend(q, k, v, places, i, { scale: attentionScales[i] ?? 1 });
     const middle = add(x, linear(o, reshape(mixed, [B, T, C])));
     const inner = linear(fc, this.#normed(middle, norms[1]));
     return add(middle, linear(down, activate(inner, activation)));

@@ -50,25 +50,17 @@ interface KeyValueCache {
 
 /**
  * Continues a prompt, one token at a time, computing each position once. Ends at an end-of-text token (which is not yielded),
- * after `maxTokens`, or when the model's context is full.
+ * after `maxTokens`, when the model's context is full, or where the constraint lets nothing follow.
  *
- * Throws ShapeError for an empty or too long prompt, an id outside the vocabulary, and settings out of range.
+ * Throws ShapeError for an empty or too long prompt, an id outside the vocabulary, settings out of range, and a constraint that allows no token.
  */
 export async function* generateTokens<C extends KeyValueCache>(
   model: Generator<C>,
   { promptIds, maxTokens, logprobs = 0, signal, ...sampling }: GenerateOptions,
 ): AsyncGenerator<SampledToken, void, undefined> {
   const { gpu, config } = model;
-  if (promptIds.length === 0) throw new ShapeError("generate: the prompt must have at least one token, got none");
-  if (promptIds.length >= config.contextLength)
-    throw new ShapeError(
-      `generate: the prompt must be shorter than the context of ${config.contextLength} tokens, got ${promptIds.length}`,
-    );
-  const bad = promptIds.find((id) => !Number.isInteger(id) || id < 0 || id >= config.vocabSize);
-  if (bad !== undefined) throw new ShapeError(`generate: ids must be in [0, ${config.vocabSize}), got ${bad}`);
-  if (!Number.isInteger(maxTokens) || maxTokens < 0)
-    throw new ShapeError(`generate: maxTokens must be a whole number of at least 0, got ${maxTokens}`);
-  const sampler = new Sampler(promptIds, sampling);
+  checkPrompt(config, promptIds, maxTokens);
+  const sampler = new Sampler(promptIds, sampling, config.eosIds);
   const room = Math.min(maxTokens, config.contextLength - promptIds.length);
   const cache = model.cache(1, promptIds.length + room);
   try {
@@ -80,9 +72,27 @@ export async function* generateTokens<C extends KeyValueCache>(
       const token = sampler.next(values, logprobs);
       if (config.eosIds.includes(token.id)) return;
       yield token;
+      if (sampling.constraint?.isDone) return;
       next = [token.id];
     }
   } finally {
     for (const { k, v } of cache.layers) gpu.release(k, v);
   }
+}
+
+/** Throws ShapeError where a model cannot continue this. */
+export function checkPrompt(
+  { contextLength, vocabSize }: { readonly contextLength: number; readonly vocabSize: number },
+  promptIds: readonly number[],
+  maxTokens: number,
+): void {
+  if (promptIds.length === 0) throw new ShapeError("generate: the prompt must have at least one token, got none");
+  if (promptIds.length >= contextLength)
+    throw new ShapeError(
+      `generate: the prompt must be shorter than the context of ${contextLength} tokens, got ${promptIds.length}`,
+    );
+  const bad = promptIds.find((id) => !Number.isInteger(id) || id < 0 || id >= vocabSize);
+  if (bad !== undefined) throw new ShapeError(`generate: ids must be in [0, ${vocabSize}), got ${bad}`);
+  if (!Number.isInteger(maxTokens) || maxTokens < 0)
+    throw new ShapeError(`generate: maxTokens must be a whole number of at least 0, got ${maxTokens}`);
 }

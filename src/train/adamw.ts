@@ -119,11 +119,12 @@ export class AdamW {
     }
   }
 
-  /** [norm, clip factor] of the gradients it took: see `globalNorm`. */
-  norm(): Tensor {
+  /** [norm, clip factor] of the gradients it took, each times `scale`: see `globalNorm`. */
+  norm(scale: Uniform = 1): Tensor {
     return globalNorm(
       this.#runs.map(({ g }) => g),
       this.#settings.maxGradNorm,
+      scale,
     );
   }
 

@@ -37,8 +37,8 @@ export function collateRounded(rows: readonly Row[], padId: number, most: number
   return collate(rows, padId, roundedLength(longest(rows), most));
 }
 
-/** A length rounded up, but to no more than `most`. */
-export const roundedLength = (length: number, most: number): number =>
+/** A length rounded up, but to no more than `most`, if that is given. */
+export const roundedLength = (length: number, most: number = Number.POSITIVE_INFINITY): number =>
   Math.min(most, Math.ceil(length / LENGTH_STEP) * LENGTH_STEP);
 
 /** The largest batch that rows of a run may make: `batchSize` of the longest, of which every token counts. */
@@ -65,6 +65,34 @@ export function collate(rows: readonly Row[], padId: number, length: number = lo
   targets.set(places === B * T ? labels.map((_, at) => at) : counted);
   const packing = isPacked(rows) && { packing: packingOf(rows, T) };
   return { ids, labels, B, T, tokens: counted.length, targets, ...packing };
+}
+
+/** Batches of one length as one, one below the other. With a packed one among them it is packed. */
+export function stackBatches(batches: readonly Batch[]): Batch {
+  const [{ T } = { T: 0 }] = batches;
+  const joined = (of: (batch: Batch, first: number) => Int32Array): Int32Array => {
+    let rows = 0;
+    return Int32Array.from(
+      batches.flatMap((batch) => {
+        rows += batch.B;
+        return [...of(batch, (rows - batch.B) * T)];
+      }),
+    );
+  };
+  const positions = ({ B }: Batch): Int32Array => Int32Array.from({ length: B * T }, (_, at) => at % T);
+  return {
+    ids: joined(({ ids }) => ids),
+    labels: joined(({ labels }) => labels),
+    ...{ B: batches.reduce((sum, { B }) => sum + B, 0), T },
+    tokens: batches.reduce((sum, { tokens }) => sum + tokens, 0),
+    targets: joined(({ targets }, first) => targets.map((at) => (at < 0 ? at : first + at))),
+    ...(batches.some(({ packing }) => packing) && {
+      packing: {
+        positions: joined((batch) => batch.packing?.positions ?? positions(batch)),
+        starts: joined((batch) => batch.packing?.starts ?? new Int32Array(batch.B * T)),
+      },
+    }),
+  };
 }
 
 /** Padding is a segment of its own. */

@@ -15,6 +15,8 @@ import type { BestSoFar } from "./validation.ts";
 export interface TrainingState extends TrainingStepState {
   /** Of the evaluations so far, where there were any. */
   readonly best?: BestSoFar | undefined;
+  /** Rows so far, where they are a stream. */
+  readonly rowCount?: number | undefined;
 }
 
 const KINDS = ["p", "m", "v"] as const;
@@ -22,9 +24,16 @@ const KINDS = ["p", "m", "v"] as const;
 const FORMAT = 1;
 
 /** The state as a safetensors file: parameters and moments of the i-th run as `i.p`, `i.m`, `i.v`, the rest as JSON in its metadata. */
-export function encodeState({ optimizer, batchCount, badSteps, best }: TrainingState): AsyncIterable<Uint8Array> {
+export function encodeState({
+  optimizer,
+  batchCount,
+  badSteps,
+  best,
+  rowCount,
+}: TrainingState): AsyncIterable<Uint8Array> {
   const tensors = optimizer.runs.flatMap((run, i) => KINDS.map((kind) => floats(`${i}.${kind}`, run[kind])));
-  const rest = { format: FORMAT, step: optimizer.stepCount, batches: batchCount, bad_steps: badSteps, best };
+  const counts = { step: optimizer.stepCount, batches: batchCount, bad_steps: badSteps, rows: rowCount };
+  const rest = { format: FORMAT, ...counts, best };
   return encodeSafetensors(tensors, { training: JSON.stringify(rest) });
 }
 
@@ -39,18 +48,19 @@ export async function decodeState(directory: Directory, file: string): Promise<T
   const source = await directory.open(file);
   if (!source) throw new FormatError(`${name}: must be a training state, got nothing there`);
   const { metadata, tensors, read } = await openSafetensors(source, name);
-  const { format, step, batches, bad_steps, best } = parseJsonObject(metadata.get("training") ?? "{}", name);
+  const { format, step, batches, bad_steps, rows, best } = parseJsonObject(metadata.get("training") ?? "{}", name);
   if (format !== FORMAT)
     throw new FormatError(`${name}: must be a training state of format ${FORMAT}, got ${JSON.stringify(format)}`);
-  if (!isCount(step) || !isCount(batches) || !isCount(bad_steps) || !(best === undefined || isBest(best)))
+  const areThere = isCount(step) && isCount(batches) && isCount(bad_steps);
+  if (!areThere || !(rows === undefined || isCount(rows)) || !(best === undefined || isBest(best)))
     throw new FormatError(
-      `${name}: step, batches, bad_steps and best must be numbers, got ${metadata.get("training")}`,
+      `${name}: step, batches, bad_steps, rows and best must be numbers, got ${metadata.get("training")}`,
     );
   const values = async (key: string): Promise<Float32Array> => decodeFloats("F32", await read(key));
   const runs: AdamWState["runs"][number][] = [];
   for (let i = 0; i < tensors.size / KINDS.length; i++)
     runs.push({ p: await values(`${i}.p`), m: await values(`${i}.m`), v: await values(`${i}.v`) });
-  return { optimizer: { stepCount: step, runs }, batchCount: batches, badSteps: bad_steps, best };
+  return { optimizer: { stepCount: step, runs }, batchCount: batches, badSteps: bad_steps, best, rowCount: rows };
 }
 
 const isCount = (value: unknown): value is number => Number.isSafeInteger(value) && Number(value) >= 0;

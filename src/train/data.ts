@@ -231,6 +231,28 @@ export async function* rowsOf(records: Records, maker: RowMaker): AsyncGenerator
   }
 }
 
+/**
+ * The rows of a file of any size, tokenised as they are asked for; `records` begins it anew in each of the `epochs`, 1 unless given. For `train`:
+ *
+ *     const rows = rowStream(() => readRecords(source, "train.jsonl"), "train.jsonl", tokenizer, { maxLength, contextLength, vocabSize });
+ *     train({ …, rows, maxLength, steps })
+ *
+ * Throws as `readRows`, of a record when its turn comes.
+ */
+export async function* rowStream(
+  records: () => Records,
+  fileName: string,
+  tokenizer: Tokenizer | undefined,
+  options: RowOptions & { readonly epochs?: number },
+): AsyncGenerator<Row, void, undefined> {
+  const maker = new RowMaker(tokenizer, options);
+  const { epochs = 1 } = options;
+  for (let epoch = 0; epoch < epochs; epoch++) {
+    yield* rowsOf(records(), maker);
+    maker.demandRows(fileName);
+  }
+}
+
 /** As `rowsOf`, pairs. */
 export async function* pairsOf(records: Records, maker: RowMaker): AsyncGenerator<PreferencePair, void, undefined> {
   for await (const record of records) {

@@ -1,23 +1,24 @@
 /** A learning rate to begin with, from a short sweep over many. */
 import { ShapeError } from "../tensor/errors.ts";
 import { batchIndices, isPacked, longest } from "./batches.ts";
-import type { Row } from "./data.ts";
+import type { Row } from "./data/row.ts";
 import { TrainingStep } from "./step.ts";
 import { languageTask } from "./task.ts";
 import type { TrainOptions, TrainTaskOptions } from "./trainer.ts";
 
-/** What a run has and a sweep of rates does not. */
+/** What a run has and a sweep of rates does not, or, of the rows, only as an array. */
 type Fixed =
-  | ("steps" | "learningRate" | "schedule" | "warmupSteps" | "gradAccumulation")
+  | ("rows" | "maxLength" | "steps" | "learningRate" | "schedule" | "warmupSteps" | "gradAccumulation")
   | ("from" | "checkpoint" | "validation" | "profile" | "tune" | "onTuned" | "readEvery" | "pauseEvery");
 
-export interface RateSweepOptions extends Omit<TrainOptions, Fixed>, RateRange {}
+export interface RateSweepOptions extends Omit<TrainOptions, Fixed>, RateRange<Row> {}
 
 export interface TaskRateSweepOptions<R extends Pick<Row, "inputIds">, B>
   extends Omit<TrainTaskOptions<R, B>, Fixed>,
-    RateRange {}
+    RateRange<R> {}
 
-interface RateRange {
+interface RateRange<R> {
+  readonly rows: readonly R[];
   /** The first rate and the last; 1e-7 and 1 unless given. */
   readonly lowest?: number;
   readonly highest?: number;

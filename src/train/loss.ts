@@ -1,5 +1,5 @@
 import { reshape } from "../autograd/basic-ops.ts";
-import { gatherRows, linearCrossEntropy } from "../autograd/model-ops.ts";
+import { gatherRows, linearCrossEntropies } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import type { Uniform } from "../gpu/kernel.ts";
 import { copyTo } from "../kernels/copy-rows.ts";
@@ -40,7 +40,7 @@ export interface Inputs {
   readonly places: Tensor;
   /** Of packed rows. */
   readonly packing?: { readonly positions: Tensor; readonly starts: Tensor };
-  /** All of them, to be released. */
+  /** Those that have memory of their own, to be released. */
   readonly tensors: readonly Tensor[];
 }
 
@@ -62,7 +62,7 @@ export function batchInputs(gpu: Gpu, batch: Batch, room?: readonly Tensor[]): I
     positions: placed(gpu, batch.packing.positions, [B, T], room?.[4]),
     starts: placed(gpu, batch.packing.starts, [B, T], room?.[5]),
   };
-  const tensors = room ? [] : [...Object.values(made), ...Object.values(packing ?? {})];
+  const tensors = [...Object.values(made), ...Object.values(packing ?? {})].filter((_, i) => !room?.[i]);
   return { ...made, ...(packing && { packing }), tensors };
 }
 
@@ -99,16 +99,23 @@ export interface LossSettings {
 }
 
 /** Σ over the batch's target tokens of −log p(target), times `scale`: one number, shape []. */
-export function batchLoss(
+export function batchLoss(model: LanguageModel, inputs: Inputs, scale: Uniform, settings: LossSettings = {}): Tensor {
+  const { loss, losses } = batchLosses(model, inputs, scale, settings);
+  loss.gpu.release(losses);
+  return loss;
+}
+
+/** `batchLoss`, and beside it the loss at each of `Batch.targets`, in their order. */
+export function batchLosses(
   model: LanguageModel,
   inputs: Inputs,
   scale: Uniform,
   { labelSmoothing, noise }: LossSettings = {},
-): Tensor {
+): { loss: Tensor; losses: Tensor } {
   const { ids, packing } = inputs;
   const counted = countedRows(model.hidden(ids, { ...(packing && { packing }), ...(noise && { noise }) }), inputs);
   const options = { logitCap: model.logitCap, updates: model.headUpdates?.(counted), labelSmoothing };
-  return linearCrossEntropy(counted, model.head, inputs.labels, scale, options);
+  return linearCrossEntropies(counted, model.head, inputs.labels, scale, options);
 }
 
 /** h where the batch has targets. */
@@ -124,7 +131,9 @@ function batchScores(model: LanguageModel, inputs: Inputs): { readonly loss: Ten
   const counted = countedRows(frozen(h), inputs);
   const updates = model.headUpdates?.(counted).map(({ u, X, scale }) => ({ u: frozen(u), X: frozen(X), scale }));
   const wants = { dh: false, dW: false, hits: true };
-  const { loss, hits } = scores(counted, model.head, inputs.labels, 1, wants, { logitCap: model.logitCap, updates });
+  const options = { logitCap: model.logitCap, updates };
+  const { loss, losses, hits } = scores(counted, model.head, inputs.labels, 1, wants, options);
+  loss.gpu.release(losses);
   return { loss, hits: hits as Tensor };
 }
 
@@ -150,6 +159,7 @@ export interface EvaluateOptions {
 }
 
 interface Scored extends Inputs {
+  write(batch: Batch): void;
   /** Loss and hits. */
   readonly sums: readonly Tensor[];
 }
@@ -163,9 +173,9 @@ const scoring = (model: LanguageModel, largest: Batch) =>
       load(batch, room) {
         const sums = room?.slice(0, 2) ?? [0, 1].map(() => tensor(model.gpu, [0], []));
         const inputs = batchInputs(model.gpu, batch, room?.slice(2));
-        return { ...inputs, sums, tensors: room ? [] : [...sums, ...inputs.tensors] };
+        const tensors = [...(room ? [] : sums), ...inputs.tensors];
+        return { ...inputs, sums, tensors, write: (next) => writeInputs(inputs, next) };
       },
-      write: writeInputs,
       run(inputs) {
         const { loss, hits } = batchScores(model, inputs);
         [loss, hits].forEach((value, i) => void copyTo(value, inputs.sums[i] as Tensor));

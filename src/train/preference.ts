@@ -175,6 +175,7 @@ interface Measured extends PreferenceInputs {
   /** −log π of each row, [1,B]. */
   readonly losses: Tensor;
   readonly tensors: readonly Tensor[];
+  write(pairs: PreferenceBatch): void;
 }
 
 /** Works out −log π of each row of batch after batch. */
@@ -187,9 +188,9 @@ const measuring = (model: LanguageModel, largest: PreferenceBatch) =>
         const { B } = pairs.batch;
         const losses = placed(model.gpu, new Float32Array(B), [1, B], room?.[0]);
         const inputs = onDevice(model.gpu, pairs, room?.slice(1));
-        return { ...inputs, losses, tensors: room ? [] : [losses, ...tensorsOf(inputs)] };
+        const tensors = room ? [] : [losses, ...tensorsOf(inputs)];
+        return { ...inputs, losses, tensors, write: (next) => writeInputs(inputs, next) };
       },
-      write: writeInputs,
       run: (inputs) =>
         rowLosses(model, inputs, frozen).forEach((loss, b) => void putColumns(view(loss, [1, 1]), inputs.losses, b)),
     },

@@ -1,6 +1,6 @@
 /** What is known of each step: when it was sent, and when the device is done. */
 import { ShapeError } from "../tensor/errors.ts";
-import { MOST_BAD_STEPS, type StepResult } from "./step.ts";
+import { MOST_BAD_STEPS, type StepResult } from "./step-ring.ts";
 import type { Evaluated } from "./validation.ts";
 
 /** One row of `metrics.jsonl`. */

@@ -4,13 +4,14 @@ import type { Gpu } from "../gpu/gpu.ts";
 import type { Plan } from "../gpu/plan.ts";
 import { addInto } from "../kernels/axpy.ts";
 import { copyTo, putColumns } from "../kernels/copy-rows.ts";
-import { recordStep, ringSize, slotSize } from "../kernels/record-step.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { empty, read, type Tensor, tensor, view } from "../tensor/tensor.ts";
+import { empty, type Tensor, view } from "../tensor/tensor.ts";
 import { AdamW, type AdamWSettings, type AdamWState } from "./adamw.ts";
 import type { Batch } from "./batches.ts";
 import type { LanguageModel } from "./loss.ts";
 import { type ProfiledDispatch, profiled } from "./profile.ts";
+import { Replay } from "./replay.ts";
+import { type StepResult, StepRing } from "./step-ring.ts";
 import { type Loaded, languageTask, type Task, type TrainingMode } from "./task.ts";
 
 /** An adapter, seen from training. */
@@ -36,20 +37,6 @@ interface StepSettings extends AdamWSettings {
   readonly eager?: boolean;
 }
 
-/** What one step noted on the device. */
-export interface StepResult {
-  /** From 1. */
-  readonly step: number;
-  /** Mean over all target tokens, in nats, or over what else the task has. */
-  readonly loss: number;
-  /** The losses it is the weighted sum of, by name, where there are several. */
-  readonly losses?: Readonly<Record<string, number>>;
-  /** Global norm of the gradient, before clipping. */
-  readonly gradNorm: number;
-  /** False where the update was not made: loss or norm were not finite, or the batches had nothing to learn. */
-  readonly updated: boolean;
-}
-
 /** All that the next steps depend on besides their batches and learning rates. */
 export interface TrainingStepState {
   readonly optimizer: AdamWState;
@@ -58,13 +45,6 @@ export interface TrainingStepState {
   /** Steps in a row, up to the last, that were not finite. */
   readonly badSteps: number;
 }
-
-/** Steps whose results the device keeps until they are read. */
-const SLOTS = 64;
-/** So many steps in a row that are not finite end the updates. */
-export const MOST_BAD_STEPS = 5;
-/** Plans of so many shapes are kept. */
-const MOST_PLANS = 64;
 
 /**
  * Forward, backward and update of a model, traced once per shape of batch and then replayed: no GPU object is made, nothing is read
@@ -77,16 +57,10 @@ export class TrainingStep<B = Batch> {
   readonly #eager: boolean;
   readonly #adapter: HasTrainingMode;
   readonly #seed: number;
-  /** The loss, and behind it its parts. */
-  readonly #losses: Tensor;
+  /** Names of the losses, where there are several. */
   readonly #parts: readonly string[];
-  readonly #ring: Tensor;
-  readonly #workspace: GPUBuffer[] = [];
-  readonly #inputs = new Map<string, Loaded<B>>();
-  readonly #plans = new Map<string, Plan>();
-  /** Where batches are put: into the tensors of the largest. */
-  #room: readonly Tensor[] | undefined;
-  #read = 0;
+  readonly #ring: StepRing;
+  readonly #replay: Replay<B, Loaded<B>>;
   #batchCount = 0;
   // What varies from step to step.
   #scale = 1;
@@ -102,19 +76,18 @@ export class TrainingStep<B = Batch> {
     this.optimizer = new AdamW(parameters, settings, accumulates);
     const names = Object.keys(this.#task.weights);
     this.#parts = names.length > 1 ? names : [];
-    const losses = 1 + this.#parts.length;
-    this.#losses = tensor(this.#gpu, new Float32Array(losses), [1, losses]);
-    this.#ring = tensor(this.#gpu, new Int32Array(ringSize(SLOTS, losses)), [ringSize(SLOTS, losses)]);
+    this.#ring = new StepRing(this.#gpu, this.#parts);
+    this.#replay = new Replay(this.#gpu, this.#task);
   }
 
   /** Plans traced so far. */
   get plans(): ReadonlyMap<string, Plan> {
-    return this.#plans;
+    return this.#replay.plans;
   }
 
   /** Bytes that the plans share for what lives within a step. */
   get workspaceBytes(): number {
-    return this.#workspace.reduce((sum, { size }) => sum + size, 0);
+    return this.#replay.workspaceBytes;
   }
 
   /**
@@ -124,7 +97,7 @@ export class TrainingStep<B = Batch> {
   reserve(batches: readonly B[]): void {
     if (this.#eager) return;
     const [largest] = batches;
-    if (largest) this.#room = this.#inputsFor(largest).tensors;
+    if (largest) this.#replay.reserve(largest);
     batches.forEach((batch, i) => void this.#planFor(batch, i === 0, i === batches.length - 1));
   }
 
@@ -144,8 +117,7 @@ export class TrainingStep<B = Batch> {
   /** The plans of a step one by one, each with its inputs in place; it runs the parts itself where it is eager. */
   *#start(batches: readonly B[], learningRate: number): Generator<Plan> {
     if (batches.length === 0) throw new ShapeError("TrainingStep: a step must have a batch, got none");
-    if (this.optimizer.stepCount - this.#read >= SLOTS)
-      throw new ShapeError(`TrainingStep: results of ${SLOTS} steps are kept, got a step more. Read them first`);
+    this.#ring.begin();
     const count = batches.reduce((sum, batch) => sum + this.#task.count(batch), 0);
     this.#scale = count > 0 ? 1 / count : 0;
     this.#learningRate = learningRate;
@@ -154,7 +126,7 @@ export class TrainingStep<B = Batch> {
       this.#batchCount++;
       const [isFirst, isLast] = [i === 0, i === batches.length - 1];
       if (this.#eager) {
-        const inputs = this.#inputsFor(batch);
+        const inputs = this.#replay.inputsFor(batch);
         this.#gpu.scope(() => this.#part(inputs, isFirst, isLast));
         this.#gpu.flush();
       } else yield this.#planFor(batch, isFirst, isLast);
@@ -163,60 +135,41 @@ export class TrainingStep<B = Batch> {
 
   /** The results of the steps since the last `read`, once they are done. The steps that follow may be sent meanwhile. */
   async read(): Promise<StepResult[]> {
-    const [from, to] = [this.#read, this.optimizer.stepCount];
-    this.#read = to;
-    if (from === to) return [];
-    const [bytes = new ArrayBuffer(0)] = await this.#gpu.read([this.#ring]);
-    const [bits, floats] = [new Int32Array(bytes), new Float32Array(bytes)];
-    return Array.from({ length: to - from }, (_, i) => {
-      const at = slotSize(this.#losses.size) * (1 + ((from + i) % SLOTS));
-      const number = (j: number): number => floats[at + j] ?? Number.NaN;
-      const losses = Object.fromEntries(this.#parts.map((name, part) => [name, number(3 + part)]));
-      return {
-        step: from + i + 1,
-        loss: number(2),
-        gradNorm: number(0),
-        updated: bits[at + 1] === 1,
-        ...(this.#parts.length > 0 && { losses }),
-      };
-    });
+    return this.#ring.read();
   }
 
   /** Between two steps: what lets another `TrainingStep` of the same options go on from here, bit for bit. */
   async state(): Promise<TrainingStepState> {
-    const [badSteps = 0] = await read(this.#ring);
+    const badSteps = await this.#ring.badSteps();
     return { optimizer: await this.optimizer.state(), batchCount: this.#batchCount, badSteps };
   }
 
   /** Goes on from `state`, parameters included. Throws ShapeError where it is of other parameters. */
   restore({ optimizer, batchCount, badSteps }: TrainingStepState): void {
     this.optimizer.restore(optimizer);
-    this.#read = optimizer.stepCount;
     this.#batchCount = batchCount;
-    this.#gpu.write(this.#ring, Int32Array.of(badSteps));
+    this.#ring.restore(optimizer.stepCount, badSteps);
   }
 
   /** Frees plans, workspace and optimizer. */
   destroy(): void {
-    for (const plan of this.#plans.values()) plan.destroy();
-    for (const inputs of this.#inputs.values()) this.#gpu.release(...inputs.tensors);
-    this.#gpu.release(this.#losses, this.#ring, ...this.#workspace.map((buffer) => ({ buffer })));
+    this.#replay.destroy();
+    this.#ring.destroy();
     this.optimizer.destroy();
   }
 
   /** Forward and backward of one batch, and the update after the last one. */
   #part(inputs: Loaded<B>, isFirst: boolean, isLast: boolean): void {
     const losses = this.#gradients(inputs, !isFirst);
-    if (isFirst) copyTo(losses, this.#losses);
-    else addInto(losses, this.#losses);
+    if (isFirst) copyTo(losses, this.#ring.losses);
+    else addInto(losses, this.#ring.losses);
     if (!isLast) return;
     const clip = this.optimizer.norm();
-    const slot = (): number => (this.optimizer.stepCount - 1) % SLOTS;
-    recordStep(this.#losses, clip, this.#ring, slot, () => (this.#scale > 0 ? MOST_BAD_STEPS : 0));
+    this.#ring.record(clip, () => this.#scale);
     this.optimizer.update(clip, () => this.#learningRate);
   }
 
-  /** The loss of a batch and its parts, like `#losses`, its gradients taken. Only meanwhile is the adapter in training: between steps it may be evaluated. */
+  /** The loss of a batch and its parts, like the ring's, its gradients taken. Only meanwhile is the adapter in training: between steps it may be evaluated. */
   #gradients(inputs: Loaded<B>, adds: boolean): Tensor {
     const training = { seed: this.#seed, step: () => this.#batchCount };
     this.#adapter.training = training;
@@ -243,31 +196,7 @@ export class TrainingStep<B = Batch> {
 
   /** The plan of such a batch, traced where there is none yet, with the batch in its inputs. */
   #planFor(batch: B, isFirst: boolean, isLast: boolean): Plan {
-    const inputs = this.#inputsFor(batch);
-    const key = `${this.#task.key(batch)}${isFirst ? " first" : ""}${isLast ? " last" : ""}`;
-    const plan = this.#plans.get(key) ?? this.#gpu.trace(() => this.#part(inputs, isFirst, isLast), this.#workspace);
-    this.#plans.delete(key); // and to the end: the first is the one that was not used for longest
-    this.#plans.set(key, plan);
-    this.#forgetOld();
-    return plan;
-  }
-
-  #inputsFor(batch: B): Loaded<B> {
-    const shape = this.#task.key(batch);
-    const known = this.#inputs.get(shape);
-    if (known) {
-      known.write(batch);
-      return known;
-    }
-    const made = this.#task.load(batch, this.#room);
-    this.#inputs.set(shape, made);
-    return made;
-  }
-
-  #forgetOld(): void {
-    const [oldest] = this.#plans;
-    if (this.#plans.size <= MOST_PLANS || !oldest) return;
-    this.#plans.delete(oldest[0]);
-    oldest[1].destroy();
+    const variant = `${isFirst ? " first" : ""}${isLast ? " last" : ""}`;
+    return this.#replay.planFor(batch, (inputs) => this.#part(inputs, isFirst, isLast), variant);
   }
 }

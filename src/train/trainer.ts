@@ -3,14 +3,16 @@ import type { Tuning } from "../gpu/tuner.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { AdamWSettings } from "./adamw.ts";
-import { batchIndices, isPacked, longest } from "./batches.ts";
+import { isPacked, longest } from "./batches.ts";
 import type { TrainingState } from "./checkpoint.ts";
 import type { Row } from "./data.ts";
 import type { LanguageModel } from "./loss.ts";
 import type { ProfiledDispatch } from "./profile.ts";
+import { arrayOf, type RowSource, type Rows, rowSource } from "./row-source.ts";
 import { type Schedule, scheduleFactor } from "./schedule.ts";
-import { type HasTrainingMode, type StepResult, TrainingStep } from "./step.ts";
+import { type HasTrainingMode, TrainingStep } from "./step.ts";
 import { type Sent, StepCounts, type StepMetrics } from "./step-metrics.ts";
+import type { StepResult } from "./step-ring.ts";
 import { type LanguageSettings, languageTask, type RowTask } from "./task.ts";
 import { EarlyStopping, type Validation } from "./validation.ts";
 
@@ -24,10 +26,17 @@ export interface TrainTaskOptions<R extends HasIds, B> extends RunOptions<R> {
 
 type HasIds = Pick<Row, "inputIds">;
 
-interface RunOptions<R> extends AdamWSettings {
+export interface RunOptions<R> extends AdamWSettings {
   /** What is trained; everything else is frozen. */
   readonly parameters: readonly Tensor[];
-  readonly rows: readonly R[];
+  /**
+   * An array, or a stream: an iterable of another kind, asynchronous or not, such as `rowStream`. Of a stream no more is read than the next step
+   * needs, in its own order, and once: training ends where it ends, which may be before `steps` and then without an evaluation, with a last batch
+   * that may be short. An error of the stream is the run's. With `readEvery: 1` the metrics of a step do not wait for the rows of the next.
+   */
+  readonly rows: Rows<R>;
+  /** No row has more tokens, which decides shapes and so the last bits. A stream needs it; an array has its longest row. */
+  readonly maxLength?: number | undefined;
   /** Optimizer steps. */
   readonly steps: number;
   /** Rows of one forward pass. */
@@ -38,7 +47,7 @@ interface RunOptions<R> extends AdamWSettings {
   readonly schedule?: Schedule;
   /** Steps at the start over which the learning rate rises from 0. */
   readonly warmupSteps?: number;
-  /** Seed of the order of the rows; undefined keeps the order of the file. */
+  /** Seed of the order of the rows; undefined keeps the order of the file. A stream has none. */
   readonly shuffleSeed?: number | undefined;
   /** See `TrainingStepOptions`, as for `seed`. */
   readonly adapter?: HasTrainingMode;
@@ -65,15 +74,18 @@ interface RunOptions<R> extends AdamWSettings {
   readonly checkpoint?:
     | { readonly every?: number | undefined; readonly save: (state: TrainingState) => void | Promise<void> }
     | undefined;
-  /** Goes on from here: the parameters become those of the state, and the steps that follow what they would have been, bit for bit. */
+  /**
+   * Goes on from here: the parameters become those of the state, and the steps that follow what they would have been, bit for bit. A stream of rows
+   * is given from its beginning, and read without use up to where the run was.
+   */
   readonly from?: TrainingState | undefined;
-  /** Stops after the steps in progress. */
+  /** Stops after the steps in progress, and does not wait for a stream. */
   readonly signal?: AbortSignal | undefined;
 }
 
 /** Submits on their way to the device at a time. */
-const IN_FLIGHT = 3;
-const READ_EVERY_MS = 250;
+export const IN_FLIGHT = 3;
+export const READ_EVERY_MS = 250;
 
 /**
  * Trains `parameters` to predict next tokens and yields the metrics of each step once its update is done.
@@ -83,31 +95,38 @@ const READ_EVERY_MS = 250;
  * whose rows have no target token changes nothing, either.
  */
 export const train = ({ model, ...options }: TrainOptions): AsyncGenerator<StepMetrics, void, undefined> =>
-  trainTask({ ...options, task: languageTask(model, options, isPacked(options.rows)) });
+  trainTask({ ...options, task: languageTask(model, options, isPacked(arrayOf(options.rows) ?? [])) });
 
 /** As `train`, for another task. */
 export async function* trainTask<R extends HasIds, B>(
   options: TrainTaskOptions<R, B>,
 ): AsyncGenerator<StepMetrics, void, undefined> {
-  const { task, rows, batchSize, gradAccumulation = 1, from } = options;
+  const { task, gradAccumulation = 1, from } = options;
   checkOptions(options);
+  const source = rowSource(options);
   const watch = new EarlyStopping(options.validation, from?.best);
-  if (options.tune) await tuneFor(options);
+  if (options.tune) await tuneFor(source, options);
   const training = new TrainingStep<B>({ ...options, accumulates: gradAccumulation > 1 });
   try {
-    training.reserve(new Array(gradAccumulation).fill(task.largest(Math.min(batchSize, rows.length), longest(rows))));
+    training.reserve(new Array(gradAccumulation).fill(task.largest(source.batchSize, source.longest)));
     if (from) training.restore(from);
-    yield* allSteps(training, watch, options);
+    yield* allSteps(training, source, watch, options);
   } finally {
     await task.gpu.throttle(1).catch(() => {}); // a lost device has its own error
     training.destroy();
+    await source.close();
   }
 }
 
-/** Times the ways to compute this model's products on rows of the run. */
-async function tuneFor<R extends HasIds, B>({ task, rows, batchSize, onTuned }: TrainTaskOptions<R, B>): Promise<void> {
-  const chosen = rows.slice(0, batchSize);
-  const inputs = task.load(task.collate(chosen, longest(chosen)));
+/** Times the ways to compute this model's products on rows of the run, or the largest that a stream may have. */
+async function tuneFor<R extends HasIds, B>(
+  { sample, ...source }: RowSource<R>,
+  { task, onTuned }: TrainTaskOptions<R, B>,
+): Promise<void> {
+  const isThere = sample.length > 0;
+  const inputs = task.load(
+    isThere ? task.collate(sample, longest(sample)) : task.largest(source.batchSize, source.longest),
+  );
   await task.gpu.tuner.tune(() => inputs.losses(1).forEach((loss) => void backward(loss)), onTuned);
   task.gpu.release(...inputs.tensors);
 }
@@ -115,22 +134,26 @@ async function tuneFor<R extends HasIds, B>({ task, rows, batchSize, onTuned }: 
 /** Sends step after step and reads their metrics when they are due. */
 async function* allSteps<R extends HasIds, B>(
   training: TrainingStep<B>,
+  source: RowSource<R>,
   watch: EarlyStopping,
   options: TrainTaskOptions<R, B>,
 ): AsyncGenerator<StepMetrics, void, undefined> {
   const { task, steps, readEvery = 10, pauseEvery, checkpoint, signal, from } = options;
   const { gpu } = task;
   const counts = new StepCounts(from?.badSteps);
-  const send = sender(training, options);
+  const send = sender(training, source, options);
   const savesAt = (k: number): boolean => k % (checkpoint?.every ?? Number.POSITIVE_INFINITY) === 0;
-  const save = async (): Promise<void> => checkpoint?.save({ ...(await training.state()), best: watch.best });
+  const save = async (): Promise<void> =>
+    checkpoint?.save({ ...(await training.state()), best: watch.best, rowCount: source.rowCount });
   let readAt = performance.now();
   let pending: Promise<StepResult[]> | undefined;
   let step = from?.optimizer.stepCount ?? 0;
   let saved = step;
   while (step < steps && !signal?.aborted && !watch.isOver) {
+    const sent = await send(step + 1);
+    if (!sent) break;
     step++;
-    counts.sent(await send(step));
+    counts.sent(sent);
     await gpu.throttle(IN_FLIGHT);
     const isEvaluated = watch.isDue(step, steps);
     const pauses = isEvaluated || savesAt(step) || step % (pauseEvery || Number.POSITIVE_INFINITY) === 0;
@@ -152,19 +175,18 @@ async function* allSteps<R extends HasIds, B>(
   if (step < steps && saved < step) await save();
 }
 
-/** Sends the k-th step; those before it must have been sent, by this run or the one it goes on from. */
+/** Sends the k-th step, if there are rows for it; those before it must have been sent, by this run or the one it goes on from. */
 function sender<R extends HasIds, B>(
   training: TrainingStep<B>,
+  source: RowSource<R>,
   options: TrainTaskOptions<R, B>,
-): (step: number) => Promise<Sent> {
-  const { task, rows, steps, batchSize, gradAccumulation = 1, schedule = "linear", warmupSteps = 0, profile } = options;
-  const sampling = { rows: rows.length, batchSize, seed: options.shuffleSeed };
-  const batches = batchIndices(sampling, options.from?.batchCount);
-  const most = longest(rows);
+): (step: number) => Promise<Sent | undefined> {
+  const { task, steps, schedule = "linear", warmupSteps = 0, profile } = options;
   return async (step) => {
-    const chosen = Array.from({ length: gradAccumulation }, () => batches.next().value.map((i) => rows[i] as R));
+    const chosen = await source.next();
+    if (chosen.length === 0) return undefined;
     const rate = options.learningRate * scheduleFactor(schedule, step - 1, steps, warmupSteps);
-    const micro = chosen.map((part) => task.collate(part, most));
+    const micro = chosen.map((part) => task.collate(part, source.longest));
     if (step === profile?.step) profile.onProfile(await training.profile(micro, rate));
     else training.run(micro, rate);
     const tokens = chosen.flat().map((row) => task.tokensOf?.(row) ?? row.inputIds.length);
@@ -172,7 +194,8 @@ function sender<R extends HasIds, B>(
   };
 }
 
-function checkOptions({
+/** Throws ShapeError for numbers out of range and for parameters without a gradient. */
+export function checkOptions({
   steps,
   batchSize,
   gradAccumulation = 1,

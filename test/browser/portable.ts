@@ -1,4 +1,4 @@
-// Models kept in the browser, in Chromium alone: npm run browser:chrome. The Hub is on this machine; see host.ts.
+// Models and checkpoints kept in the browser, in Chromium alone: npm run browser:chrome. The Hub is on this machine; see host.ts.
 import {
   type CacheProgress,
   cachedDirectory,
@@ -6,8 +6,14 @@ import {
   type HubDirectoryOptions,
   hubDirectory,
   listCached,
+  listCheckpoints,
+  newestCheckpoint,
+  removeCheckpoints,
+  writeCheckpoint,
 } from "../../src/browser.ts";
 import {
+  attachLora,
+  checkpointContent,
   type Directory,
   type Gpu,
   httpDirectory,
@@ -15,7 +21,10 @@ import {
   memoryDirectory,
   openGpu,
   readAll,
+  readCheckpoint,
+  type SavedCheckpoint,
   tensor,
+  train,
 } from "../../src/index.ts";
 import type { ByteSource } from "../../src/io/bytes.ts";
 
@@ -73,6 +82,8 @@ async function run(): Promise<void> {
   const name = `${endpoint}/${ID}/resolve/${COMMIT}`;
   const open = (options: HubDirectoryOptions = {}): Promise<Directory> =>
     hubDirectory(ID, { endpoint, pieceBytes: PIECE, ...options });
+
+  await checkRuns(gpu, files);
 
   await globalThis.setQuota(1_000_000);
   check(
@@ -164,28 +175,110 @@ async function digest(bytes: Uint8Array): Promise<string> {
   return Array.from(new Uint8Array(hash), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-interface WorkerTask {
-  readonly endpoint: string;
-  readonly wanted: string;
+type ModelFiles = readonly (readonly [name: string, bytes: Uint8Array])[];
+
+const RUN = "a run";
+const STEPS = 6;
+
+interface Stretch {
+  readonly from?: SavedCheckpoint;
+  readonly until?: number;
+  readonly saveEvery?: number;
 }
 
-/** The hash of a file that a worker, of this same script, opened. */
-const fromWorker = (task: WorkerTask): Promise<string> =>
-  new Promise((resolve) => {
+/** Trains a fresh adapter of the model from a checkpoint on, up to a step, with dropout and shuffled rows: losses and the adapter's hash. */
+async function trained(gpu: Gpu, files: ModelFiles, { from, until = STEPS, saveEvery }: Stretch): Promise<unknown> {
+  const model = await loadModel(gpu, memoryDirectory("memory", Object.fromEntries(files)));
+  const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: ["q_proj", "v_proj"], dropout: 0.2 }, 1);
+  const rows = Array.from({ length: 5 }, (_row, i) => {
+    const inputIds = Array.from({ length: 3 + i }, (_id, t) => 3 + ((7 * i + 5 * t) % 60));
+    return { inputIds, labels: inputIds };
+  });
+  const stop = new AbortController();
+  const losses: number[] = [];
+  for await (const { step, loss } of train({
+    ...{ model, adapter, parameters: adapter.parameters, rows, batchSize: 2, seed: 3, shuffleSeed: 4, readEvery: 1 },
+    ...{ steps: STEPS, learningRate: 1e-2, warmupSteps: 2 },
+    from: from?.state,
+    signal: stop.signal,
+    checkpoint: {
+      every: saveEvery,
+      save: (state) => writeCheckpoint(RUN, checkpointContent(adapter, ID, state, { settings: { r: 2 }, madeBy: {} })),
+    },
+  })) {
+    losses.push(loss);
+    if (step === until) stop.abort();
+  }
+  const values = await readAll(adapter.parameters);
+  adapter.detach();
+  model.destroy();
+  return [losses, ...(await Promise.all(values.map(({ buffer }) => digest(new Uint8Array(buffer)))))];
+}
+
+async function newest(warnings: string[] = []): Promise<SavedCheckpoint> {
+  return readCheckpoint(await newestCheckpoint(RUN, (warning) => warnings.push(warning)));
+}
+
+/** Runs that are stopped and go on from OPFS, in a window and in a worker. */
+async function checkRuns(gpu: Gpu, files: ModelFiles): Promise<void> {
+  const rest = ([losses, ...hashes]: [number[], ...string[]], step: number): unknown => [losses.slice(step), ...hashes];
+  const whole = (await trained(gpu, files, {})) as [number[], ...string[]];
+  check("a run that is not stopped keeps nothing", await listCheckpoints(), []);
+  await trained(gpu, files, { until: 2 });
+  const saved = await newest();
+  check("a run that is stopped keeps where it was", [saved.step, saved.settings], [2, { r: 2 }]);
+  check("and goes on from there bit for bit", await trained(gpu, files, { from: saved }), rest(whole, 2));
+  check("as it does in a worker", await fromWorker({ files }), rest(whole, 2));
+  check("whose last checkpoint is the newest", (await newest()).step, STEPS);
+
+  const warnings: string[] = [];
+  let folder = await navigator.storage.getDirectory();
+  for (const name of ["lowrank", "runs", encodeURIComponent(RUN), "slot-0"])
+    folder = await folder.getDirectoryHandle(name);
+  const stream = await (await folder.getFileHandle("training.safetensors")).createWritable({ keepExistingData: true });
+  await stream.write({ type: "write", position: 1000, data: "damage" });
+  await stream.close();
+  const before = await newest(warnings);
+  check(
+    "a newest one that is damaged is left out",
+    [before.step, warnings],
+    [5, [`${RUN}/slot-0/training.safetensors: must have the SHA-256 of its manifest, got another`]],
+  );
+  check("and the run goes on from the other", await trained(gpu, files, { from: before }), rest(whole, 5));
+  await removeCheckpoints(RUN);
+  check("what is removed is gone", await listCheckpoints(), []);
+}
+
+/** A file whose hash is wanted, or a run to go on with. */
+type WorkerTask = { readonly endpoint: string; readonly wanted: string } | { readonly files: ModelFiles };
+
+/** What a worker, of this same script, has found. */
+const fromWorker = (task: WorkerTask): Promise<unknown> =>
+  new Promise((resolve, reject) => {
     const worker = new Worker("/.script.js", { type: "module" });
-    worker.onmessage = ({ data }) => {
+    worker.onmessage = ({ data }: MessageEvent<{ readonly found?: unknown; readonly error?: string }>) => {
       worker.terminate();
-      resolve(String(data));
+      if (data.error === undefined) resolve(data.found);
+      else reject(new Error(data.error));
     };
     worker.postMessage(task);
   });
 
+async function work(task: WorkerTask): Promise<unknown> {
+  if ("files" in task) {
+    if (!("createSyncAccessHandle" in FileSystemFileHandle.prototype)) throw new Error("no access handles in a worker");
+    return trained(await openGpu(), task.files, { from: await newest(), saveEvery: 1 });
+  }
+  const directory = await hubDirectory(ID, { endpoint: task.endpoint, pieceBytes: PIECE });
+  return digest(await wholeOf(await directory.open(task.wanted)));
+}
+
 if (globalThis.document === undefined)
-  globalThis.onmessage = async ({ data }: MessageEvent<WorkerTask>) => {
-    const { endpoint, wanted } = data;
-    const directory = await hubDirectory(ID, { endpoint, pieceBytes: PIECE });
-    globalThis.postMessage(await digest(await wholeOf(await directory.open(wanted))));
-  };
+  globalThis.onmessage = ({ data }: MessageEvent<WorkerTask>) =>
+    work(data).then(
+      (found) => globalThis.postMessage({ found }),
+      (error: Error) => globalThis.postMessage({ error: String(error.stack) }),
+    );
 else
   await run().then(
     () => globalThis.finish(JSON.stringify({ ok: true, checks })),

@@ -1,9 +1,10 @@
 /** Training runs that are killed at any moment and go on, compared with one that is left alone. */
-import { mkdir, readFile, rm, writeFile } from "node:fs/promises";
+import { mkdir, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { setTimeout as wait } from "node:timers/promises";
 import { fileSource } from "../../src/io/files.ts";
 import { openSafetensors } from "../../src/io/safetensors.ts";
+import { snapshotsIn } from "../../src/io/snapshots.ts";
 import { checkpointSteps, openCheckpoint } from "../../src/node.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { writeTinyModel } from "../tiny-model.ts";
@@ -21,8 +22,10 @@ export interface KillOptions {
 
 export interface KillReport {
   readonly kills: number;
-  /** Runs that came to their end and were compared. */
-  readonly runs: number;
+  /** Of these, while a checkpoint was being written: what there was of it was left. */
+  readonly inWrites: number;
+  /** Runs that were killed after their first checkpoint, came to their end and were compared. */
+  readonly compared: number;
   /** What was wrong, in words; empty where nothing was. */
   readonly wrong: readonly string[];
 }
@@ -39,13 +42,14 @@ export async function killLoop({ home, kills, steps, seed, onKill = () => {} }: 
   const whole = await lowrank([...args, "--out", join(home, "whole")]);
   if (whole.code !== 0) throw new Error(whole.stderr);
   const expected = await outcome(join(home, "whole"));
-  let [done, runs] = [0, 0];
+  let [done, inWrites, runs, compared] = [0, 0, 0, 0];
   while (done < kills) {
     const out = join(home, `killed-${++runs}`);
     let newest = 0;
     while (done < kills) {
       if (await wasKilled([...args, "--out", out, ...(newest > 0 ? ["--resume"] : [])], steps, random)) done++;
       else break;
+      if (await hasLeftovers(out)) inWrites++;
       const found = await state(out, wrong);
       onKill(`kill ${done} of ${kills}: run ${runs}, newest checkpoint of step ${found}`);
       if (found < newest)
@@ -53,10 +57,14 @@ export async function killLoop({ home, kills, steps, seed, onKill = () => {} }: 
       newest = found;
     }
     if (newest > 0 && newest < steps) await lowrank([...args, "--out", out, "--resume"]);
-    if (newest === 0) await rm(out, { recursive: true, force: true });
-    else if ((await outcome(out)) !== expected) wrong.push(`${out}: differs from the run that was not killed`);
+    if (newest === 0) {
+      await rm(out, { recursive: true, force: true });
+      continue;
+    }
+    compared++;
+    if ((await outcome(out)) !== expected) wrong.push(`${out}: differs from the run that was not killed`);
   }
-  return { kills: done, runs, wrong };
+  return { kills: done, inWrites, compared, wrong };
 }
 
 async function prepare(home: string, steps: number): Promise<string[]> {
@@ -101,6 +109,12 @@ async function state(out: string, wrong: string[]): Promise<number> {
   const { step } = await openCheckpoint(out, (message) => wrong.push(message));
   if (step > 1) await openSafetensors(await fileSource(join(out, "adapter_model.safetensors")), "adapter");
   return step;
+}
+
+/** Whether a checkpoint is there in part: the next run removes it. */
+async function hasLeftovers(out: string): Promise<boolean> {
+  const names = await readdir(snapshotsIn(out)).catch(() => []);
+  return names.some((name) => name.endsWith(".tmp"));
 }
 
 /** Adapter and numbers of all steps as one text. */

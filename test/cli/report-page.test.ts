@@ -1,3 +1,4 @@
+import { createContext, runInContext } from "node:vm";
 import { parseHTML } from "linkedom";
 import { describe, expect, test } from "vitest";
 import { parse } from "yaml";
@@ -54,6 +55,15 @@ describe("report.html", () => {
       { label: "validation", steps: [3], values: [1.25] },
     ]);
     expect(charts[2]?.curves).toEqual([{ label: "gradient norm", steps: [1, 2, 3], values: [1, null, 1] }]);
+  });
+
+  test("draws its curves in a browser whose language is none that numbers can be formatted in", async () => {
+    const [, script = ""] = /<script>([\s\S]*?)<\/script>/.exec(await reportPage(REPORT)) ?? [];
+    const { document } = parseHTML("<html></html>");
+    const browser: object = { document, navigator: { language: "en-US@posix" }, devicePixelRatio: 1 };
+    const window = { ...browser, addEventListener: () => {}, dispatchEvent: () => {}, matchMedia: () => window };
+    const page = createContext({ ...browser, ...window, window, CustomEvent });
+    expect(runInContext(`${script}; typeof uPlot`, page)).toBe("function");
   });
 
   test("fetches nothing and lets no text out of its place", async () => {

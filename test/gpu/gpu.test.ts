@@ -163,3 +163,14 @@ test("time gives a time for one pass and for several", async () => {
   expect(split).toBeGreaterThan(0);
   gpu.release(x);
 });
+
+test("a buffer that was given back is not taken again", async () => {
+  const gpu = await testGpu();
+  const buffer = gpu.allocate(64, "twice");
+  gpu.release({ buffer });
+  const { bytesLive } = gpu.counters();
+  expect(() => gpu.release({ buffer })).toThrow(
+    new GpuError(`release: a buffer is given back once, got "${buffer.label}" again`),
+  );
+  expect(gpu.counters().bytesLive).toBe(bytesLive);
+});

@@ -1,10 +1,18 @@
 import { spawn } from "node:child_process";
-import { mkdtemp, readdir, readFile, rm, truncate, writeFile } from "node:fs/promises";
+import { mkdir, mkdtemp, readdir, readFile, rm, symlink, truncate, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, expect, test } from "vitest";
 import { FormatError } from "../../src/io/errors.ts";
-import { appendLine, diskDirectory, ensureWritableDirectory, fileSource, writeFileAtomic } from "../../src/io/files.ts";
+import {
+  appendLine,
+  directoriesIn,
+  diskDirectory,
+  ensureWritableDirectory,
+  fileSource,
+  writeFileAtomic,
+} from "../../src/io/files.ts";
+import { readText } from "../../src/io/json.ts";
 
 let dir = "";
 beforeEach(async () => {
@@ -137,4 +145,50 @@ test("a file that is missing, is a directory, or shrinks while it is read is ref
   await expect(source.read(2, 4)).rejects.toThrow(
     new FormatError(`${path}: must keep its 6 bytes while it is read, got 4`),
   );
+});
+
+test("a directory by its name is read, and nothing that a link leads to", async () => {
+  await mkdir(join(dir, "root/good"), { recursive: true });
+  await mkdir(join(dir, "outside"));
+  await writeFile(join(dir, "root/good/a.txt"), "inside");
+  await writeFile(join(dir, "root/plain"), "a file");
+  await writeFile(join(dir, "outside/a.txt"), "outside");
+  await symlink(join(dir, "outside"), join(dir, "root/link"));
+  await symlink(join(dir, "root/good"), join(dir, "root/alias"));
+  await symlink(join(dir, "outside/a.txt"), join(dir, "root/good/linked.txt"));
+  await symlink(join(dir, "outside"), join(dir, "root/good/sub"));
+  await symlink(join(dir, "root"), join(dir, "root-link"));
+  const textOf = async (root: string, name: string, file: string): Promise<string | undefined> => {
+    const directory = await directoriesIn(join(dir, root))(name);
+    return directory && readText(directory, file);
+  };
+  expect(await textOf("root", "good", "a.txt")).toBe("inside");
+  expect(await textOf("root-link", "good", "a.txt"), "the root itself may be a link").toBe("inside");
+  for (const file of ["linked.txt", "sub/a.txt", "nothing.txt"])
+    expect(await textOf("root", "good", file)).toBeUndefined();
+  for (const name of ["link", "alias", "plain", "nothing"])
+    expect(await directoriesIn(join(dir, "root"))(name), name).toBeUndefined();
+});
+
+test.each(["..", ".", "", "a/b", "../outside", "a\\b", "C:"])("a directory is not named %j", async (name) => {
+  await expect(directoriesIn(dir)(name)).rejects.toThrow(FormatError);
+});
+
+test("what goes wrong inside a directory by its name is said without the path to it", async () => {
+  await mkdir(join(dir, "good/sub"), { recursive: true });
+  const directory = await directoriesIn(dir)("good");
+  await expect(directory?.open("sub")).rejects.toThrow(new FormatError("good/sub: must be a file, got a directory"));
+  await writeFile(join(dir, "good/a"), "1234");
+  const source = await directory?.open("a");
+  await expect(source?.read(2, 3)).rejects.toThrow(
+    new FormatError("good/a: a read must stay within its 4 bytes, got 3 from 2 on"),
+  );
+  await rm(join(dir, "good/a"));
+  await expect(source?.read(0, 4)).rejects.toThrow(
+    new FormatError("good/a: must be a file that can be read, got ENOENT (nothing there). Check the path"),
+  );
+});
+
+test("directories are looked for in a directory", () => {
+  expect(() => directoriesIn(join(dir, "nothing"))).toThrow(FormatError);
 });

@@ -49,6 +49,40 @@ test.each<[string, string, DataRecord[]]>([
   expect(await records(name, content)).toEqual(want);
 });
 
+test("a CSV file of several MiB is read piece by piece, also where a piece would end within quotes", async () => {
+  const count = 40_000;
+  const rows = Array.from({ length: count }, (_row, i) => `"a ""${"b".repeat(i % 97)}""\n,c\n",${i}\n`);
+  const content = `text,id\n${rows.join("")}`;
+  expect(content.length).toBeGreaterThan(2.5e6);
+  const inside = source(content);
+  let bytesRead = 0;
+  const counted: ByteSource = {
+    ...inside,
+    read(offset, length) {
+      bytesRead += length;
+      return inside.read(offset, length);
+    },
+  };
+  let read = 0;
+  for await (const record of readRecords(counted, "a.csv")) {
+    if (read === 0) expect(bytesRead).toBeLessThan(content.length);
+    const want = of(`a.csv:${4 + 3 * read}`, { text: `a "${"b".repeat(read % 97)}"\n,c\n`, id: `${read}` });
+    if (JSON.stringify(record) !== JSON.stringify(want)) expect(record).toEqual(want);
+    read++;
+  }
+  expect(read).toBe(count);
+  await expect(records("a.csv", `${content}x"y,1\n`)).rejects.toThrow(
+    new FormatError(
+      `a.csv:${2 + 3 * count}: must be CSV, got a quote inside a cell that does not begin with one. Quote a cell that holds quotes, and double them`,
+    ),
+  );
+  await expect(records("a.csv", `${content}x\n`)).rejects.toThrow(
+    new FormatError(
+      `a.csv:${2 + 3 * count}: a row must have 2 cells, as many as line 1, got 1. Quote cells that hold the separator`,
+    ),
+  );
+});
+
 test("lines of plain text are prompts and completions where a separator is given", async () => {
   expect(await records("a.txt", "p||c||d\n\nq|| e\n", { separator: "||" })).toEqual([
     of("a.txt:1", { prompt: "p||", completion: "c||d" }),

@@ -29,6 +29,23 @@ test.each([
   gpu.release(...tensors, ...results);
 });
 
+test("gradients that lack a factor have the norm and the clip factor of their products with it", async () => {
+  const gpu = await testGpu();
+  const g = randomNd([67], new Random(freshSeed()));
+  const t = upload(gpu, g);
+  const norm = 0.25 * normTwin([g]);
+  for (const s of [0.25, () => 0.25]) {
+    const results = [norm / 3, norm * 3, 0].map((maxNorm) => globalNorm([t], maxNorm, s));
+    const [tight = [], loose = [], off = []] = await Promise.all(results.map((clip) => read(clip)));
+    expectClose(tight, [norm, (0.25 * (norm / 3)) / (norm + 1e-6)], 1e-6);
+    for (const clip of [loose, off]) expectClose(clip, [norm, 0.25], 1e-6);
+    gpu.release(...results);
+  }
+  const infinite = tensor(gpu, [Number.POSITIVE_INFINITY], [1]);
+  expect([...(await read(globalNorm([infinite], 0, 0.25)))]).toEqual([Number.POSITIVE_INFINITY, 0.25]);
+  gpu.release(t, infinite);
+});
+
 test.each([
   ["NaN", Number.NaN, 1, [Number.NaN, Number.NaN]],
   ["NaN without clipping", Number.NaN, 0, [Number.NaN, 1]],

@@ -2,7 +2,7 @@
 import { expect, test } from "vitest";
 import { matmul, scale as scaled } from "../../src/autograd/basic-ops.ts";
 import { backward } from "../../src/autograd/engine.ts";
-import { crossEntropy, gatherRows, linearCrossEntropy } from "../../src/autograd/model-ops.ts";
+import { crossEntropy, gatherRows, linearCrossEntropies, linearCrossEntropy } from "../../src/autograd/model-ops.ts";
 import { dryGpu } from "../../src/gpu/dry.ts";
 import { openGpu } from "../../src/gpu/gpu.ts";
 import { linearCrossEntropy as kernels } from "../../src/kernels/linear-cross-entropy.ts";
@@ -51,6 +51,21 @@ test.each([
     op: (h, W) => linearCrossEntropy(h as Tensor, W as Tensor, upload(gpu, labels, "i32"), 0.25),
     twin: (h, W) => crossEntropyTwin(product(h as Nd, W as Nd), labels, 0.25),
   });
+});
+
+test("the loss is the sum of those of its rows, which are there beside it", async () => {
+  const gpu = await testGpu();
+  const random = new Random(freshSeed());
+  const [M, V, C] = [67, 33, 8];
+  const [h, W, labels] = [randomNd([M, C], random), randomNd([V, C], random), labelsOf(M, V)];
+  const { loss, losses } = linearCrossEntropies(upload(gpu, h), upload(gpu, W), upload(gpu, labels, "i32"), 0.25);
+  const logits = product(h, W);
+  const rows = Array.from({ length: M }, (_, i) => {
+    const row = nd([1, V], logits.data.slice(i * V, (i + 1) * V));
+    return crossEntropyTwin(row, nd([1], [labels.data[i] ?? Number.NaN]), 0.25).data[0] ?? Number.NaN;
+  });
+  expectClose(await read(losses), rows, 1e-5, "of the rows");
+  expectClose(await read(loss), [rows.reduce((a, b) => a + b)], 1e-5, "in all");
 });
 
 test.each([

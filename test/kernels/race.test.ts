@@ -1,12 +1,14 @@
 // Products run by an interpreter that reports data races, as `matmul` would send them to a device.
 import { expect, test } from "vitest";
 import type { HasBuffer } from "../../src/gpu/gpu.ts";
+import { type LowRankRows, loraShrinkRows } from "../../src/kernels/lora-rows.ts";
 import { type Layout, type MatmulOptions, matmul } from "../../src/kernels/matmul.ts";
 import type { MatmulPlan } from "../../src/kernels/matmul-plans.ts";
 import { Random } from "../../src/tensor/random.ts";
-import { tensor } from "../../src/tensor/tensor.ts";
+import { type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { expectClose, freshSeed, type Nd, nd, randomNd } from "../harness.ts";
 import { findRaces } from "../race.ts";
+import { expandTwin, type RowAdapter, shrinkTwin } from "../reference/lora-rows.ts";
 import { matmulTwin } from "../reference/matmul.ts";
 import { type Recorded, Recorder } from "./recorder.ts";
 
@@ -28,7 +30,10 @@ class Interpreter extends Recorder {
   }
 
   override write({ buffer }: HasBuffer, data: ArrayBufferView): void {
-    this.#data.set(buffer, Float32Array.from(data as Float32Array));
+    this.#data.set(
+      buffer,
+      new Float32Array(data.buffer.slice(data.byteOffset, data.byteOffset + data.byteLength) as ArrayBuffer),
+    );
   }
 
   protected override record(dispatch: Recorded): void {
@@ -56,6 +61,8 @@ interface Product {
   readonly plan: MatmulPlan;
   readonly sizes: readonly [M: number, N: number, K: number, R?: number];
   readonly finish?: boolean;
+  /** Each row by an adapter of its own, or none. */
+  readonly byRows?: boolean;
 }
 
 /** Two workgroups either way, their tiles cut at the ends; two stages of k and a half. */
@@ -81,18 +88,56 @@ const PRODUCTS: Product[] = [
   { layout: "nt", plan: ROWS, sizes: [3, 2, 20] },
   { layout: "nt", plan: ROWS, sizes: [2, 3, 18, 3], finish: true },
   { layout: "nn", plan: REGISTERS, sizes: [5, 11, 5, 2] },
+  ...[TILED, { ...TILED, splits: 2 }, ROWS, REGISTERS].flatMap((plan): Product[] => [
+    { layout: "nt", plan, sizes: [4, 8, 20], byRows: true },
+    { layout: "nt", plan, sizes: [3, 7, 18], byRows: true, finish: true },
+  ]),
 ];
 const cases = PRODUCTS.map((product): [string, Product] => {
-  const { layout, plan, sizes, finish } = product;
+  const { layout, plan, sizes, finish, byRows } = product;
   return [
-    `${plan.name}${plan.splits > 1 ? " with k split" : ""}, ${layout} ${sizes}${finish ? ", finished" : ""}`,
+    `${plan.name}${plan.splits > 1 ? " with k split" : ""}, ${layout} ${sizes}${byRows ? ", by rows" : ""}${finish ? ", finished" : ""}`,
     product,
   ];
 });
 
+/** The adapters in pages, one after the other from the last on, and what `loraShrinkRows` makes of x. */
+function rowsOf(
+  gpu: Interpreter,
+  x: Tensor,
+  adapters: readonly RowAdapter[],
+  slots: readonly number[],
+  N: number,
+): LowRankRows {
+  const [, K = 0] = x.shape;
+  const [R, pages] = [6, 12];
+  const [fourK, fourN] = [4 * Math.ceil(K / 4), 4 * Math.ceil(N / 4)];
+  const [a, b] = [new Float32Array(pages * fourK), new Float32Array(pages * fourN)];
+  const table = new Int32Array(adapters.length * (R + 2));
+  let next = pages;
+  adapters.forEach(({ A, B, gain }, slot) => {
+    const [, r = 0] = A.shape;
+    table.set([r, gain ? --next : -1], slot * (R + 2));
+    if (gain) b.set(gain.data, next * fourN);
+    for (let j = 0; j < r; j++) {
+      table[slot * (R + 2) + 2 + j] = --next;
+      a.set(A.data.subarray(j * K, (j + 1) * K), next * fourK);
+      b.set(B.data.subarray(j * N, (j + 1) * N), next * fourN);
+    }
+  });
+  const [u] = loraShrinkRows(
+    x,
+    tensor(gpu, a, [pages, 1, fourK]),
+    tensor(gpu, table, [adapters.length, R + 2]),
+    tensor(gpu, Int32Array.from(slots), [slots.length]),
+    { TJ: 4, WG: 4 },
+  );
+  return { u: u as Tensor, b: tensor(gpu, b, [pages, fourN]) };
+}
+
 /** Runs a product in the interpreter, each text edited. */
 function interpret(
-  { layout, plan, sizes: [M, N, K, R = 0], finish }: Product,
+  { layout, plan, sizes: [M, N, K, R = 0], finish, byRows }: Product,
   seed: number,
   edit: (source: string) => string = (source) => source,
 ): { gpu: Interpreter; actual: Float32Array; expected: Nd } {
@@ -104,13 +149,25 @@ function interpret(
   const b = randomNd(layout === "nt" ? [N, R] : [R, N], random);
   const [bias, residual] = [randomNd([N], random), randomNd([M, N], random)];
   const upload = ({ shape, data }: Nd) => tensor(gpu, Float32Array.from(data), shape);
+  // Ranks below, at and above what a workgroup makes of a row.
+  const adapters = [1, 4, 6].map(
+    (r): RowAdapter => ({
+      A: randomNd([1, r, K], random),
+      B: randomNd([1, r, N], random),
+      ...(r === 4 && { gain: randomNd([1, N], random) }),
+    }),
+  );
+  const slots = Array.from({ length: M }, (_, t) => ((t + 2) % 4) - 1);
   const options: MatmulOptions = {
     ...{ plan, scale: 0.5 },
     ...(R > 0 && { lowRank: { u: upload(u), b: upload(b), scale: 2 } }),
+    ...(byRows && { lowRankRows: rowsOf(gpu, upload(x), adapters, slots, N) }),
     ...(finish && { bias: upload(bias), residual: upload(residual) }),
   };
   const y = matmul(upload(x), upload(w), layout, options);
-  const product = matmulTwin(x, w, layout, 0.5, R > 0 ? { u, b, c: 2 } : undefined);
+  const base = matmulTwin(x, w, layout, 0.5, R > 0 ? { u, b, c: 2 } : undefined);
+  const own = slots.map((slot) => adapters[slot]);
+  const product = byRows ? expandTwin(base, shrinkTwin(x, own, 0), own, 0) : base;
   const expected = product.data.map(
     (value, i) => value + (finish ? (bias.data[i % N] ?? 0) + (residual.data[i] ?? 0) : 0),
   );
@@ -128,6 +185,7 @@ test.each(cases)("no threads race and all of y is right: %s", (_, product) => {
 const GUARDED: [string, number, Product][] = [
   ["matmul-tiled", 2, { layout: "nn", plan: TILED, sizes: [4, 8, 12] }],
   ["matmul-rows", 2, { layout: "nt", plan: ROWS, sizes: [2, 1, 20] }],
+  ["lora-shrink-rows", 2, { layout: "nt", plan: REGISTERS, sizes: [3, 4, 20], byRows: true }],
 ];
 
 test.each(

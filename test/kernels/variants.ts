@@ -45,6 +45,8 @@ import { linearCrossEntropy as linearCrossEntropyOf } from "../../src/kernels/li
 import { loraDy as loraDyOf, loraDyPlans } from "../../src/kernels/lora-dy.ts";
 import loraDy from "../../src/kernels/lora-dy.wgsl";
 import loraDySums from "../../src/kernels/lora-dy-sums.wgsl";
+import { loraShrinkRows } from "../../src/kernels/lora-rows.ts";
+import loraShrinkRowsSource from "../../src/kernels/lora-shrink-rows.wgsl";
 import { type Layout, type LowRank, type MatmulOptions, matmul } from "../../src/kernels/matmul.ts";
 import { type MatmulPlan, type MatmulShape, plans } from "../../src/kernels/matmul-plans.ts";
 import matmulRegisters from "../../src/kernels/matmul-registers.wgsl";
@@ -52,6 +54,10 @@ import matmulRows from "../../src/kernels/matmul-rows.wgsl";
 import matmulSplits from "../../src/kernels/matmul-splits.wgsl";
 import matmulTiled from "../../src/kernels/matmul-tiled.wgsl";
 import narrow16 from "../../src/kernels/narrow16.wgsl";
+import { pagedAttention as pagedAttentionOf, pagedWrite as pagedWriteOf } from "../../src/kernels/paged.ts";
+import pagedAttention from "../../src/kernels/paged-attention.wgsl";
+import pagedCopy from "../../src/kernels/paged-copy.wgsl";
+import pagedWrite from "../../src/kernels/paged-write.wgsl";
 import recordStep from "../../src/kernels/record-step.wgsl";
 import { reduce as reduceOf } from "../../src/kernels/reduce.ts";
 import reduce from "../../src/kernels/reduce.wgsl";
@@ -111,11 +117,15 @@ export const KERNELS: Readonly<Record<string, string>> = {
   "layer-norm-backward-weight": layerNormBackwardWeight,
   "lora-dy": loraDy,
   "lora-dy-sums": loraDySums,
+  "lora-shrink-rows": loraShrinkRowsSource,
   "matmul-registers": matmulRegisters,
   "matmul-rows": matmulRows,
   "matmul-splits": matmulSplits,
   "matmul-tiled": matmulTiled,
   narrow16,
+  "paged-attention": pagedAttention,
+  "paged-copy": pagedCopy,
+  "paged-write": pagedWrite,
   reduce,
   "reduce-rows": reduceRows,
   "rms-norm": rmsNorm,
@@ -234,6 +244,21 @@ export function matmulVariants(): Variant[] {
     for (const stored of storedFor(layout))
       for (const plan of [TILED, REGISTERS]) make(stored, layout, ragged, { plan });
   }
+  // What a row's own adapter adds: forward alone, with a bias at most.
+  for (const plan of [TILED, SPLIT, HALF, REGISTERS, QUADS, ROWS, SUBGROUP_ROWS])
+    for (const [words, dtype] of [
+      [4, "f32"],
+      [2, "i32"],
+    ] as const)
+      for (const stored of STORED) {
+        const lowRankRows = {
+          u: empty(recorder, [EVEN.M, 10], "variants"),
+          b: empty(recorder, [3, words * (EVEN.N / 4)], "variants", dtype),
+        };
+        make(stored, "nt", EVEN, { plan, lowRankRows });
+        const { bias } = finish(EVEN);
+        if (stored.format === "f32" && bias) make(stored, "nt", EVEN, { plan, lowRankRows, bias });
+      }
   for (const plan of [TILED, REGISTERS])
     for (const activation of ["gelu", "geluTanh"] as const) make(f32, "nn", EVEN, { plan, activation });
   return variantsOf(recorder);
@@ -255,6 +280,16 @@ export function otherVariants(): Variant[] {
           ...([empty(onGpu, [2, rank], "variants"), 1, plan] as const),
         );
   const onCpu = new Recorder({ isSoftware: true });
+  for (const recorder of [onGpu, onCpu])
+    for (const K of [8, 7])
+      for (const [words, dtype] of [
+        [8, "f32"],
+        [4, "i32"],
+      ] as const) {
+        const [x, a] = [empty(recorder, [2, K], "variants"), empty(recorder, [3, 2, words], "variants", dtype)];
+        const [table, slots] = [empty(recorder, [2, 6], "variants", "i32"), empty(recorder, [2], "variants", "i32")];
+        loraShrinkRows(x, a, table, slots);
+      }
   for (const recorder of [onGpu, onCpu]) {
     for (const T of [1, 3])
       for (const window of [undefined, 2])
@@ -266,6 +301,14 @@ export function otherVariants(): Variant[] {
             attentionBackwardQueryOf(inputs, q, q);
             attentionBackwardKeyValueOf(inputs, q, q);
           }
+    const rows = empty(recorder, [1], "variants", "i32");
+    const tokens = { sequences: rows, positions: rows, tables: empty(recorder, [1, 1], "variants", "i32") };
+    for (const dtype of ["f32", "i32"] as const) {
+      const k = empty(recorder, [2, 4, 1, dtype === "f32" ? 8 : 4], "variants", dtype);
+      const keys = empty(recorder, [1, 1, 8], "variants");
+      pagedWriteOf(keys, keys, { k, v: k }, tokens);
+      for (const softCap of [undefined, 2]) pagedAttentionOf(keys, { k, v: k }, tokens, { softCap });
+    }
     for (const D of [6, 8])
       for (const at of [0, empty(recorder, [1, 3], "variants", "i32")]) {
         const table = empty(recorder, [4, D / 2], "variants");

@@ -172,7 +172,7 @@ test("an adapter that cannot be attached, for another one is there, leaves nothi
   const before = gpu.counters().bytesLive;
   expect(() => attachLora(model, config)).toThrow(
     new ShapeError(
-      "enable: adapters share a layer where each only adds B·A to it, got two on layers.0.q_proj of which one does more: DoRA, a start from the base, a trained copy or bias. Disable or unmerge the other first",
+      "enable: adapters share a layer where each only adds B·A to it, got two on layers.0.q_proj of which one does more: DoRA, a start from the base, a trained copy or bias, a pool. Disable or unmerge the other first",
     ),
   );
   expect(gpu.counters().bytesLive).toBe(before);

@@ -121,7 +121,7 @@ test.each([
   const where = "modulesToSave" in config ? "k" : "q";
   const refusal = (call: string): ShapeError =>
     new ShapeError(
-      `${call}: adapters share a layer where each only adds B·A to it, got two on ${call === "merge" ? "q" : where} of which one does more: DoRA, a start from the base, a trained copy or bias. Disable or unmerge the other first`,
+      `${call}: adapters share a layer where each only adds B·A to it, got two on ${call === "merge" ? "q" : where} of which one does more: DoRA, a start from the base, a trained copy or bias, a pool. Disable or unmerge the other first`,
     );
   const strange = config as Partial<LoraConfig>;
   if (where === "q") expect(() => attach(strange)).toThrow(refusal("enable"));
@@ -141,7 +141,7 @@ test("a start from the base needs a layer of its own", async () => {
   const [a, b] = [attach(), attach()];
   await expect(initLora(b, "olora")).rejects.toThrow(
     new ShapeError(
-      "start: adapters share a layer where each only adds B·A to it, got two on q of which one does more: DoRA, a start from the base, a trained copy or bias. Disable or unmerge the other first",
+      "start: adapters share a layer where each only adds B·A to it, got two on q of which one does more: DoRA, a start from the base, a trained copy or bias, a pool. Disable or unmerge the other first",
     ),
   );
   a.detach();

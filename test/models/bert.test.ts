@@ -457,7 +457,7 @@ describe("modules_to_save", () => {
     const first = attachLora(model, settings);
     expect(() => attachLora(model, { ...settings, targetModules: ["value"] })).toThrow(
       new ShapeError(
-        "enable: adapters share a layer where each only adds B·A to it, got two on classifier of which one does more: DoRA, a start from the base, a trained copy or bias. Disable or unmerge the other first",
+        "enable: adapters share a layer where each only adds B·A to it, got two on classifier of which one does more: DoRA, a start from the base, a trained copy or bias, a pool. Disable or unmerge the other first",
       ),
     );
     first.detach();

@@ -163,7 +163,7 @@ test("a file that is no training state says what is wrong with it", async () => 
   );
   const wrong = '{"format":1,"step":-1,"batches":0,"bad_steps":0}';
   await expect(decode(wrong)).rejects.toThrow(
-    new FormatError(`m/state: step, batches, bad_steps and best must be numbers, got ${wrong}`),
+    new FormatError(`m/state: step, batches, bad_steps, rows and best must be numbers, got ${wrong}`),
   );
 });
 

@@ -1,0 +1,67 @@
+// u[g,t,j] = Σ_k a[page_j,g,k]·x[t,k]        each row by its own adapter, whose A lies in pages, one for each of its rank
+//   x [M,K]   a [pages,G,⌈K/4⌉] of fours, zeros from K on   slots [M]: the row's place in the table, −1 for none
+//   table [slots,R+2]: rank, the page of DoRA's gain (−1: none), pages      →      u [G,P,1+R] of pairs, M of P rows written: rank and
+//   the gain's page, then page and value for each of the rank, pages as f32 (exact below 2^24): all that parts/lora-rows.wgsl has to know
+//
+// A workgroup owns TJ values of one row. Its threads stride along k, so that x is read once for all of them, and their sums are added up
+// once at the end, in a fixed order. Workgroups past the row's rank have nothing to do.
+
+const TJ: u32 = 4u;
+const WG: u32 = 64u;
+override X_T: u32 = 0;
+
+struct Dims { M: u32, K: u32, G: u32, R: u32, P: u32 }
+@group(0) @binding(0) var<uniform> d: Dims;
+@group(0) @binding(1) var<storage, read> x: array<Left>;
+@group(0) @binding(2) var<storage, read> a: array<Page>;
+@group(0) @binding(3) var<storage, read> table: array<i32>;
+@group(0) @binding(4) var<storage, read> slots: array<i32>;
+@group(0) @binding(5) var<storage, read_write> u: array<vec2f>;
+
+alias Left = vec4f;
+alias Page = vec4f;  // parts/pages-f16.wgsl
+
+var<workgroup> sums: array<f32, TJ * WG>;
+
+fn lift(page: Page) -> vec4f { return page; }
+
+fn x_at(row: u32, column: u32) -> u32 { return row * d.K + column; }
+
+// Four elements from (row, column) on: parts/ragged-x.wgsl.
+fn x4(row: u32, column: u32) -> vec4f { return x[x_at(row, column) / 4u]; }
+
+fn add_up(thread: u32) {
+  for (var half = WG / 2u; half > 0u; half /= 2u) {
+    workgroupBarrier();
+    if (thread < half) {
+      for (var e = 0u; e < TJ; e += 1u) { sums[e * WG + thread] += sums[e * WG + thread + half]; }
+    }
+  }
+}
+
+@compute @workgroup_size(WG)
+fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
+  let row = group.x;
+  let j0 = group.y * TJ;
+  let first = (group.z * d.P + row) * (d.R + 1u);
+  let slot = slots[row];
+  let entry = u32(max(slot, 0)) * (d.R + 2u);
+  let rank = select(0u, u32(table[entry]), slot >= 0);
+  if (j0 == 0u && thread == 0u) { u[first] = vec2f(f32(rank), select(-1.0, f32(table[entry + 1u]), slot >= 0)); }
+  if (j0 >= rank) { return; }
+  let fours = (d.K + 3u) / 4u;
+  var acc: array<f32, TJ>;
+  var page: array<u32, TJ>;
+  // Where each starts; past the rank the last one again.
+  for (var j = 0u; j < TJ; j++) { page[j] = (u32(table[entry + 2u + min(j0 + j, rank - 1u)]) * d.G + group.z) * fours; }
+  for (var k = thread; k < fours; k += WG) {
+    let left = x4(row, 4u * k);
+    for (var j = 0u; j < TJ; j++) { acc[j] += dot(left, lift(a[page[j] + k])); }
+  }
+  for (var j = 0u; j < TJ; j++) { sums[j * WG + thread] = acc[j]; }
+  add_up(thread);
+  workgroupBarrier();
+  for (var j = thread; j < min(TJ, rank - j0); j += WG) {
+    u[first + 1u + j0 + j] = vec2f(f32(table[entry + 2u + j0 + j]), sums[j * WG]);
+  }
+}

@@ -1,0 +1,423 @@
+/** Generation for many at once: requests join and leave between the steps of one batch, each with its own adapter (arXiv:2309.06180, 2311.03285). */
+
+import type { Directory } from "../io/bytes.ts";
+import { readAdapter } from "../lora/adapter-file.ts";
+import type { PoolCounts } from "../lora/adapter-pool.ts";
+import type { PlainAdapter } from "../lora/plain-adapter.ts";
+import { ShapeError } from "../tensor/errors.ts";
+import type { Engine, EngineStats, GenerationRequest } from "./engine-types.ts";
+import { QueueFull } from "./errors.ts";
+import { checkPrompt } from "./generate.ts";
+import { type Lease, PagePool } from "./page-pool.ts";
+import { cacheBytes, type PagedModel, PagedStep, type RowAdapters, type StepToken } from "./paged-step.ts";
+import { type SampledToken, Sampler } from "./sampling.ts";
+
+/** Adapters by name, of which some are resident: see `AdapterPool`. */
+export interface ServedAdapters extends RowAdapters {
+  readonly names: readonly string[];
+  readonly counts: PoolCounts;
+  register(name: string, adapter: PlainAdapter): Promise<void>;
+  /** Makes it resident for one more user and gives its slot; undefined where there is no room now. */
+  acquire(name: string): number | undefined;
+  release(slot: number): void;
+  unregister(name: string): void;
+}
+
+export interface EngineOptions {
+  readonly adapters?: ServedAdapters | undefined;
+  /** The longest prompt and answer together; the model's own unless given. */
+  readonly contextLength?: number | undefined;
+  /** Requests in the batch at a time. 32 unless given. */
+  readonly maxRows?: number;
+  /** Tokens of one step; prompts are cut to what is left beside the answers (chunked prefill, arXiv:2403.02310). 256 unless given. */
+  readonly maxStepTokens?: number;
+  /** Requests that may wait. 256 unless given. */
+  readonly maxWaiting?: number;
+  /** Tokens of keys and values that are kept in all: admission is by these. Four times the context unless given. */
+  readonly cacheTokens?: number | undefined;
+  readonly cacheFormat?: "f32" | "f16";
+  /** Tokens of a page, a power of two; 16 unless given. */
+  readonly pageTokens?: number;
+}
+
+/** How often a waiting request may be passed before those behind it have to wait, too. */
+const MOST_PASSED = 64;
+
+interface Sequence {
+  readonly request: GenerationRequest;
+  readonly sampler: Sampler;
+  readonly stream: TokenStream;
+  /** Prompt and answer. */
+  readonly ids: number[];
+  /** Tokens that it ends with at the latest. */
+  readonly limit: number;
+  /** Whose keys and values are in the cache. */
+  computed: number;
+  passed: number;
+  place?: { readonly lease: Lease; readonly row: number; readonly slot: number };
+  readonly forget: () => void;
+}
+
+/** Requests join and leave between the steps of one batch; adapters come from a pool that is enabled. */
+export class BatchEngine implements Engine {
+  readonly model: PagedModel;
+  readonly contextLength: number;
+  readonly #options: Required<Pick<EngineOptions, "maxRows" | "maxStepTokens" | "maxWaiting">>;
+  readonly #adapters: ServedAdapters | undefined;
+  readonly #pool: PagePool;
+  readonly #step: PagedStep;
+  readonly #rows: number[];
+  /** In the order in which they came. */
+  readonly #waiting: Sequence[] = [];
+  readonly #running: Sequence[] = [];
+  /** What an adapter's keys and values go by; another one for a name that comes again. */
+  readonly #roots = new Map<string, string>();
+  readonly #leaving = new Map<string, (() => void)[]>();
+  #versions = 0;
+  #isClosed = false;
+  #failure: unknown;
+  #loop: Promise<void> | undefined;
+  #steps = 0;
+  #promptTokens = 0;
+  #reusedTokens = 0;
+  #generatedTokens = 0;
+
+  /** Throws ShapeError for settings out of range. */
+  constructor(model: PagedModel, options: EngineOptions = {}) {
+    const { adapters, maxRows = 32, maxStepTokens = 256, maxWaiting = 256, pageTokens = 16 } = options;
+    const { contextLength = model.config.contextLength, cacheFormat = "f32" } = options;
+    const { cacheTokens = 4 * contextLength } = options;
+    for (const [name, value] of Object.entries({ maxRows, maxStepTokens, contextLength, cacheTokens }))
+      if (!Number.isInteger(value) || value < 1)
+        throw new ShapeError(`BatchEngine: ${name} must be a whole number of at least 1, got ${value}`);
+    if (contextLength > model.config.contextLength)
+      throw new ShapeError(
+        `BatchEngine: contextLength must be at most the model's ${model.config.contextLength}, got ${contextLength}`,
+      );
+    if (maxStepTokens < maxRows)
+      throw new ShapeError(
+        `BatchEngine: maxStepTokens must be at least maxRows = ${maxRows}, got ${maxStepTokens}: each row takes a token of a step`,
+      );
+    this.model = model;
+    this.contextLength = contextLength;
+    this.#options = { maxRows, maxStepTokens, maxWaiting };
+    this.#adapters = adapters;
+    const settings = { tokens: cacheTokens, pageTokens, sequences: maxRows, contextLength, format: cacheFormat };
+    this.#step = new PagedStep(model, settings, adapters);
+    this.#pool = new PagePool(this.#step.pages, pageTokens);
+    this.#rows = Array.from({ length: maxRows }, (_, i) => maxRows - 1 - i);
+  }
+
+  get adapters(): readonly string[] {
+    return (this.#adapters?.names ?? []).filter((name) => !this.#leaving.has(name));
+  }
+
+  stats(): EngineStats {
+    const counts = this.#adapters?.counts;
+    return {
+      running: this.#running.length,
+      waiting: this.#waiting.length,
+      kvPagesUsed: this.#pool.used,
+      kvPages: this.#pool.count,
+      adaptersResident: counts?.resident ?? 0,
+      adapterLoads: counts?.loads ?? 0,
+      adapterEvictions: counts?.evictions ?? 0,
+      promptTokens: this.#promptTokens,
+      cachedPromptTokens: this.#reusedTokens,
+      generatedTokens: this.#generatedTokens,
+      steps: this.#steps,
+    };
+  }
+
+  /**
+   * Queues a request, whose tokens come as they are made: until one that ends the text (which is not given), maxTokens, or the end of the
+   * context. Returning early from the iteration ends it, as does its signal: what it had is free before the next step.
+   *
+   * Throws ShapeError for settings out of range, an unknown adapter and what can never fit, QueueFull where too many wait.
+   */
+  generate(request: GenerationRequest): AsyncGenerator<SampledToken, void, undefined> {
+    const { adapter, promptIds, maxTokens, signal } = request;
+    if (this.#failure !== undefined) throw this.#failure;
+    if (this.#isClosed) throw new ShapeError("generate: the engine must be open, got one that was closed");
+    this.#check(request);
+    if (adapter !== undefined && !this.adapters.includes(adapter))
+      throw new ShapeError(
+        `generate: the adapter must be one of ${this.adapters.join(", ") || "none"}, got "${adapter}"`,
+      );
+    const sampler = new Sampler(promptIds, request, this.model.config.eosIds);
+    const stream = new TokenStream(() => this.#drop(sequence));
+    if (this.#waiting.length >= this.#options.maxWaiting)
+      throw new QueueFull(
+        `generate: at most ${this.#options.maxWaiting} requests may wait, got one more. Try again later`,
+      );
+    const abort = (): void => {
+      this.#drop(sequence);
+      stream.end();
+    };
+    const sequence: Sequence = {
+      ...{ request, sampler, stream, computed: 0, passed: 0 },
+      ids: [...promptIds],
+      limit: Math.min(promptIds.length + maxTokens, this.contextLength),
+      forget: () => signal?.removeEventListener("abort", abort),
+    };
+    if (signal?.aborted) stream.end();
+    else if (sequence.limit === promptIds.length) stream.end();
+    else {
+      signal?.addEventListener("abort", abort);
+      this.#waiting.push(sequence);
+      this.#loop ??= this.#run();
+    }
+    return stream;
+  }
+
+  /** Registers an adapter's directory under a name. Throws FormatError and ShapeError as `AdapterPool.register`, and without a pool. */
+  async load(name: string, directory: Directory): Promise<void> {
+    if (!this.#adapters) throw new ShapeError(`load: the engine must have a pool of adapters, got none for "${name}"`);
+    await this.#adapters.register(name, await readAdapter(directory));
+  }
+
+  /** Makes an adapter's name unknown and waits for those who use it. Throws ShapeError where there is none. */
+  async unload(name: string): Promise<void> {
+    if (!this.adapters.includes(name)) throw new ShapeError(`unload: the adapter must be loaded, got "${name}"`);
+    if (this.#isUsed(name)) await new Promise<void>((done) => this.#leaving.set(name, [done]));
+    this.#leaving.delete(name);
+    this.#roots.delete(name);
+    this.#adapters?.unregister(name);
+  }
+
+  /** Takes no more requests, lets those that are there end, and frees the cache; the model and the adapters stay. */
+  async close(): Promise<void> {
+    this.#isClosed = true;
+    await this.#loop;
+    this.#step.destroy();
+  }
+
+  #check({ promptIds, maxTokens }: GenerationRequest): void {
+    const { vocabSize } = this.model.config;
+    checkPrompt({ vocabSize, contextLength: this.contextLength }, promptIds, maxTokens);
+    const tokens = Math.min(promptIds.length + maxTokens, this.contextLength);
+    if (this.#pool.pagesFor(tokens) > this.#pool.count)
+      throw new ShapeError(
+        `generate: prompt and answer must fit into the cache of ${this.#pool.count * this.#pool.pageTokens} tokens, got ${tokens}. Ask for fewer, or give the engine more cacheTokens`,
+      );
+  }
+
+  #rootOf(adapter: string | undefined): string {
+    if (adapter === undefined) return "base";
+    const known = this.#roots.get(adapter) ?? `adapter ${++this.#versions}`;
+    this.#roots.set(adapter, known);
+    return known;
+  }
+
+  #isUsed(adapter: string): boolean {
+    return [...this.#running, ...this.#waiting].some(({ request }) => request.adapter === adapter);
+  }
+
+  /** Steps while there is something to do. */
+  async #run(): Promise<void> {
+    try {
+      // Those who ask in the same turn share the first step.
+      await Promise.resolve();
+      for (this.#admit(); this.#running.length > 0; this.#admit()) await this.#advance();
+    } catch (error) {
+      this.#failure = error;
+      for (const sequence of [...this.#running, ...this.#waiting]) this.#end(sequence, error);
+    } finally {
+      this.#loop = undefined;
+    }
+  }
+
+  /** Lets those in that fit: of those whose adapter has fewest rows, who came first. */
+  #admit(): void {
+    const rowsOf = (adapter: string | undefined): number =>
+      this.#running.filter(({ request }) => request.adapter === adapter).length;
+    const refused = new Set<Sequence>();
+    while (this.#rows.length > 0) {
+      const [first] = this.#waiting;
+      const isFirstDue = first !== undefined && first.passed >= MOST_PASSED;
+      const ready = this.#waiting.filter((one) => !refused.has(one));
+      const next = isFirstDue
+        ? ready.find((one) => one === first)
+        : ready.reduce<Sequence | undefined>(
+            (best, one) => (best && rowsOf(best.request.adapter) <= rowsOf(one.request.adapter) ? best : one),
+            undefined,
+          );
+      if (!next) return;
+      if (!this.#enter(next)) {
+        refused.add(next);
+        continue;
+      }
+      this.#waiting.splice(this.#waiting.indexOf(next), 1);
+      this.#running.push(next);
+      if (next !== first && first) first.passed++;
+    }
+  }
+
+  /** Gives it pages, a row and its adapter, if there is room for all of them. */
+  #enter(sequence: Sequence): boolean {
+    const { adapter } = sequence.request;
+    // The keys and values of the last token are never needed.
+    const lease = this.#pool.lease(this.#rootOf(adapter), sequence.ids, sequence.limit - 1);
+    if (!lease) return false;
+    const slot = adapter === undefined ? -1 : this.#adapters?.acquire(adapter);
+    if (slot === undefined) {
+      this.#pool.release(lease);
+      return false;
+    }
+    const row = this.#rows.pop() as number;
+    sequence.place = { lease, row, slot };
+    sequence.computed = lease.reused;
+    this.#promptTokens += sequence.ids.length;
+    this.#reusedTokens += lease.reused;
+    this.#step.setPages(row, lease.pages);
+    return true;
+  }
+
+  /** One step: a token of each answer, and as much of the prompts as there is room for. */
+  async #advance(): Promise<void> {
+    let room = this.#options.maxStepTokens;
+    const tokens: StepToken[] = [];
+    const rows: number[] = [];
+    const asked: Sequence[] = [];
+    const took = new Map<Sequence, number>();
+    const isAnswering = ({ ids, computed }: Sequence): boolean => ids.length - computed === 1;
+    const ordered = [...this.#running.filter(isAnswering), ...this.#running.filter((one) => !isAnswering(one))];
+    for (const sequence of ordered) {
+      const { ids, computed, place } = sequence;
+      if (!place) continue;
+      const count = Math.min(room, ids.length - computed);
+      if (count === 0) continue;
+      room -= count;
+      for (let at = computed; at < computed + count; at++)
+        tokens.push({ id: ids[at] as number, position: at, sequence: place.row, slot: place.slot });
+      took.set(sequence, count);
+      if (computed + count < ids.length) continue;
+      rows.push(tokens.length - 1);
+      asked.push(sequence);
+    }
+    const logits = await this.#step.run(tokens, rows);
+    this.#steps++;
+    for (const [sequence, count] of took) sequence.computed += count;
+    asked.forEach((sequence, i) => {
+      // One that was dropped meanwhile has no place any more.
+      if (sequence.place) this.#deliver(sequence, logits[i] as Float32Array);
+    });
+    if (rows.length === 0) await new Promise((done) => setTimeout(done)); // nothing was read back: let others run
+  }
+
+  #deliver(sequence: Sequence, logits: Float32Array): void {
+    const { ids, request, sampler, stream, limit, place } = sequence;
+    if (ids.length === request.promptIds.length && place)
+      this.#pool.remember(this.#rootOf(request.adapter), ids, place.lease.pages);
+    let token: SampledToken;
+    try {
+      token = sampler.next(logits, request.logprobs);
+    } catch (error) {
+      this.#end(sequence, error); // of its constraint: the others go on
+      return;
+    }
+    if (this.model.config.eosIds.includes(token.id)) {
+      this.#end(sequence);
+      return;
+    }
+    ids.push(token.id);
+    this.#generatedTokens++;
+    stream.push(token);
+    if (ids.length >= limit || request.constraint?.isDone) this.#end(sequence);
+  }
+
+  #end(sequence: Sequence, error?: unknown): void {
+    this.#drop(sequence);
+    sequence.stream.end(error);
+  }
+
+  /** Frees what it has. */
+  #drop(sequence: Sequence): void {
+    const { place, request, forget } = sequence;
+    forget();
+    for (const list of [this.#waiting, this.#running]) {
+      const at = list.indexOf(sequence);
+      if (at >= 0) list.splice(at, 1);
+    }
+    if (place) {
+      delete sequence.place;
+      const root = request.adapter === undefined ? "base" : this.#roots.get(request.adapter);
+      if (root && sequence.computed > 0)
+        this.#pool.remember(root, sequence.ids.slice(0, sequence.computed), place.lease.pages);
+      this.#pool.release(place.lease);
+      this.#rows.push(place.row);
+      if (place.slot >= 0) this.#adapters?.release(place.slot);
+    }
+    const { adapter } = request;
+    if (adapter !== undefined && !this.#isUsed(adapter)) for (const done of this.#leaving.get(adapter) ?? []) done();
+  }
+}
+
+/** Bytes of an engine's cache: see `EngineOptions`. */
+export function engineCacheBytes(model: Pick<PagedModel, "config">, options: EngineOptions = {}): number {
+  const { contextLength = model.config.contextLength, cacheFormat: format = "f32", pageTokens = 16 } = options;
+  const { cacheTokens = 4 * contextLength, maxRows = 32 } = options;
+  const tokens = Math.ceil(cacheTokens / pageTokens) * pageTokens;
+  return cacheBytes(model, { tokens, pageTokens, sequences: maxRows, contextLength, format });
+}
+
+/** Tokens on their way to who asked for them. */
+class TokenStream implements AsyncGenerator<SampledToken, void, undefined> {
+  readonly #tokens: SampledToken[] = [];
+  readonly #onReturn: () => void;
+  #isEnded = false;
+  #error: unknown;
+  #wake: (() => void) | undefined;
+
+  constructor(onReturn: () => void) {
+    this.#onReturn = onReturn;
+  }
+
+  push(token: SampledToken): void {
+    this.#tokens.push(token);
+    this.#wake?.();
+  }
+
+  end(error?: unknown): void {
+    if (this.#isEnded) return;
+    this.#isEnded = true;
+    this.#error = error;
+    this.#wake?.();
+  }
+
+  async next(): Promise<IteratorResult<SampledToken, void>> {
+    for (;;) {
+      const token = this.#tokens.shift();
+      if (token) return { value: token, done: false };
+      if (this.#isEnded) {
+        const error = this.#error;
+        this.#error = undefined;
+        if (error !== undefined) throw error;
+        return { value: undefined, done: true };
+      }
+      await new Promise<void>((wake) => {
+        this.#wake = wake;
+      });
+    }
+  }
+
+  async return(): Promise<IteratorResult<SampledToken, void>> {
+    this.#tokens.length = 0;
+    this.end();
+    this.#onReturn();
+    return { value: undefined, done: true };
+  }
+
+  async throw(error: unknown): Promise<IteratorResult<SampledToken, void>> {
+    await this.return();
+    throw error;
+  }
+
+  [Symbol.asyncIterator](): this {
+    return this;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.return();
+  }
+}

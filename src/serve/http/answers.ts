@@ -1,0 +1,141 @@
+/** Answers as OpenAI's JSON, whole or in chunks. */
+import type { Tokenizer } from "../../io/tokenizer.ts";
+import type { ScoredToken } from "../sampling.ts";
+import { type TextPiece, type TextToken, tokenText } from "../text.ts";
+
+/** What all parts of an answer begin with. */
+export interface AnswerHead {
+  readonly id: string;
+  /** Seconds since 1970. */
+  readonly created: number;
+  readonly model: string;
+  readonly system_fingerprint: string;
+}
+
+export interface Usage {
+  readonly prompt_tokens: number;
+  readonly completion_tokens: number;
+  readonly total_tokens: number;
+}
+
+/** How one of OpenAI's two endpoints writes an answer. */
+export interface AnswerStyle {
+  readonly idPrefix: string;
+  /** Values of `object`. */
+  readonly whole: string;
+  readonly chunk: string;
+  /** The answer in a choice: `text` whole. */
+  wholeText(text: string): object;
+  /** What a stream begins with, before there is text. */
+  readonly beginning: object | undefined;
+  /** More text in a choice of a chunk; none in the last. */
+  moreText(text: string | undefined): object;
+  logprobs(tokens: readonly TextToken[], texts: TokenTexts): object;
+}
+
+/** Texts of tokens, each made once. */
+export class TokenTexts {
+  readonly #tokenizer: Tokenizer;
+  readonly #texts = new Map<number, string>();
+
+  constructor(tokenizer: Tokenizer) {
+    this.#tokenizer = tokenizer;
+  }
+
+  of(id: number): string {
+    const text = this.#texts.get(id) ?? tokenText(this.#tokenizer, id);
+    this.#texts.set(id, text);
+    return text;
+  }
+}
+
+/** JSON has no −∞: OpenAI's value for it. */
+const finite = (logprob: number): number => Math.max(logprob, -9999);
+
+export const chatStyle: AnswerStyle = {
+  ...{ idPrefix: "chatcmpl-", whole: "chat.completion", chunk: "chat.completion.chunk" },
+  wholeText: (content) => ({ message: { role: "assistant", content, refusal: null } }),
+  beginning: { delta: { role: "assistant", content: "" } },
+  moreText: (content) => ({ delta: content === undefined ? {} : { content } }),
+  logprobs(tokens, texts) {
+    const scored = ({ id, logprob }: ScoredToken): object => {
+      const token = texts.of(id);
+      // A part of a character has bytes, but no tokenizer says which.
+      const bytes = token.includes("\ufffd") ? null : [...new TextEncoder().encode(token)];
+      return { token, logprob: finite(logprob), bytes };
+    };
+    return { content: tokens.map((one) => ({ ...scored(one), top_logprobs: one.top.map(scored) })), refusal: null };
+  },
+};
+
+export const completionStyle: AnswerStyle = {
+  ...{ idPrefix: "cmpl-", whole: "text_completion", chunk: "text_completion" },
+  wholeText: (text) => ({ text }),
+  beginning: undefined,
+  moreText: (text = "") => ({ text }),
+  logprobs: (tokens, texts) => ({
+    tokens: tokens.map(({ id }) => texts.of(id)),
+    token_logprobs: tokens.map(({ logprob }) => finite(logprob)),
+    top_logprobs: tokens.map(({ top }) =>
+      Object.fromEntries(top.map(({ id, logprob }) => [texts.of(id), finite(logprob)])),
+    ),
+    text_offset: tokens.map(({ offset }) => offset),
+  }),
+};
+
+export interface AnswerOptions {
+  readonly style: AnswerStyle;
+  readonly head: AnswerHead;
+  readonly promptTokens: number;
+  /** Of tokens, where log-probabilities are asked for. */
+  readonly texts: TokenTexts | undefined;
+}
+
+const usageOf = (promptTokens: number, count: number): Usage => ({
+  ...{ prompt_tokens: promptTokens, completion_tokens: count, total_tokens: promptTokens + count },
+});
+
+/** What of the tokens is in the text: not those of a stop. */
+const shown = (tokens: readonly TextToken[], length: number): TextToken[] =>
+  tokens.filter(({ offset }) => offset < length);
+
+/** The answer in one object. */
+export async function wholeAnswer(pieces: AsyncIterable<TextPiece>, options: AnswerOptions): Promise<object> {
+  const { style, head, promptTokens, texts } = options;
+  let text = "";
+  let reason: TextPiece["finishReason"];
+  const tokens: TextToken[] = [];
+  for await (const piece of pieces) {
+    text += piece.text;
+    tokens.push(...piece.tokens);
+    reason = piece.finishReason;
+  }
+  const logprobs = texts ? style.logprobs(shown(tokens, text.length), texts) : null;
+  const choice = { index: 0, ...style.wholeText(text), logprobs, finish_reason: reason };
+  return { object: style.whole, ...head, choices: [choice], usage: usageOf(promptTokens, tokens.length) };
+}
+
+/** The answer in chunks: with the text, then the reason of its end, then the counts where they are asked for. */
+export async function* answerChunks(
+  pieces: AsyncIterable<TextPiece>,
+  { style, head, promptTokens, texts, includeUsage }: AnswerOptions & { readonly includeUsage: boolean },
+): AsyncGenerator<object, void, undefined> {
+  const chunk = (choices: readonly object[], usage: Usage | null = null): object => ({
+    ...{ object: style.chunk, ...head, choices },
+    ...(includeUsage && { usage }),
+  });
+  const choice = (what: object, tokens: readonly TextToken[] = [], reason: string | null = null): object[] => {
+    const logprobs = texts && tokens.length > 0 ? style.logprobs(tokens, texts) : null;
+    return [{ index: 0, ...what, logprobs, finish_reason: reason }];
+  };
+  let [length, count, hasBegun] = [0, 0, false];
+  for await (const { text, tokens, finishReason } of pieces) {
+    if (!hasBegun && style.beginning) yield chunk(choice(style.beginning));
+    hasBegun = true;
+    length += text.length;
+    count += tokens.length;
+    if (text !== "") yield chunk(choice(style.moreText(text), shown(tokens, length)));
+    if (finishReason) yield chunk(choice(style.moreText(undefined), [], finishReason));
+  }
+  if (includeUsage) yield chunk([], usageOf(promptTokens, count));
+}

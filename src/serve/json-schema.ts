@@ -1,0 +1,389 @@
+/** The JSON texts that fit a JSON Schema (2020-12), as a grammar. */
+import { excerpt, isObject, type JsonObject } from "../io/json.ts";
+import { ShapeError } from "../tensor/errors.ts";
+import { ANY, alt, type Grammar, literal, minus, type Range, repeat, seq, set, TextState } from "./grammar.ts";
+import { patternGrammar } from "./pattern.ts";
+
+const ANNOTATIONS = ["$schema", "$comment", "$defs", "definitions", "title", "description", "default", "examples"];
+const MORE_ANNOTATIONS = ["deprecated", "readOnly", "writeOnly"];
+const APPLICATORS = ["$ref", "anyOf", "oneOf", "allOf", "enum", "const"];
+const RANGE = ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"];
+const CHECKS = [
+  ...["type", "properties", "required", "additionalProperties", "items", "prefixItems", "minItems", "maxItems"],
+  ...["minLength", "maxLength", "pattern", "format", ...RANGE],
+];
+const TYPES = ["object", "array", "string", "number", "integer", "boolean", "null"];
+const MOST_CHARACTERS = 200_000;
+const DEEPEST = 200;
+const LONGEST_NAME = 1000;
+
+const DATE = "\\d{4}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)";
+const TIME = "(?:[01]\\d|2[0-3]):[0-5]\\d:[0-5]\\d(?:\\.\\d{1,9})?(?:Z|[+-](?:[01]\\d|2[0-3]):[0-5]\\d)";
+/** Texts that are of the format for certain: 29 February, say, is left out. */
+const FORMATS: ReadonlyMap<unknown, string> = new Map([
+  ["date", `^${DATE}$`],
+  ["time", `^${TIME}$`],
+  ["date-time", `^${DATE}T${TIME}$`],
+  ["uuid", "^[\\da-f]{8}-[\\da-f]{4}-[\\da-f]{4}-[\\da-f]{4}-[\\da-f]{12}$"],
+]);
+
+const SPACE = repeat(literal(" "), 0, 1);
+const COMMA = seq(literal(","), SPACE);
+const COLON = seq(literal(":"), SPACE);
+const QUOTE = literal('"');
+/** Below 10²¹, and as many digits as JavaScript writes, so that no model goes on for ever; finite. */
+const NUMBER = patternGrammar(
+  "^-?(0|[1-9]\\d{0,20})(\\.\\d{1,23})?$|^-?\\d(\\.\\d{1,23})?[eE][+-]?(\\d{1,2}|[12]\\d\\d|30[0-7])$",
+);
+const INTEGER_DIGITS = 21;
+const CHARACTER = patternGrammar(
+  '^[^"\\\\\\x00-\\x1f]$|^\\\\["\\\\/bfnrt]$|^\\\\u([\\da-cefA-CEF][\\da-fA-F]{3}|[dD][0-7][\\da-fA-F]{2}|[dD][89abAB][\\da-fA-F]{2}\\\\u[dD][c-fC-F][\\da-fA-F]{2})$',
+);
+
+/** Characters that a string has only escaped. */
+const ESCAPED = [0x22, 0x5c, ...Array.from({ length: 0x20 }, (_, code) => code)];
+const single = (code: number): Range => [code, code];
+const escapeOf = (code: number): Grammar => literal(JSON.stringify(String.fromCharCode(code)).slice(1, -1));
+const ESCAPES = alt(...ESCAPED.map(escapeOf));
+
+/** A character of these, as JSON.stringify writes it. */
+function written(ranges: readonly Range[]): Grammar {
+  const plain = minus(ranges, ESCAPED.map(single));
+  const escaped = ESCAPED.filter((code) => ranges.some(([a, b]) => a <= code && code <= b));
+  return alt(set(plain), escaped.length === ESCAPED.length ? ESCAPES : alt(...escaped.map(escapeOf)));
+}
+const WRITTEN = written(ANY);
+
+/** Strings without quotes, other than these, which are given as code points. */
+function otherThan(texts: readonly (readonly number[])[]): Grammar {
+  if (texts.length === 0) return repeat(WRITTEN);
+  const isOne = texts.some((text) => text.length === 0);
+  const heads = [...new Set(texts.flatMap((text) => text.slice(0, 1)))];
+  const tails = (head: number): (readonly number[])[] =>
+    texts.filter((text) => text[0] === head).map((text) => text.slice(1));
+  return alt(
+    ...(isOne ? [] : [seq()]),
+    seq(written(minus(ANY, heads.map(single))), repeat(WRITTEN)),
+    ...heads.map((head) => seq(written([single(head)]), otherThan(tails(head)))),
+  );
+}
+
+/** One of these texts, which are all different: what they begin with alike is read once. */
+function oneOf(texts: readonly string[]): Grammar {
+  const [first = ""] = texts;
+  if (texts.length < 2) return texts.length === 0 ? alt() : literal(first);
+  let same = 0;
+  while (same < first.length && texts.every((text) => text[same] === first[same])) same++;
+  if (/[\ud800-\udbff]/.test(first[same - 1] ?? "")) same--; // a character is two of these
+  const headOf = (text: string): string => Array.from(text.slice(same, same + 2))[0] ?? "";
+  const tails = [...new Set(texts.map(headOf))].map((head) => {
+    const all = texts.filter((text) => headOf(text) === head).map((text) => text.slice(same + head.length));
+    return seq(literal(head), head === "" ? seq() : oneOf(all));
+  });
+  return seq(literal(first.slice(0, same)), alt(...tails));
+}
+
+interface Part {
+  readonly node: Grammar;
+  readonly isRequired: boolean;
+}
+
+interface Members {
+  readonly parts: readonly Part[];
+  /** What comes after the parts, so many times. */
+  readonly more: Grammar;
+  readonly least: number;
+  readonly most: number;
+}
+
+/** Parts in their order and more, with commas. A part that is left out ends an array, but not an object. */
+function members(open: string, close: string, { parts, more, least, most }: Members): Grammar {
+  const end = literal(close);
+  const next = seq(COMMA, more);
+  let after = seq(repeat(next, least, most), end);
+  let first =
+    most === 0
+      ? end
+      : alt(...(least === 0 ? [end] : []), seq(more, repeat(next, Math.max(0, least - 1), most - 1), end));
+  for (const { node, isRequired } of parts.toReversed()) {
+    const skipped = open === "[" ? [end, end] : [first, after];
+    first = alt(seq(node, after), ...(isRequired ? [] : skipped.slice(0, 1)));
+    after = alt(seq(COMMA, node, after), ...(isRequired ? [] : skipped.slice(1)));
+  }
+  return seq(literal(open), first);
+}
+
+/** Exactly this value. */
+function constant(value: unknown, path: string, depth: number = 0): Grammar {
+  if (depth > DEEPEST) refuse(path, `values must be at most ${DEEPEST} deep`);
+  const of = (one: unknown): Grammar => constant(one, path, depth + 1);
+  const none = { more: alt(), least: 0, most: 0 };
+  const required = (node: Grammar): Part => ({ node, isRequired: true });
+  if (Array.isArray(value)) return members("[", "]", { parts: value.map((one) => required(of(one))), ...none });
+  if (!isObject(value)) return literal(JSON.stringify(value));
+  const parts = Object.entries(value).map(([name, one]) => required(seq(key(name), of(one))));
+  return members("{", "}", { parts, ...none });
+}
+
+const key = (name: string): Grammar => seq(literal(JSON.stringify(name)), COLON);
+
+const typeOf = (value: unknown): readonly string[] => {
+  if (value === null) return ["null"];
+  if (Array.isArray(value)) return ["array"];
+  return Number.isInteger(value) ? ["integer", "number"] : [typeof value];
+};
+
+/** Digits from a to b, which are as many in both, as a pattern. */
+function between(a: string, b: string): string {
+  const [x = "", y = ""] = [a[0], b[0]];
+  const left = a.length - 1;
+  if (a === "") return "";
+  if (/^0*$/.test(a) && /^9*$/.test(b)) return `\\d{${a.length}}`;
+  if (x === y) return x + between(a.slice(1), b.slice(1));
+  const inner = Number(y) - Number(x) > 1 ? [`[${Number(x) + 1}-${Number(y) - 1}]\\d{${left}}`] : [];
+  const low = x + between(a.slice(1), "9".repeat(left));
+  return `(?:${[low, ...inner, y + between("0".repeat(left), b.slice(1))].join("|")})`;
+}
+
+/** Whole numbers from a ≥ 0 to b, as a pattern. */
+function naturals(a: bigint, b: bigint): string {
+  const [low, high] = [`${a}`, `${b}`];
+  if (low.length === high.length) return between(low, high);
+  const [n, m] = [low.length, high.length];
+  const inner = m - n > 1 ? [`[1-9]\\d{${n},${m - 2}}`] : [];
+  return [between(low, "9".repeat(n)), ...inner, between(`1${"0".repeat(m - 1)}`, high)].join("|");
+}
+
+/** Whole numbers from `low` to `high`. */
+function integers(low: number, high: number): Grammar {
+  const most = 10n ** BigInt(INTEGER_DIGITS) - 1n;
+  const clipped = (x: number): bigint => (Math.abs(x) < Number(most) ? BigInt(x) : x < 0 ? -most : most);
+  const [a, b] = [clipped(Math.ceil(low)), clipped(Math.floor(high))];
+  const options = [
+    ...(b >= 0n && b >= a ? [naturals(a > 0n ? a : 0n, b)] : []),
+    ...(a < 0n && b >= a ? [`-(?:${naturals(b < 0n ? -b : 1n, -a)})`] : []),
+  ];
+  return options.length === 0 ? alt() : patternGrammar(`^(?:${options.join("|")})$`);
+}
+
+class SchemaReader {
+  readonly #root: unknown;
+  /** By pointer; one that is being read already is known. */
+  readonly #known = new Map<string, Grammar>();
+  #depth = 0;
+
+  constructor(root: unknown) {
+    this.#root = root;
+  }
+
+  grammar(schema: unknown = this.#root, path = "#"): Grammar {
+    if (schema === false) return alt();
+    if (schema === true) return this.#shared("true", () => this.#plain({}, path));
+    if (!isObject(schema)) return refuse(path, "must be an object, true or false", schema);
+    if (++this.#depth > DEEPEST) refuse(path, `must be at most ${DEEPEST} deep`);
+    const keywords = Object.keys(schema).filter((name) => ![...ANNOTATIONS, ...MORE_ANNOTATIONS].includes(name));
+    const unknown = keywords.find((name) => ![...APPLICATORS, ...CHECKS].includes(name) && !isIdle(name, schema, path));
+    if (unknown !== undefined)
+      refuse(path, "must have keywords that can be kept to", unknown, ". Leave it out, and check the text afterwards");
+    const applicator = APPLICATORS.find((name) => keywords.includes(name));
+    const node = applicator ? this.#applied(applicator, keywords, schema, path) : this.#plain(schema, path);
+    this.#depth--;
+    return node;
+  }
+
+  #applied(keyword: string, keywords: readonly string[], schema: JsonObject, path: string): Grammar {
+    const isValue = keyword === "enum" || keyword === "const";
+    const other = keywords.find(
+      (name) => name !== keyword && !isIdle(name, schema, path) && !(isValue && name === "type"),
+    );
+    if (other !== undefined) refuse(path, `${keyword} must be without other keywords that check`, other);
+    const value = schema[keyword];
+    if (keyword === "$ref") return this.#referred(value, path);
+    const values = keyword === "const" ? [value] : list(value, `${path}/${keyword}`);
+    if (isValue) {
+      const types = typesOf(schema, path);
+      const fitting = values.filter((one) => typeOf(one).some((type) => types.includes(type)));
+      const [simple, others] = [fitting.filter((one) => !isNested(one)), fitting.filter(isNested)];
+      return alt(
+        oneOf([...new Set(simple.map((one) => JSON.stringify(one)))]),
+        ...others.map((one) => constant(one, path)),
+      );
+    }
+    if (keyword === "allOf" && values.length !== 1) refuse(path, "allOf must have one schema", values.length);
+    return alt(...values.map((one, i) => this.grammar(one, `${path}/${keyword}/${i}`)));
+  }
+
+  #referred(pointer: unknown, path: string): Grammar {
+    if (typeof pointer !== "string" || !/^#(\/|$)/.test(pointer))
+      return refuse(path, "$ref must begin with #/, a place in this schema", pointer);
+    let target = this.#root;
+    for (const part of pointer.split("/").slice(1)) {
+      const name = unescaped(part);
+      const isThere = typeof target === "object" && target !== null && Object.hasOwn(target, name);
+      if (!isThere) refuse(path, "$ref must be of a place that is there", pointer);
+      target = (target as JsonObject)[name];
+    }
+    return this.#shared(pointer, () => this.grammar(target, pointer));
+  }
+
+  #shared(name: string, read: () => Grammar): Grammar {
+    const known = this.#known.get(name);
+    if (known) return known;
+    const node = alt();
+    this.#known.set(name, node);
+    node.options.push(read());
+    return node;
+  }
+
+  #plain(schema: JsonObject, path: string): Grammar {
+    const types = typesOf(schema, path);
+    const ranged = RANGE.find((name) => Object.hasOwn(schema, name));
+    if (ranged !== undefined && types.includes("number"))
+      refuse(path, `${ranged} must be with the type "integer"`, schema.type ?? "no type");
+    const readers: Readonly<Record<string, () => Grammar>> = {
+      object: () => this.#object(schema, path),
+      array: () => this.#array(schema, path),
+      string: () => seq(QUOTE, characters(schema, path), QUOTE),
+      number: () => NUMBER,
+      integer: () => integers(...limits(schema, path)),
+      boolean: () => oneOf(["true", "false"]),
+      null: () => literal("null"),
+    };
+    const needed = types.includes("number") ? types.filter((type) => type !== "integer") : types;
+    return alt(...needed.map((type) => readers[type]?.() ?? alt()));
+  }
+
+  #object(schema: JsonObject, path: string): Grammar {
+    const { properties = {}, additionalProperties } = schema;
+    if (!isObject(properties)) return refuse(path, "properties must be an object", properties);
+    const required = new Set(list(schema.required ?? [], `${path}/required`).map(String));
+    const names = [...new Set([...Object.keys(properties), ...required])];
+    const long = names.find((name) => name.length > LONGEST_NAME);
+    if (long !== undefined) refuse(path, `names must have at most ${LONGEST_NAME} characters`, long);
+    const at = `${path}/additionalProperties`;
+    const isOpen = !Object.hasOwn(schema, "properties");
+    const parts = names.map((name) => ({
+      isRequired: required.has(name),
+      node: seq(
+        key(name),
+        Object.hasOwn(properties, name)
+          ? this.grammar(properties[name], `${path}/properties/${name}`)
+          : this.grammar(additionalProperties ?? true, at),
+      ),
+    }));
+    const value = this.grammar(additionalProperties ?? isOpen, at);
+    const other = otherThan(names.map((name) => Array.from(name, (c) => c.codePointAt(0) as number)));
+    const more = seq(QUOTE, other, QUOTE, COLON, value);
+    return members("{", "}", { parts, more, least: 0, most: Number.POSITIVE_INFINITY });
+  }
+
+  #array(schema: JsonObject, path: string): Grammar {
+    const [least, most] = [count(schema, "minItems", path, 0), count(schema, "maxItems", path)];
+    const all = list(schema.prefixItems ?? [], `${path}/prefixItems`);
+    const parts = all.map((one, i) => ({
+      isRequired: i < least,
+      node: this.grammar(one, `${path}/prefixItems/${i}`),
+    }));
+    if (most < least) return alt();
+    const more = this.grammar(schema.items ?? true, `${path}/items`);
+    return members("[", "]", {
+      ...{ parts: parts.slice(0, most), more },
+      ...{ least: Math.max(0, least - parts.length), most: Math.max(0, most - parts.length) },
+    });
+  }
+}
+
+/** What is between the quotes. */
+function characters(schema: JsonObject, path: string): Grammar {
+  const { pattern, format } = schema;
+  const [least, most] = [count(schema, "minLength", path, 0), count(schema, "maxLength", path)];
+  const checks = ["pattern", "format", "minLength", "maxLength"].filter((name) => Object.hasOwn(schema, name));
+  if (checks.length > 1 && (pattern !== undefined || format !== undefined))
+    refuse(path, "pattern and format must be alone", checks.join(" with "));
+  if (format !== undefined && !FORMATS.has(format))
+    refuse(path, `format must be one of ${[...FORMATS.keys()].join(", ")}`, format);
+  const found = pattern ?? FORMATS.get(format);
+  if (found === undefined) return repeat(CHARACTER, least, most);
+  if (typeof found !== "string") return refuse(path, "pattern must be a text", found);
+  try {
+    return patternGrammar(found, written);
+  } catch (error) {
+    throw error instanceof ShapeError ? new ShapeError(`json schema: at ${shown(path)}: ${error.message}`) : error;
+  }
+}
+
+function typesOf({ type }: JsonObject, path: string): readonly string[] {
+  if (type === undefined) return TYPES;
+  const types = Array.isArray(type) ? type : [type];
+  const bad = types.find((one) => !TYPES.includes(one));
+  if (bad !== undefined) refuse(path, `type must be of ${TYPES.join(", ")}`, bad);
+  return types;
+}
+
+function limits(schema: JsonObject, path: string): [low: number, high: number] {
+  const [least, most, above, below] = RANGE.map((name) => {
+    const value = schema[name];
+    if (value !== undefined && typeof value !== "number") refuse(path, `${name} must be a number`, value);
+    return value as number | undefined;
+  });
+  const infinite = Number.POSITIVE_INFINITY;
+  return [
+    Math.max(least ?? -infinite, above === undefined ? -infinite : Math.floor(above) + 1),
+    Math.min(most ?? infinite, below === undefined ? infinite : Math.ceil(below) - 1),
+  ];
+}
+
+function count(schema: JsonObject, name: string, path: string, preset = Number.POSITIVE_INFINITY): number {
+  const value = schema[name];
+  if (value === undefined) return preset;
+  if (!Number.isInteger(value) || (value as number) < 0)
+    refuse(path, `${name} must be a whole number of at least 0`, value);
+  return value as number;
+}
+
+const list = (value: unknown, path: string): readonly unknown[] =>
+  Array.isArray(value) ? value : refuse(path, "must be a list", value);
+
+const isNested = (value: unknown): boolean => typeof value === "object" && value !== null;
+
+/** Whether a keyword says nothing. */
+const isIdle = (name: string, { [name]: value }: JsonObject, path: string): boolean =>
+  (name === "uniqueItems" && value === false) || (name === "$id" && path === "#");
+
+const unescaped = (part: string): string => {
+  try {
+    return decodeURIComponent(part).replaceAll("~1", "/").replaceAll("~0", "~");
+  } catch {
+    return part;
+  }
+};
+
+const shown = (path: string): string => (path.length > 100 ? `${path.slice(0, 97)}...` : path);
+
+function refuse(path: string, rule: string, value?: unknown, wayOut = ""): never {
+  const got = value === undefined ? "" : `, got ${excerpt(JSON.stringify(value))}`;
+  throw new ShapeError(`json schema: at ${shown(path)}: ${rule}${got}${wayOut}`);
+}
+
+/**
+ * The start of any JSON text that fits the schema: compact, at most one space at the start and after `:` and `,`. Every text that can be gone through
+ * fits; the other way round, of the texts that fit these are left out: properties in another order than the schema's; properties that it does
+ * not list, where it lists some and says nothing of `additionalProperties`; names, and strings with a `pattern`, with escapes that need not be;
+ * numbers of 10²¹ and above but as 1e21, and of more digits than JavaScript writes. oneOf is taken as anyOf. What is checked of lengths is code points.
+ *
+ * Throws ShapeError, with the place, for a keyword that it cannot keep to, and where no text fits or the schema is too large.
+ */
+export function jsonMachine(schema: unknown): TextState {
+  let json: string | undefined;
+  try {
+    json = JSON.stringify(schema);
+  } catch (error) {
+    throw new ShapeError(`json schema: must be JSON, and not too deep, got ${String(error)}`);
+  }
+  if (json === undefined) throw new ShapeError(`json schema: must be JSON, got ${String(schema)}`);
+  if (json.length > MOST_CHARACTERS)
+    throw new ShapeError(`json schema: must have at most ${MOST_CHARACTERS} characters, got ${json.length}`);
+  const start = TextState.of(seq(SPACE, new SchemaReader(JSON.parse(json)).grammar()));
+  if (!start) throw new ShapeError("json schema: must have a text that fits it, got one that none fits");
+  return start;
+}

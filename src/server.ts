@@ -1,0 +1,6 @@
+/** `lowrank/server`: OpenAI's endpoints over an engine, as a function from Request to Response. */
+export type { Engine, EngineStats, GenerationRequest } from "./serve/engine-types.ts";
+export { QueueFull } from "./serve/errors.ts";
+export { type FindAdapter, isAdapterName } from "./serve/http/adapters.ts";
+export { type App, type AppOptions, createApp, type ServeLimits } from "./serve/http/app.ts";
+export { type TextOptions, type TextPiece, type TextToken, textOf } from "./serve/text.ts";

@@ -1,0 +1,187 @@
+// Keys and values in pages: what is written where, and attention over them against the twin of a plain row.
+import { afterEach, beforeEach, describe, expect, test } from "vitest";
+import { type PagedAttentionOptions, pagedAttention, pagedWrite } from "../../src/kernels/paged.ts";
+import { ShapeError } from "../../src/tensor/errors.ts";
+import { Random } from "../../src/tensor/random.ts";
+import { empty, read, tensor } from "../../src/tensor/tensor.ts";
+import { expectClose, freshSeed, type Nd, nd, randomNd, testGpu, upload } from "../harness.ts";
+import { attentionTwin } from "../reference/model-ops.ts";
+
+interface Case extends PagedAttentionOptions {
+  readonly page: number;
+  readonly H: number;
+  readonly G: number;
+  readonly D: number;
+  /** Of each sequence: tokens that are in the cache before, and those of this batch. */
+  readonly sequences: readonly (readonly [before: number, now: number])[];
+  readonly half?: boolean;
+}
+
+const shuffled = (n: number, random: Random): number[] => {
+  const all = Array.from({ length: n }, (_, i) => i);
+  for (let i = n - 1; i > 0; i--) {
+    const j = random.below(i + 1);
+    [all[i], all[j]] = [all[j] as number, all[i] as number];
+  }
+  return all;
+};
+
+const toHalf = (x: number): number => Math.fround(Math.round(x * 64) / 64);
+
+/** Writes in two batches, pages in random places, a token of no sequence between; each sequence against the twin of it alone. */
+async function check({ page, H, G, D, sequences, half = false, ...options }: Case): Promise<void> {
+  const gpu = await testGpu();
+  const seed = freshSeed();
+  const random = new Random(seed);
+  const scale = options.scale ?? 1 / Math.sqrt(D);
+  const most = Math.max(...sequences.map(([before, now]) => Math.ceil((before + now) / page)));
+  const P = sequences.length * most + 1;
+  const free = shuffled(P, random);
+  const tables = Int32Array.from({ length: sequences.length * most }, (_, i) => free[i] ?? 0);
+  // In f16 the values are such that it holds them exactly.
+  const values = (shape: readonly number[]): Nd => {
+    const made = randomNd(shape, random);
+    return half ? nd(shape, made.data.map(toHalf)) : made;
+  };
+  const rows = sequences.map(([before, now]) => ({
+    before,
+    now,
+    q: values([1, now, H, D]),
+    k: values([1, before + now, G, D]),
+    v: values([1, before + now, G, D]),
+  }));
+  const [k, v] = [0, 1].map(() =>
+    half ? empty(gpu, [P, page, G, D / 2], "test", "i32") : empty(gpu, [P, page, G, D], "test"),
+  );
+  if (!k || !v) throw new Error("unreachable");
+  const ints = (list: readonly number[]) => tensor(gpu, Int32Array.from(list), [list.length]);
+  const batch = (part: "before" | "now") => {
+    const tokens = rows.flatMap((row, s) => {
+      const start = part === "before" ? 0 : row.before;
+      return Array.from({ length: row[part] }, (_, i) => ({ s, at: start + i }));
+    });
+    const all = [...tokens, { s: -1, at: 0 }];
+    const take = (name: "k" | "v"): Nd => {
+      const data = all.flatMap(({ s, at }) =>
+        Array.from({ length: G * D }, (_, e) => (s < 0 ? 9 : (rows[s]?.[name].data[at * G * D + e] ?? 0))),
+      );
+      return nd([all.length, G, D], data);
+    };
+    const places = {
+      sequences: ints(all.map(({ s }) => s)),
+      positions: ints(all.map(({ at }) => at)),
+      tables: tensor(gpu, tables, [sequences.length, most]),
+    };
+    pagedWrite(upload(gpu, take("k")), upload(gpu, take("v")), { k, v }, places);
+    return places;
+  };
+  batch("before");
+  const places = batch("now");
+  const q = nd(
+    [rows.reduce((sum, { now }) => sum + now, 1), H, D],
+    [...rows.flatMap((row) => [...row.q.data]), ...Array.from({ length: H * D }, () => 1)],
+  );
+  const o = await read(pagedAttention(upload(gpu, q), { k, v }, places, { ...options, scale }));
+  const expected = rows.flatMap((row) => [
+    ...attentionTwin(row.q, row.k, row.v, scale, row.before + row.now, {
+      ...(options.window !== undefined && { window: options.window }),
+      ...(options.softCap !== undefined && { softCap: options.softCap }),
+    }).data,
+  ]);
+  expectClose(o, [...expected, ...Array.from({ length: H * D }, () => 0)], 1e-5, `o (seed ${seed})`);
+}
+
+const BATCHES: readonly Case["sequences"][] = [
+  [[0, 1]],
+  [[7, 1]],
+  [
+    [0, 5],
+    [16, 1],
+    [3, 9],
+  ],
+  [
+    [31, 1],
+    [0, 33],
+    [1, 1],
+    [129, 2],
+  ],
+];
+
+describe.each([true, false])("as where isSoftware is %s", (isSoftware) => {
+  let before: boolean;
+  beforeEach(async () => {
+    const gpu = await testGpu();
+    before = gpu.isSoftware;
+    Object.assign(gpu, { isSoftware });
+  });
+  afterEach(async () => {
+    Object.assign(await testGpu(), { isSoftware: before });
+  });
+
+  test("attention over pages equals attention over each sequence alone, for prefill and decoding in one batch", async () => {
+    for (const page of [1, 4, 16])
+      for (const sequences of BATCHES)
+        for (const [H, G, D] of [
+          [1, 1, 4],
+          [4, 2, 8],
+          [3, 1, 20],
+        ] as const)
+          await check({ page, H, G, D, sequences });
+  });
+
+  test("a window, a cap and a scale do what they do to a plain row", async () => {
+    for (const sequences of BATCHES)
+      for (const options of [{ window: 1 }, { window: 6 }, { softCap: 2 }, { window: 5, softCap: 3, scale: 0.7 }])
+        await check({ page: 4, H: 2, G: 1, D: 8, sequences, ...options });
+  });
+
+  test("pages in f16 give what f16 holds", async () => {
+    for (const sequences of BATCHES) await check({ page: 8, H: 4, G: 2, D: 8, sequences, half: true });
+  });
+});
+
+test("f16 pages round to nearest, ties to even", async () => {
+  const gpu = await testGpu();
+  const keys = tensor(gpu, [1 + 2 ** -11, 1 + 3 * 2 ** -11, 65519, -1e-8], [1, 1, 4]);
+  const [k, v] = [empty(gpu, [1, 1, 1, 2], "test", "i32"), empty(gpu, [1, 1, 1, 2], "test", "i32")];
+  const zero = tensor(gpu, Int32Array.of(0), [1]);
+  pagedWrite(keys, keys, { k, v }, { sequences: zero, positions: zero, tables: tensor(gpu, Int32Array.of(0), [1, 1]) });
+  const [bytes = new ArrayBuffer(0)] = await gpu.read([k]);
+  const words = [...new Uint32Array(bytes)].map((word) => word.toString(16).padStart(8, "0"));
+  expect(words).toEqual(["3c023c00", "80007bff"]);
+});
+
+test("shapes that do not fit are refused, with the rule and what came", async () => {
+  const gpu = await testGpu();
+  const ids = tensor(gpu, Int32Array.of(0), [1]);
+  const tokens = { sequences: ids, positions: ids, tables: tensor(gpu, Int32Array.of(0), [1, 1]) };
+  const pages = (page: number, D = 4) => {
+    const k = empty(gpu, [1, page, 1, D], "test");
+    return { k, v: k };
+  };
+  const refused = (run: () => unknown, message: string): void => expect(run).toThrow(new ShapeError(message));
+  const q = empty(gpu, [1, 1, 4], "test");
+  refused(
+    () => pagedAttention(empty(gpu, [1, 1, 6], "test"), pages(4, 6), tokens),
+    "pagedAttention: D must be a multiple of 4, got 6",
+  );
+  refused(
+    () => pagedAttention(q, pages(3), tokens),
+    "pagedAttention: a page must hold a power of two of tokens, got 3",
+  );
+  refused(
+    () => pagedWrite(q, q, pages(4), { ...tokens, sequences: tensor(gpu, Int32Array.of(0, 0), [2]) }),
+    "pagedWrite: sequences must be [T] = [1], got [2]",
+  );
+  refused(() => pagedWrite(q, q, pages(4), { ...tokens, tables: ids }), "pagedWrite: tables must be [S,most], got [1]");
+  refused(
+    () => pagedAttention(q, pages(4), tokens, { window: 0 }),
+    "pagedAttention: window must be a whole number of keys from 1 on, got 0",
+  );
+  refused(() => pagedAttention(q, pages(4), tokens, { softCap: 0 }), "pagedAttention: softCap must be above 0, got 0");
+  const two = empty(gpu, [1, 4, 2, 4], "test");
+  refused(
+    () => pagedAttention(empty(gpu, [1, 3, 4], "test"), { k: two, v: two }, tokens),
+    "pagedAttention: query heads must be a multiple of key heads, got 3 and 2",
+  );
+});

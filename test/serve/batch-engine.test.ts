@@ -1,0 +1,257 @@
+// Generation for many: what each gets is what it would get alone, whoever else is there.
+import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { diskDirectory } from "../../src/io/files.ts";
+import { loadModel } from "../../src/models/load.ts";
+import { BatchEngine, type EngineOptions } from "../../src/serve/batch-engine.ts";
+import type { GenerationRequest } from "../../src/serve/engine-types.ts";
+import { QueueFull } from "../../src/serve/errors.ts";
+import { generate, generateTokens } from "../../src/serve/generate.ts";
+import { ShapeError } from "../../src/tensor/errors.ts";
+import { Random } from "../../src/tensor/random.ts";
+import { testGpu } from "../harness.ts";
+
+type Model = Awaited<ReturnType<typeof loadModel>>;
+let model: Model;
+beforeAll(async () => {
+  model = await loadModel(await testGpu(), diskDirectory("test/golden/llama-default"));
+});
+afterAll(() => model.destroy());
+
+async function withEngine<T>(options: EngineOptions, run: (engine: BatchEngine) => Promise<T>): Promise<T> {
+  const before = model.gpu.counters();
+  const engine = new BatchEngine(model, options);
+  try {
+    return await run(engine);
+  } finally {
+    await engine.close();
+    expect(engine.stats()).toMatchObject({ running: 0, waiting: 0, kvPagesUsed: 0 });
+    expect(model.gpu.counters().buffersLive, "all is given back").toBe(before.buffersLive);
+    expect(model.gpu.counters().bytesLive).toBe(before.bytesLive);
+  }
+}
+
+async function idsOf(engine: BatchEngine, request: GenerationRequest): Promise<number[]> {
+  const ids: number[] = [];
+  for await (const { id } of engine.generate(request)) ids.push(id);
+  return ids;
+}
+
+async function alone(request: GenerationRequest): Promise<number[]> {
+  const ids: number[] = [];
+  for await (const id of generate(model, request)) ids.push(id);
+  return ids;
+}
+
+const random = new Random(5);
+const promptOf = (length: number): number[] => Array.from({ length }, () => random.below(model.config.vocabSize));
+
+/** The answer goes on to its last token. */
+const noEnd = (): Map<number, number> => new Map(model.config.eosIds.map((id) => [id, -1e9]));
+
+describe("many at once", () => {
+  test("each greedy answer is the one it has alone, with pages and chunks of any size", async () => {
+    const requests = [1, 2, 7, 16, 17, 31, 40, 5, 3, 12].map((length) => ({
+      promptIds: promptOf(length),
+      maxTokens: 1 + random.below(20),
+    }));
+    const expected: number[][] = [];
+    for (const request of requests) expected.push(await alone(request));
+    for (const options of [
+      {},
+      { pageTokens: 1, maxRows: 3, maxStepTokens: 5 },
+      { pageTokens: 4, maxRows: 10, maxStepTokens: 11, cacheTokens: 120 },
+    ])
+      await withEngine(options, async (engine) => {
+        expect(await Promise.all(requests.map((request) => idsOf(engine, request)))).toEqual(expected);
+        // Again, with what was kept of the prompts.
+        expect(await Promise.all(requests.map((request) => idsOf(engine, request)))).toEqual(expected);
+      });
+  });
+
+  test("drawn answers and log-probabilities are those of the request alone", async () => {
+    const request = { promptIds: promptOf(6), maxTokens: 12, temperature: 0.9, topK: 9, seed: 7, logprobs: 3 };
+    const expected: unknown[] = [];
+    for await (const token of generateTokens(model, request))
+      expected.push(
+        token.id,
+        token.top.map(({ id }) => id),
+      );
+    await withEngine({}, async (engine) => {
+      const others = Array.from({ length: 5 }, () => idsOf(engine, { promptIds: promptOf(9), maxTokens: 15 }));
+      const found: unknown[] = [];
+      for await (const token of engine.generate(request))
+        found.push(
+          token.id,
+          token.top.map(({ id }) => id),
+        );
+      await Promise.all(others);
+      expect(found).toEqual(expected);
+    });
+  });
+
+  test("in f16 a cache has half the bytes and the first tokens are the same", async () => {
+    const request = { promptIds: promptOf(20), maxTokens: 4 };
+    const expected = await alone(request);
+    const bytes: number[] = [];
+    for (const cacheFormat of ["f32", "f16"] as const)
+      await withEngine({ cacheFormat }, async (engine) => {
+        bytes.push(model.gpu.counters().bytesLive);
+        expect(await idsOf(engine, request)).toEqual(expected);
+      });
+    const { layers, kvHeads, headDim, contextLength } = model.config;
+    expect((bytes[0] ?? 0) - (bytes[1] ?? 0)).toBe(2 * layers * kvHeads * headDim * 2 * 4 * contextLength);
+  });
+
+  test("requests join while others are answered, and leave", async () => {
+    await withEngine({ maxRows: 4 }, async (engine) => {
+      const first = engine.generate({ promptIds: promptOf(4), maxTokens: 30, logitBias: noEnd() });
+      await first.next();
+      const second = engine.generate({ promptIds: promptOf(4), maxTokens: 2, logitBias: noEnd() });
+      let between = 0;
+      const done = (async () => {
+        for await (const _ of second) between++;
+      })();
+      let rest = 1;
+      for await (const _ of first) {
+        rest++;
+        if (between === 2) expect(engine.stats().running).toBeLessThanOrEqual(1);
+      }
+      await done;
+      expect([between, rest]).toEqual([2, 30]);
+      expect(engine.stats().steps).toBeLessThan(34);
+    });
+  });
+});
+
+describe("memory", () => {
+  test("a prompt that begins as one before is not computed again", async () => {
+    await withEngine({ pageTokens: 4 }, async (engine) => {
+      const system = promptOf(33);
+      const ask = (end: number): Promise<number[]> => idsOf(engine, { promptIds: [...system, end], maxTokens: 3 });
+      const first = await ask(5);
+      expect(engine.stats()).toMatchObject({ promptTokens: 34, cachedPromptTokens: 0 });
+      await ask(6);
+      expect(engine.stats()).toMatchObject({ promptTokens: 68, cachedPromptTokens: 32 });
+      expect(await ask(5)).toEqual(first);
+    });
+  });
+
+  test("a request waits until pages are free, and what can never fit is refused", async () => {
+    await withEngine({ pageTokens: 4, cacheTokens: 24, contextLength: 40 }, async (engine) => {
+      const all = [0, 1, 2].map(() => idsOf(engine, { promptIds: promptOf(10), maxTokens: 8, logitBias: noEnd() }));
+      expect(engine.stats().waiting).toBe(3);
+      await new Promise((done) => setTimeout(done));
+      expect(engine.stats()).toMatchObject({ running: 1, waiting: 2, kvPagesUsed: 5 });
+      expect((await Promise.all(all)).map(({ length }) => length)).toEqual([8, 8, 8]);
+      expect(() => engine.generate({ promptIds: promptOf(20), maxTokens: 10 })).toThrow(
+        new ShapeError(
+          "generate: prompt and answer must fit into the cache of 24 tokens, got 30. Ask for fewer, or give the engine more cacheTokens",
+        ),
+      );
+    });
+  });
+
+  test("old prefixes make way, and answers stay right", async () => {
+    await withEngine({ pageTokens: 2, cacheTokens: 48 }, async (engine) => {
+      for (let i = 0; i < 12; i++) {
+        const request = { promptIds: promptOf(17), maxTokens: 5 };
+        expect(await idsOf(engine, request)).toEqual(await alone(request));
+      }
+    });
+  });
+
+  test("who leaves early frees everything at once, waiting or running", async () => {
+    await withEngine({ maxRows: 1, maxStepTokens: 8 }, async (engine) => {
+      const stop = new AbortController();
+      const running = engine.generate({
+        promptIds: promptOf(5),
+        maxTokens: 40,
+        logitBias: noEnd(),
+        signal: stop.signal,
+      });
+      const waiting = engine.generate({ promptIds: promptOf(5), maxTokens: 40, logitBias: noEnd() });
+      await running.next();
+      expect(engine.stats()).toMatchObject({ running: 1, waiting: 1 });
+      await waiting.return();
+      expect(engine.stats()).toMatchObject({ running: 1, waiting: 0 });
+      stop.abort();
+      expect(engine.stats()).toMatchObject({ running: 0, waiting: 0, kvPagesUsed: 0 });
+      let rest = 0;
+      for await (const _ of running) rest++;
+      expect(rest, "what was sampled before it left").toBeLessThanOrEqual(1);
+    });
+  });
+});
+
+test("requests that cannot be are refused with the rule and the value", async () => {
+  await withEngine({ maxWaiting: 1, contextLength: 32 }, async (engine) => {
+    const refused = (request: Partial<GenerationRequest>, message: string): void =>
+      expect(() => engine.generate({ promptIds: [1], maxTokens: 1, ...request })).toThrow(new ShapeError(message));
+    refused({ promptIds: [] }, "generate: the prompt must have at least one token, got none");
+    refused({ promptIds: promptOf(32) }, "generate: the prompt must be shorter than the context of 32 tokens, got 32");
+    refused({ promptIds: [-1] }, `generate: ids must be in [0, ${model.config.vocabSize}), got -1`);
+    refused({ maxTokens: -1 }, "generate: maxTokens must be a whole number of at least 0, got -1");
+    refused({ adapter: "x" }, 'generate: the adapter must be one of none, got "x"');
+    refused({ temperature: -1 }, "generate: temperature must be a number of at least 0, got -1");
+    const one = idsOf(engine, { promptIds: [1], maxTokens: 1 });
+    expect(() => engine.generate({ promptIds: [1], maxTokens: 1 })).toThrow(
+      new QueueFull("generate: at most 1 requests may wait, got one more. Try again later"),
+    );
+    await one;
+    expect(await idsOf(engine, { promptIds: [1], maxTokens: 0 })).toEqual([]);
+  });
+  expect(() => new BatchEngine(model, { maxRows: 9, maxStepTokens: 8 })).toThrow(
+    new ShapeError("BatchEngine: maxStepTokens must be at least maxRows = 9, got 8: each row takes a token of a step"),
+  );
+  expect(() => new BatchEngine(model, { pageTokens: 3 })).toThrow(
+    new ShapeError("cache: pageTokens must be a power of two, got 3"),
+  );
+  const closed = new BatchEngine(model);
+  await closed.close();
+  expect(() => closed.generate({ promptIds: [1], maxTokens: 1 })).toThrow(
+    new ShapeError("generate: the engine must be open, got one that was closed"),
+  );
+});
+
+test.each(["gemma2", "gemma3", "gpt2", "granite", "mistral", "olmo2", "phi3", "qwen2-window", "qwen3", "smollm3"])(
+  "a %s in pages gives what it gives alone",
+  async (name) => {
+    const other = await loadModel(await testGpu(), diskDirectory(`test/golden/models/${name}`));
+    const engine = new BatchEngine(other, { pageTokens: 4, maxStepTokens: 40 });
+    const requests = [3, 20, 33].map((length) => ({
+      promptIds: Array.from({ length }, () => random.below(other.config.vocabSize)),
+      maxTokens: 8,
+    }));
+    const found = await Promise.all(requests.map((request) => idsOf(engine, request)));
+    for (const [i, request] of requests.entries()) {
+      const ids: number[] = [];
+      for await (const id of generate(other, request)) ids.push(id);
+      expect(found[i]).toEqual(ids);
+    }
+    await engine.close();
+    other.destroy();
+  },
+);
+
+test("angles that change as a sequence grows are refused, and taken where the context is short", async () => {
+  const other = await loadModel(await testGpu(), diskDirectory("test/golden/models/llama-dynamic"));
+  const ask = async (contextLength: number): Promise<number[]> => {
+    const engine = new BatchEngine(other, { contextLength });
+    try {
+      return await idsOf(engine, { promptIds: [1, 2, 3], maxTokens: 4 });
+    } finally {
+      await engine.close();
+    }
+  };
+  const before = other.gpu.counters().bytesLive;
+  expect(() => new BatchEngine(other)).toThrow(
+    new ShapeError(
+      'hidden: angles of "dynamic" RoPE change as a sequence grows past 16 tokens, which pages do not follow, got a context of 32. Limit it to 16',
+    ),
+  );
+  expect(other.gpu.counters().bytesLive, "nothing is left of it").toBe(before);
+  const ids: number[] = [];
+  for await (const id of generate(other, { promptIds: [1, 2, 3], maxTokens: 4 })) ids.push(id);
+  expect(await ask(16)).toEqual(ids);
+  other.destroy();
+});
