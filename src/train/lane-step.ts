@@ -31,6 +31,8 @@ export interface LaneStepOptions {
   readonly shared: SharesBase;
   /** In the order of the adapters. */
   readonly lanes: readonly LaneSettings[];
+  /** Of all lanes: see `LanguageSettings`. */
+  readonly labelSmoothing?: number | undefined;
   /** See `TrainingStepOptions`. */
   readonly eager?: boolean;
 }
@@ -70,12 +72,13 @@ export class LaneStep {
   readonly #gpu: Gpu;
   readonly #model: LanguageModel;
   readonly #shared: SharesBase;
+  readonly #labelSmoothing: number | undefined;
   readonly #eager: boolean;
   readonly #lanes: readonly Lane[];
   readonly #replay: Replay<Batches, LaneInputs>;
 
   /** Throws ShapeError unless there are settings for each adapter. */
-  constructor({ model, shared, lanes, eager = false }: LaneStepOptions) {
+  constructor({ model, shared, lanes, labelSmoothing, eager = false }: LaneStepOptions) {
     if (lanes.length !== shared.adapters.length)
       throw new ShapeError(
         `LaneStep: each adapter needs settings, got ${lanes.length} for ${shared.adapters.length} adapters`,
@@ -83,6 +86,7 @@ export class LaneStep {
     this.#gpu = model.gpu;
     this.#model = model;
     this.#shared = shared;
+    this.#labelSmoothing = labelSmoothing;
     this.#eager = eager;
     this.#lanes = lanes.map(({ parameters, ...settings }, i) => ({
       optimizer: new AdamW(parameters ?? shared.adapters[i]?.parameters ?? [], settings),
@@ -171,7 +175,7 @@ export class LaneStep {
   /** Losses and gradients are sums over the targets: a lane's are multiplied by its own scale afterwards. */
   #encode({ inputs, rows, targets }: LaneInputs): void {
     const { gradients, losses } = this.#shared.during(rows, () => {
-      const sums = batchLosses(this.#model, inputs, 1);
+      const sums = batchLosses(this.#model, inputs, 1, { labelSmoothing: this.#labelSmoothing });
       return { gradients: backward(sums.loss), losses: view(sums.losses, [1, sums.losses.size]) };
     });
     let end = 0;
