@@ -43,7 +43,7 @@ export {
   type TensorToWrite,
 } from "./io/safetensors.ts";
 export { type DropoutKey, dropout } from "./kernels/dropout.ts";
-export type { Head } from "./kernels/linear-cross-entropy.ts";
+export type { CrossEntropyOptions, Head } from "./kernels/linear-cross-entropy.ts";
 export type { Layout } from "./kernels/matmul.ts";
 export { type PackOptions, packMatrix } from "./kernels/pack.ts";
 export { unpackMatrix } from "./kernels/unpack.ts";
@@ -82,7 +82,7 @@ export type { WeightFormat, WeightMap } from "./models/weights.ts";
 export { type Linear, type LinearAdapter, linear } from "./nn/linear.ts";
 export type { Module } from "./nn/module.ts";
 export { inverseFrequencies, type RopeSettings, ropeTables } from "./nn/rope.ts";
-export type { HeadUpdate, Table, TableUpdate } from "./nn/table.ts";
+export type { EmbeddingNoise, HeadUpdate, Table, TableUpdate } from "./nn/table.ts";
 export { constraintOf, jsonConstraint } from "./serve/constraint.ts";
 export { type GenerateOptions, generate, generateTokens } from "./serve/generate.ts";
 export type { SampledToken, SamplingOptions, ScoredToken, TokenConstraint } from "./serve/sampling.ts";
@@ -129,7 +129,14 @@ export {
   rowStream,
   rowsOf,
 } from "./train/data.ts";
-export { findLearningRate, type RatePoint, type RateSweep, type RateSweepOptions } from "./train/find-learning-rate.ts";
+export {
+  findLearningRate,
+  findTaskLearningRate,
+  type RatePoint,
+  type RateSweep,
+  type RateSweepOptions,
+  type TaskRateSweepOptions,
+} from "./train/find-learning-rate.ts";
 export {
   type LaneSettings,
   LaneStep,
@@ -157,10 +164,12 @@ export {
 export {
   batchInputs,
   batchLoss,
+  type EvaluateOptions,
   type Evaluation,
   evaluate,
   type Inputs,
   type LanguageModel,
+  type LossSettings,
   writeInputs,
 } from "./train/loss.ts";
 export {
@@ -217,7 +226,14 @@ export {
   type SweepTrial,
   sweep,
 } from "./train/sweep.ts";
-export { type Loaded, languageTask, type RowTask, type Task } from "./train/task.ts";
+export {
+  type LanguageSettings,
+  type Loaded,
+  languageTask,
+  type RowTask,
+  type Task,
+  type TrainingMode,
+} from "./train/task.ts";
 export { type LaneEvent, type LaneOptions, type TogetherOptions, trainTogether } from "./train/together.ts";
 export { type TrainOptions, type TrainTaskOptions, train, trainTask } from "./train/trainer.ts";
 export type { BestSoFar, Evaluated, Validation } from "./train/validation.ts";

@@ -311,5 +311,15 @@ case(
     {"scale": 2.0},
 )
 
+case(
+    "linear_cross_entropy_smoothed",
+    "linear_cross_entropy",
+    lambda h, weight, targets: F.cross_entropy(
+        h @ weight.T, targets, ignore_index=-100, reduction="sum", label_smoothing=0.2
+    ),
+    {"h": exact(5, 4), "weight": exact(9, 4), "targets": torch.tensor([4, -100, 0, 8, -100])},
+    {"label_smoothing": 0.2},
+)
+
 write_json(GOLDEN / "ops.json", {"made_with": MADE_WITH, "cases": cases})
 print(f"{len(cases)} cases")

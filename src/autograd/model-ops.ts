@@ -56,6 +56,11 @@ export function dropout(x: Tensor, p: number, key: drops.DropoutKey): Tensor {
   return record("dropout", drops.dropout(x, p, key), [x], (dy) => [adding((sum) => drops.dropout(dy, p, key, sum))]);
 }
 
+/** x + most·u, as `kernels/dropout.ts` says: noise, whose gradient is that of x. Keeps nothing. */
+export function addNoise(x: Tensor, most: number, key: drops.DropoutKey): Tensor {
+  return record("addNoise", drops.addNoise(x, most, key), [x], (dy) => [() => dy]);
+}
+
 /** LayerNorm over the last axis: (x − mean)·rsqrt(var + eps)·w + b. x [...,H], weight and bias [H]. Keeps x and two numbers per row. */
 export function layerNorm(x: Tensor, weight: Tensor, bias: Tensor, eps: number): Tensor {
   const { y, stats } = layer.layerNorm(x, weight, bias, eps);
@@ -147,12 +152,12 @@ export function linearCrossEntropies(
   head: fused.Head,
   labels: Tensor,
   scale: Uniform = 1,
-  logitCap?: number,
-  updates: readonly fused.LogitUpdate[] = [],
+  options: fused.CrossEntropyOptions = {},
 ): { loss: Tensor; losses: Tensor } {
+  const { updates = [] } = options;
   const trained = piecesOf(head).flatMap(({ W }) => (isPacked(W) ? [] : [W]));
   const wants = { dh: h.requiresGrad, dW: trained.some((W) => W.requiresGrad) };
-  const made = fused.linearCrossEntropy(h, head, labels, scale, wants, logitCap, undefined, updates);
+  const made = fused.linearCrossEntropy(h, head, labels, scale, wants, options);
   const { loss, losses, dh, dW, du, dX } = made;
   const inputs = [h, ...trained, ...updates.map(({ u }) => u), ...updates.map(({ X }) => X)];
   const gradients = [dh, ...(wants.dW ? dW : trained.map(() => undefined)), ...du, ...dX];

@@ -1,5 +1,6 @@
 import { Command, Option } from "commander";
 import type { Tokenizer } from "../io/tokenizer.ts";
+import { ShapeError } from "../tensor/errors.ts";
 import { trainedCount } from "../train/data/row.ts";
 import { IGNORED, type Row } from "../train/data.ts";
 import { packRows, paddingShare } from "../train/packing.ts";
@@ -7,13 +8,14 @@ import {
   jsonOption,
   maxLengthOption,
   modelOption,
+  preferenceOption,
   type RowArguments,
   revisionOption,
   rowOptions,
   whole,
 } from "./options.ts";
 import { located } from "./places.ts";
-import { dataLine, number, openReader, packingLine, readData, result } from "./session.ts";
+import { dataLine, number, openReader, packingLine, readData, readPreferences, result } from "./session.ts";
 
 interface DataArguments extends RowArguments {
   readonly model: string;
@@ -23,6 +25,7 @@ interface DataArguments extends RowArguments {
   readonly batchSize: number;
   readonly maxLength?: number;
   readonly json?: boolean;
+  readonly preference?: "dpo";
 }
 
 const HELP = `
@@ -38,6 +41,9 @@ Rows, told by their keys; others are ignored:
   {"conversations", "system"?, "tools"?}                     ShareGPT: from, value
   {"segments"}                                               label, text: those with label true are learned
   {"input_ids", "labels"?}
+with --preference, pairs of answers:
+  {"prompt", "chosen", "rejected"}                           texts, or lists of messages
+  {"chosen", "rejected"}                                     which begin with the same prompt
 
 Examples:
   $ lowrank data train.jsonl --model models/base
@@ -58,17 +64,22 @@ export function dataCommand(): Command {
     .addOption(whole("data", "--rows <n>", "show so many rows", 0, 3))
     .addOption(whole("data", "--batch-size <n>", "rows of a forward pass, for the share of padding", 1, 4))
     .addOption(maxLengthOption("data"));
-  for (const option of [...rowOptions(), jsonOption()]) command.addOption(option);
+  for (const option of [...rowOptions(), preferenceOption(), jsonOption()]) command.addOption(option);
   return command.addHelpText("after", HELP).action(run);
 }
 
 async function run(place: string, given: DataArguments): Promise<void> {
   const options = await located(given, false);
   const { model, batchSize, split } = options;
+  if (options.preference && options.lossOn)
+    throw new ShapeError("data: --loss-on cannot go with --preference. Leave it out");
   const { tokenizer } = await openReader(model);
-  const read = await readData(model, place, options.maxLength, { ...options, splits: [split] });
-  const { rows, stats, maxLength } = read;
-  const shown = rows.slice(0, options.rows);
+  const names = options.preference ? (["chosen", "rejected"] as const) : undefined;
+  const read = names ? readPreferences : readData;
+  const { rows: all, stats, maxLength } = await read(model, place, options.maxLength, { ...options, splits: [split] });
+  const examples = all.map((one) => ("chosen" in one ? [one.chosen, one.rejected] : [one]));
+  const rows = examples.flat();
+  const shown = examples.slice(0, options.rows);
   const packed = packRows(rows, maxLength);
   const lengths = rows.map(({ inputIds }) => inputIds.length).sort((a, b) => a - b);
   const bars = histogram(lengths);
@@ -77,19 +88,24 @@ async function run(place: string, given: DataArguments): Promise<void> {
     const summary = {
       ...{ ...counts, learned_tokens, unclear, ignored_keys, max_length: maxLength, lengths: quantiles(lengths) },
       histogram: bars,
-      padding: { batch_size: batchSize, share: paddingShare(rows, batchSize) },
-      packed: { rows: packed.length, share: paddingShare(packed, batchSize) },
-      examples: shown.map((row) => ({ ids: row.inputIds, parts: partsOf(row, tokenizer) })),
+      padding: { batch_size: batchSize, share: paddingShare(rows, (names?.length ?? 1) * batchSize) },
+      ...(!names && { packed: { rows: packed.length, share: paddingShare(packed, batchSize) } }),
+      examples: shown.map((example) => {
+        const parts = example.map((row) => ({ ids: row.inputIds, parts: partsOf(row, tokenizer) }));
+        return names ? Object.fromEntries(parts.map((part, i) => [names[i], part])) : parts[0];
+      }),
     };
     result(JSON.stringify(summary));
     return;
   }
   const mark = marker(process.stdout.isTTY && !process.env.NO_COLOR);
-  for (const [i, row] of shown.entries()) {
-    result(`row ${i + 1}: ${number(row.inputIds.length)} tokens, ${number(trainedCount(row))} to learn`);
-    result(`${partsOf(row, tokenizer).map(mark).join("")}\n`);
-  }
-  result(dataLine(stats, maxLength));
+  for (const [i, example] of shown.entries())
+    for (const [j, row] of example.entries()) {
+      const which = names ? `pair ${i + 1}, ${names[j]}` : `row ${i + 1}`;
+      result(`${which}: ${number(row.inputIds.length)} tokens, ${number(trainedCount(row))} to learn`);
+      result(`${partsOf(row, tokenizer).map(mark).join("")}\n`);
+    }
+  result(dataLine(stats, maxLength, names ? "pairs" : "rows"));
   const forms = Object.entries(stats.forms).map(([form, count]) => `${form} ${number(count)}`);
   result(`forms: ${forms.join(", ")}`);
   const { min, median, mean, p95, max } = quantiles(lengths);
@@ -99,7 +115,7 @@ async function run(place: string, given: DataArguments): Promise<void> {
     const range = `${bar.from} to ${bar.to}`.padStart(16);
     result(`${range} ${number(bar.rows).padStart(9)} ${"#".repeat(Math.ceil((40 * bar.rows) / most))}`);
   }
-  result(packingLine(rows, packed, batchSize));
+  if (!names) result(packingLine(rows, packed, batchSize));
 }
 
 interface Part {

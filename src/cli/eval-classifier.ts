@@ -15,6 +15,7 @@ export async function evalClassifier(options: EvalArguments): Promise<void> {
   const { adapter: path, numLabels, json, batchSize } = options;
   refuse("eval", {
     ...{ "--quantize": options.quantize, "--loss-on": options.lossOn },
+    ...{ "--preference": options.preference, "--beta": options.beta },
     ...{ "--chat-template": options.chatTemplate, "--prompt-separator": options.promptSeparator },
   });
   if (numLabels !== undefined && path === undefined)

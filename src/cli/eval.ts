@@ -11,6 +11,7 @@ import { languageCurvature, predictTokens } from "../train/laplace-language.ts";
 import { evaluate } from "../train/loss.ts";
 import { calibrationMetrics } from "../train/metrics.ts";
 import { evalClassifier } from "./eval-classifier.ts";
+import { evalPreference } from "./eval-preference.ts";
 import {
   type Calibration,
   calibrationOf,
@@ -26,6 +27,7 @@ import {
   maxLengthOption,
   modelOption,
   numLabelsOption,
+  preferenceOptions,
   quantizeOption,
   type RowArguments,
   revisionOption,
@@ -47,6 +49,8 @@ export interface EvalArguments extends LaplaceArguments, RowArguments {
   readonly maxLength?: number;
   readonly json?: boolean;
   readonly numLabels?: number;
+  readonly preference?: "dpo";
+  readonly beta?: number;
 }
 
 const EXAMPLES = `
@@ -55,12 +59,13 @@ Examples:
   $ lowrank eval --model models/base --adapter adapters/pirate --data valid.jsonl --json
   $ lowrank eval --model models/base --data valid.jsonl --quantize nf4 --against-f32
   $ lowrank eval --model models/base --adapter adapters/pirate --data valid.jsonl --laplace train.jsonl
+  $ lowrank eval --model models/base --adapter adapters/kind --data pairs.jsonl --preference dpo
   $ lowrank eval --model google-bert/bert-base-uncased --num-labels 2 --adapter adapters/classes --data rows.jsonl`;
 
 export function evalCommand(): Command {
   const command = new Command("eval")
     .description(
-      "mean loss and perplexity over the tokens to learn of a data file; of a classifier, loss, accuracy and F1",
+      "mean loss, perplexity and accuracy over the tokens to learn of a data file; of a classifier, loss, accuracy and F1; of pairs, how many are told apart",
     )
     .addOption(modelOption())
     .addOption(revisionOption())
@@ -72,7 +77,8 @@ export function evalCommand(): Command {
     .addOption(maxLengthOption("eval"))
     .addOption(numLabelsOption("eval"))
     .addOption(jsonOption());
-  for (const option of [...rowOptions(), ...laplaceOptions("eval")]) command.addOption(option);
+  for (const option of [...rowOptions(), ...preferenceOptions("eval"), ...laplaceOptions("eval")])
+    command.addOption(option);
   return command.addHelpText("after", EXAMPLES).action(run);
 }
 
@@ -84,6 +90,8 @@ async function run(given: EvalArguments): Promise<void> {
   if (await isClassifier(diskDirectory(options.model))) return evalClassifier(options);
   if (options.numLabels !== undefined)
     throw new ShapeError("eval: --num-labels is for encoders with a classifier. Leave it out");
+  if (options.preference) return evalPreference(options);
+  if (options.beta !== undefined) throw new ShapeError("eval: --beta goes with --preference. Add it, or leave it out");
   const { model: path, adapter, data, batchSize, maxLength: limit, json } = options;
   const { rows, stats, maxLength } = await readData(path, data, limit, { ...options, splits: ["test", "valid"] });
   say(dataLine(stats, maxLength));
@@ -99,7 +107,7 @@ async function run(given: EvalArguments): Promise<void> {
       model.destroy();
       return { ...evaluation, bits, laplace };
     };
-    const { loss, perplexity, tokens, bits, laplace } = await measured(weightFormat(quantize), true);
+    const { loss, perplexity, accuracy, tokens, bits, laplace } = await measured(weightFormat(quantize), true);
     const unquantized = againstF32 ? (await measured("stored", false)).loss : undefined;
     if (json) {
       const unquantized_loss = unquantized !== undefined && { unquantized_loss: unquantized };
@@ -107,6 +115,7 @@ async function run(given: EvalArguments): Promise<void> {
         JSON.stringify({
           loss,
           perplexity,
+          accuracy,
           tokens,
           bits_per_weight: bits,
           ...unquantized_loss,
@@ -116,7 +125,9 @@ async function run(given: EvalArguments): Promise<void> {
       return;
     }
     say(`weights: ${bitsLine(bits)}`);
-    result(`loss ${loss.toFixed(4)}, perplexity ${perplexity.toFixed(3)} over ${number(tokens)} tokens`);
+    result(
+      `loss ${loss.toFixed(4)}, perplexity ${perplexity.toFixed(3)}, accuracy ${number(100 * accuracy, 2)} % over ${number(tokens)} tokens`,
+    );
     if (unquantized !== undefined)
       result(`loss ${unquantized.toFixed(4)} unquantised: quantising adds ${(loss - unquantized).toFixed(4)}`);
     if (laplace) showCalibration(laplace);

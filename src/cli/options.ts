@@ -27,6 +27,8 @@ export function numeric(
   return preset === undefined ? option : option.default(preset);
 }
 
+export const ABOVE_0 = { rule: "a number above 0", holds: (x: number): boolean => x > 0 && Number.isFinite(x) };
+
 /** A whole number of at least `least`. */
 export function whole(command: string, flags: string, description: string, least: number, preset?: number): Option {
   const holds = (value: number): boolean => Number.isSafeInteger(value) && value >= least;
@@ -41,6 +43,13 @@ export function whole(command: string, flags: string, description: string, least
 export function amount(command: string, flags: string, description: string, preset: number): Option {
   const holds = (value: number): boolean => Number.isFinite(value) && value >= 0;
   return numeric(command, flags, description, { rule: "a number of at least 0", holds, preset });
+}
+
+/** A learning rate, or what finds one. */
+export function rateOption(command: string): Option {
+  const option = amount(command, "--learning-rate <x>", "peak learning rate; auto: as --find-lr suggests", 2e-4);
+  const number = option.parseArg;
+  return option.argParser((text) => (text === "auto" ? text : number?.(text, text)));
 }
 
 /** A time such as 90s, 20m or 1.5h, given in milliseconds. */
@@ -111,24 +120,36 @@ export const validSplitOption = (command: string): Option =>
 export const packingOption = (): Option =>
   new Option("--packing", "put several rows into one of --max-length, each seeing only itself: less padding");
 
-/** How pairs of answers are learned. */
-export const preferenceOptions = (command: string): Option[] => [
+export const preferenceOption = (): Option =>
   new Option(
     "--preference <loss>",
-    'learn from pairs {"prompt","chosen","rejected"} which answer is preferred (dpo: direct preference optimisation); --batch-size counts pairs',
-  ).choices(["dpo"]),
-  numeric(command, "--beta <x>", "with --preference: how strongly the adapter is held to the base (default: 0.1)", {
-    rule: "a number above 0",
-    holds: (x) => x > 0 && Number.isFinite(x),
-  }),
+    'rows are pairs {"prompt","chosen","rejected"}, of which one answer is preferred (dpo: direct preference optimisation); --batch-size counts pairs',
+  ).choices(["dpo"]);
+
+/** How pairs of answers are learned. */
+export const preferenceOptions = (command: string): Option[] => [
+  preferenceOption(),
+  numeric(
+    command,
+    "--beta <x>",
+    "with --preference: how strongly the adapter is held to the base (default: 0.1)",
+    ABOVE_0,
+  ),
+];
+
+/** What training may ask of the loss beside. */
+export const lossOptions = (command: string): Option[] => [
   numeric(
     command,
     "--label-smoothing <p>",
-    "with --preference: share of pairs that are the wrong way round (default: 0)",
-    {
-      rule: "a number of at least 0 and below 0.5",
-      holds: (x) => x >= 0 && x < 0.5,
-    },
+    "share of a target's weight that goes to all words alike; with --preference: share of pairs that are the wrong way round, below 0.5 (default: 0)",
+    { rule: "a number of at least 0 and below 1", holds: (x) => x >= 0 && x < 1 },
+  ),
+  numeric(
+    command,
+    "--neftune-alpha <x>",
+    "noise on the embeddings in training (NEFTune), such as 5 (default: none)",
+    ABOVE_0,
   ),
 ];
 
@@ -144,11 +165,7 @@ export const jsonOption = (): Option => new Option("--json", "end stdout with on
 export function loraOptions(command: string): Option[] {
   return [
     whole(command, "--rank <n>", "rank r of the update", 1, 16),
-    numeric(command, "--alpha <x>", "the update is scaled by alpha / rank", {
-      rule: "a number above 0",
-      holds: (x) => Number.isFinite(x) && x > 0,
-      preset: 32,
-    }),
+    numeric(command, "--alpha <x>", "the update is scaled by alpha / rank", { ...ABOVE_0, preset: 32 }),
     numeric(command, "--dropout <p>", "share of what the adapter reads that is dropped in training", {
       rule: "a number of at least 0 and below 1",
       holds: (x) => x >= 0 && x < 1,

@@ -5,15 +5,22 @@ import type { Gpu } from "../gpu/gpu.ts";
 import type { LoraAdapter } from "../lora/adapter.ts";
 import { attachLora } from "../lora/attach.ts";
 import type { LoraConfig } from "../lora/config.ts";
+import { planEva } from "../lora/init-eva.ts";
+import { planLoraGa } from "../lora/init-lora-ga.ts";
 import { freezeA } from "../lora/lora-fa.ts";
 import { SharedBase } from "../lora/shared-base.ts";
+import type { CausalModel } from "../models/causal.ts";
 import { emptyModel } from "../models/load.ts";
 import { bitsPerWeight, type WeightFormat } from "../models/weights.ts";
 import { diskDirectory, loadPeftFrom } from "../node.ts";
+import { planGeneration } from "../serve/generate.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
+import { calibrationBatches } from "../train/calibration.ts";
+import type { Row } from "../train/data.ts";
 import { type MemoryPlan, type PlanOptions, planTraining } from "../train/plan.ts";
 import { preferenceTask } from "../train/preference.ts";
+import { languageTask } from "../train/task.ts";
 import {
   jsonOption,
   keepsTwice,
@@ -22,6 +29,7 @@ import {
   maxLengthOption,
   modelOption,
   plannedConfig,
+  preferenceOption,
   quantizeOption,
   revisionOption,
   stepOptions,
@@ -48,9 +56,16 @@ export interface RunSize {
   readonly evaluation?: PlanOptions["evaluation"];
   /** Whether rows are pairs of answers, of which one is preferred. */
   readonly preference?: boolean;
+  /** See `LanguageSettings`. */
+  readonly neftuneAlpha?: number | undefined;
+  /** Of the longest prompt that samples continue. */
+  readonly samples?: { readonly promptLength: number; readonly maxTokens: number } | undefined;
+  /** What an adapter that starts by the data looks at. */
+  readonly calibration?: { readonly rows: readonly Row[]; readonly batches: number } | undefined;
 }
 
-interface PlanArguments extends Omit<RunSize, "maxLength" | "weights">, LoraArguments {
+interface PlanArguments extends Omit<RunSize, "maxLength" | "weights" | "preference">, LoraArguments {
+  readonly preference?: "dpo";
   readonly model: string;
   readonly revision?: string;
   readonly quantize?: "int8" | "nf4";
@@ -62,6 +77,7 @@ interface PlanArguments extends Omit<RunSize, "maxLength" | "weights">, LoraArgu
 const EXAMPLES = `
 Examples:
   $ lowrank plan --model models/base --batch-size 4 --max-length 1024
+  $ lowrank plan --model models/base --preference dpo --max-length 512
   $ lowrank plan --model models/base --rank 64 --budget 8GiB --checkpointing --json
 
 Nothing is loaded but config.json. The exit status is 1 where the run does not fit.`;
@@ -72,7 +88,8 @@ export function planCommand(): Command {
     .addOption(modelOption())
     .addOption(revisionOption())
     .addOption(quantizeOption())
-    .addOption(maxLengthOption("plan"));
+    .addOption(maxLengthOption("plan"))
+    .addOption(preferenceOption());
   for (const option of [...loraOptions("plan"), ...stepOptions("plan"), budgetOption("plan"), jsonOption()])
     command.addOption(option);
   return command.addHelpText("after", EXAMPLES).action(run);
@@ -106,13 +123,24 @@ async function planOf(gpu: Gpu, model: string, adapter: LoraConfig | string, siz
       const unfilled = await emptyModel(dry, diskDirectory(model), { weights: size.weights });
       bits = bitsPerWeight(unfilled);
       unfilled.checkpointing = size.checkpointing;
+      const batches = calibration(unfilled, size);
+      if (batches.length > 0 && !size.takesFromBase && typeof adapter !== "string")
+        planEva(unfilled, adapter, batches, 1);
       const attached =
         typeof adapter === "string" ? await loadPeftFrom(unfilled, adapter) : attachLora(unfilled, adapter);
+      if (batches.length > 0 && size.takesFromBase) planLoraGa(attached, batches);
+      for (const batch of batches) batch.destroy();
       if (size.takesFromBase) attached.start(zeros(attached), true);
+      const pairs = size.preference ? preferenceTask(unfilled) : undefined;
+      pairs?.evaluation?.(pairs.largest(size.batchSize, size.maxLength)); // the reference
+      const { samples } = size;
+      const sample = () => samples && planGeneration(unfilled, samples.promptLength, samples.maxTokens);
+      if (!size.evaluation) sample(); // when the steps are over
       const learned = {
         model: unfilled,
-        task: size.preference ? preferenceTask(unfilled) : undefined,
+        task: pairs ?? languageTask(unfilled, size, size.packing),
         adapter: attached,
+        ...(size.evaluation && { between: sample }),
       };
       if (!size.loraFa) return { ...learned, parameters: attached.parameters };
       return { ...learned, parameters: freezeA(attached), projections: squares(attached) };
@@ -121,6 +149,16 @@ async function planOf(gpu: Gpu, model: string, adapter: LoraConfig | string, siz
   );
   return { ...plan, bits };
 }
+
+/** The batches that the start looks at, cut to the size that is planned. */
+const calibration = (model: CausalModel, { calibration: by, batchSize, maxLength }: RunSize) => {
+  if (!by) return [];
+  const cut = by.rows.map(({ inputIds, labels }) => ({
+    inputIds: inputIds.slice(0, maxLength),
+    labels: labels.slice(0, maxLength),
+  }));
+  return calibrationBatches(model, cut, { batchSize, batches: by.batches });
+};
 
 /** Whether these adapters can be trained in one batch, and fit. */
 export async function fitTogether(
@@ -224,6 +262,7 @@ async function run(given: PlanArguments): Promise<void> {
     takesFromBase: keepsTwice(options),
     loraFa: options.loraFa ?? false,
     weights: weightFormat(options.quantize),
+    preference: options.preference !== undefined,
   };
   const adapter = plannedConfig(options);
   await withGpu(async (gpu) => {
@@ -248,7 +287,9 @@ async function run(given: PlanArguments): Promise<void> {
     };
     for (const [name, count] of Object.entries(lines)) result(`${name.padEnd(12)} ${bytes(count).padStart(12)}`);
     result(bitsLine(bits));
-    result(`${number(plan.dispatches)} dispatches a step of ${number(batchSize * maxLength)} tokens`);
+    result(
+      `${number(plan.dispatches)} dispatches a step of ${number((size.preference ? 2 : 1) * batchSize * maxLength)} tokens`,
+    );
     if (budget === undefined)
       result("WebGPU does not tell how much memory a device has: give --budget to know whether this fits");
     else result(fits ? `fits into ${bytes(budget)}` : `does not fit into ${bytes(budget)}. ${advice}`);

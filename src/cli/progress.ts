@@ -1,5 +1,6 @@
 import type { HubProgress } from "../hub.ts";
 import type { StepMetrics } from "../train/step-metrics.ts";
+import type { Evaluated } from "../train/validation.ts";
 import { bytes, duration, number, say } from "./session.ts";
 
 /** Shows a training run: one line that renews itself on a terminal, about twenty lines on a pipe. */
@@ -19,12 +20,12 @@ export class Progress {
     this.#every = Math.max(1, Math.ceil(steps / 20));
   }
 
-  show({ step, loss, tokens_per_second, skipped, validation }: StepMetrics): void {
+  show({ step, loss, grad_norm, tokens_per_second, skipped, validation }: StepMetrics): void {
     const left = ((performance.now() - this.#started) / 1000 / (step - this.#done)) * (this.#steps - step);
     const valid = validation
-      ? `  validation loss ${validation.loss.toFixed(4)}${validation.best ? ", the best so far" : ""}`
+      ? `  validation ${evaluatedLine(validation)}${validation.best ? ", the best so far" : ""}`
       : "";
-    const line = `step ${step}/${this.#steps}  loss ${loss.toFixed(4)}${valid}  ${number(tokens_per_second)} tokens/s  ${duration(left)} left${skipped ? ", not finite: no update" : ""}`;
+    const line = `step ${step}/${this.#steps}  loss ${loss.toFixed(4)}${valid}  ${number(tokens_per_second)} tokens/s  ${duration(left)} left${skipped ? `, ${Number.isFinite(loss + grad_norm) ? "nothing to learn" : "not finite"}: no update` : ""}`;
     if (Number.isFinite(loss)) this.#losses.push(loss);
     if (process.stderr.isTTY) {
       process.stderr.write(`\r\x1b[K${sparkline(this.#losses)}  ${line}${validation ? "\n" : ""}`);
@@ -39,6 +40,10 @@ export class Progress {
     this.#isOpen = false;
   }
 }
+
+/** "loss 2.1034, accuracy 51.2 %" */
+export const evaluatedLine = ({ loss, accuracy }: Evaluated): string =>
+  `loss ${loss.toFixed(4)}${accuracy === undefined ? "" : `, accuracy ${number(100 * accuracy, 1)} %`}`;
 
 const BARS = "▁▂▃▄▅▆▇█";
 

@@ -1,6 +1,7 @@
 /** A training run as one HTML page that needs no network: `report.html` beside the adapter. Curves are drawn by uPlot, which is put into the page. */
 import { readFile } from "node:fs/promises";
 import { createRequire } from "node:module";
+import type { RatePoint } from "../train/find-learning-rate.ts";
 
 /** A row of a table: what it is and what it says. */
 export type Fact = readonly [name: string, value: string];
@@ -10,6 +11,8 @@ export interface RunReport {
   readonly facts: readonly Fact[];
   /** Of each step, the fields that are numbers; `step` is one of them. */
   readonly metrics: readonly Readonly<Record<string, unknown>>[];
+  /** Smoothed losses of steps at ever higher learning rates. */
+  readonly rates?: readonly RatePoint[] | undefined;
   /** Of each evaluation, likewise. */
   readonly validation: readonly Readonly<Record<string, unknown>>[];
   /** Frobenius norm of s·B·A of each adapted module. */
@@ -32,6 +35,8 @@ interface Curve {
 
 interface Chart {
   readonly title: string;
+  /** In place of the step, on a logarithmic axis. */
+  readonly x?: string;
   readonly curves: readonly Curve[];
 }
 
@@ -86,7 +91,7 @@ const DRAW = `
 const colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"];
 const ink = getComputedStyle(document.body).color;
 document.querySelectorAll("#charts figure").forEach((figure, i) => {
-  const { curves } = charts[i];
+  const { curves, x } = charts[i];
   const steps = [...new Set(curves.flatMap((curve) => curve.steps))].sort((a, b) => a - b);
   const data = curves.map((curve) => {
     const values = new Map(curve.steps.map((step, at) => [step, curve.values[at]]));
@@ -94,26 +99,32 @@ document.querySelectorAll("#charts figure").forEach((figure, i) => {
   });
   const axis = { stroke: ink, grid: { stroke: "#8883" }, ticks: { stroke: "#8883" } };
   new uPlot({
-    width: figure.clientWidth, height: 260, scales: { x: { time: false } }, axes: [axis, { ...axis, size: 70 }],
-    series: [{ label: "step" }, ...curves.map(({ label, steps: own }, at) => ({
+    width: figure.clientWidth, height: 260, scales: { x: { time: false, distr: x ? 3 : 1 } }, axes: [axis, { ...axis, size: 70 }],
+    series: [{ label: x ?? "step" }, ...curves.map(({ label, steps: own }, at) => ({
       label, stroke: colours[at], width: 1.5, spanGaps: true, points: { show: own.length < 60 },
     }))],
   }, [steps, ...data], figure);
 });`;
 
-function chartsOf({ metrics, validation }: RunReport): Chart[] {
+function chartsOf({ metrics, validation, rates = [] }: RunReport): Chart[] {
+  const sweep = {
+    label: "smoothed",
+    steps: rates.map((point) => point.learningRate),
+    values: rates.map(({ loss }) => loss),
+  };
   const curve = (label: string, rows: RunReport["metrics"], key: string): Curve[] => {
     const known = rows.filter((row) => typeof row.step === "number" && key in row);
     const values = known.map((row) => (Number.isFinite(row[key]) ? (row[key] as number) : null));
     return known.length > 0 ? [{ label, steps: known.map(({ step }) => step as number), values }] : [];
   };
-  const charts = [
+  const charts: Chart[] = [
     { title: "Loss", curves: [...curve("training", metrics, "loss"), ...curve("validation", validation, "loss")] },
     { title: "Learning rate", curves: curve("learning rate", metrics, "learning_rate") },
     { title: "Gradient norm", curves: curve("gradient norm", metrics, "grad_norm") },
     { title: "Tokens per second", curves: curve("tokens per second", metrics, "tokens_per_second") },
-    { title: "Token accuracy", curves: curve("validation", validation, "accuracy") },
+    { title: "Accuracy", curves: curve("validation", validation, "accuracy") },
   ];
+  if (rates.length > 0) charts.push({ title: "Loss over learning rates", x: "learning rate", curves: [sweep] });
   return charts.filter(({ curves }) => curves.length > 0);
 }
 

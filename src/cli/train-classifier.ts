@@ -21,8 +21,14 @@ export async function trainClassifier(options: LocatedArguments, said: SaidComma
   refuse("train", {
     ...{ "--quantize": quantize, "--profile": profile, "--budget": budget, "--lora-fa": options.loraFa },
     ...{ "--sample-prompt": options.samplePrompt, "--packing": options.packing, "--dry-run": options.dryRun },
-    ...{ "--preference": options.preference, "--valid-split": options.validSplit, "--loss-on": options.lossOn },
+    ...{
+      "--preference": options.preference,
+      "--label-smoothing": options.labelSmoothing,
+      "--valid-split": options.validSplit,
+      "--loss-on": options.lossOn,
+    },
     ...{ "--chat-template": options.chatTemplate, "--prompt-separator": options.promptSeparator },
+    "--neftune-alpha": options.neftuneAlpha,
     ...(isByData && { [`--init ${init}`]: init }),
   });
   const { rows, stats } = await readClassRows(options, options.data);
@@ -31,7 +37,7 @@ export async function trainClassifier(options: LocatedArguments, said: SaidComma
   if (!valid && (options.validEvery !== undefined || options.patience !== undefined))
     throw new ShapeError("train: --valid-every and --patience of a classifier need --valid-data, got none");
   const settings = await keptSettings(options, { steps, warmupSteps, rows });
-  const saved = await begin(options.out, options.resume ?? false, settings, version());
+  const saved = await begin(options, settings, version());
   await withGpu(async (gpu) => {
     const started = performance.now();
     const model = await openClassifier(gpu, options, seed);

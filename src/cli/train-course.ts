@@ -7,12 +7,14 @@ import { batchesPerEpoch } from "../train/batches.ts";
 import type { Row } from "../train/data.ts";
 import type { RowTask } from "../train/task.ts";
 import type { Evaluated } from "../train/validation.ts";
+import { demandRate, findRate } from "./find-rate.ts";
 import type { Fact } from "./report-page.ts";
 import type { SaidCommand } from "./run-config.ts";
-import { bytes, deviceName } from "./session.ts";
+import { bytes, deviceName, result } from "./session.ts";
 import type { TrainArguments } from "./train.ts";
 import { writeDocuments } from "./train-documents.ts";
 import { type Outcome, report, runFacts } from "./train-report.ts";
+import { FOUND_RATE } from "./train-resume.ts";
 import { runTraining, type Sample } from "./train-run.ts";
 
 export type LocatedArguments = TrainArguments & { readonly baseModel: string };
@@ -60,12 +62,24 @@ export async function follow<R extends Pick<Row, "inputIds">, B>(
 ): Promise<void> {
   const { options, said, gpu, started, adapter, trained, steps, saved, evaluate, planned, stats } = course;
   const { out, baseModel, seed, loraplusLrRatio, tensorboard = false } = options;
-  const { first, last, interrupted, skipped } = await runTraining({
-    ...options,
-    ...{ ...trained, task: course.task, adapter, rows: course.rows, steps, saved },
-    ...{ warmupSteps: course.warmupSteps, settings: course.settings, sample: course.sample },
+  const learned = {
+    ...{ ...options, ...trained, task: course.task, adapter, rows: course.rows },
     rates: loraplusLrRatio === undefined ? undefined : adapter.rates(loraplusLrRatio),
     shuffleSeed: options.shuffle ? seed : undefined,
+  };
+  const { learningRate: asked, steps: _, ...sweeping } = learned;
+  if (options.findLr) {
+    const { points, suggestion = null } = await findRate(sweeping, out);
+    if (options.json) result(JSON.stringify({ points, suggestion }));
+    else result(suggestion === null ? "the loss falls at no rate" : `learning rate ${suggestion.toExponential(2)}`);
+    return;
+  }
+  const before = saved?.settings[FOUND_RATE];
+  const learningRate = asked === "auto" ? Number(before ?? demandRate(await findRate(sweeping, out))) : asked;
+  const { first, last, interrupted, skipped } = await runTraining({
+    ...learned,
+    ...{ learningRate, steps, saved, warmupSteps: course.warmupSteps, sample: course.sample },
+    settings: { ...course.settings, ...(asked === "auto" && { [FOUND_RATE]: learningRate }) },
     validation: evaluate && {
       every: options.validEvery ?? Math.ceil(steps / 10),
       evaluate,
@@ -84,7 +98,9 @@ export async function follow<R extends Pick<Row, "inputIds">, B>(
   });
   report(gpu, options.json ?? false, {
     ...{ steps: last?.step ?? saved?.step ?? 0, loss_first: first?.loss ?? null, loss_last: last?.loss ?? null },
-    ...{ loss_valid: last?.validation?.loss ?? null, ...more(), out, interrupted },
+    loss_valid: last?.validation?.loss ?? null,
+    ...(last?.validation?.accuracy !== undefined && { accuracy_valid: last.validation.accuracy }),
+    ...{ ...more(), out, interrupted },
     ...{ rows: stats.rows, truncated: stats.truncated, dropped: stats.dropped, tokens: stats.tokens },
     ...{ trainable_parameters: trainable, peak_bytes: peak, ...(planned !== undefined && { planned_bytes: planned }) },
     ...{ skipped_steps: skipped, seconds },

@@ -6,8 +6,10 @@ import type { LoraAdapter } from "../lora/adapter.ts";
 import { norms } from "../lora/plain-adapter.ts";
 import { writeFileAtomic } from "../node.ts";
 import { readAll } from "../tensor/tensor.ts";
+import type { RateSweep } from "../train/find-learning-rate.ts";
 import type { StepMetrics } from "../train/step-metrics.ts";
 import { eventFileHeader, eventFileName, scalarEvent } from "../train/tensorboard.ts";
+import { RATES } from "./find-rate.ts";
 import { modelCard } from "./model-card.ts";
 import { type Fact, reportPage } from "./report-page.ts";
 import type { SaidCommand } from "./run-config.ts";
@@ -32,11 +34,13 @@ export async function writeDocuments(run: RunDocuments): Promise<void> {
   const facts = run.facts(metrics as unknown as readonly StepMetrics[]);
   const validation = metrics.flatMap(({ step, validation: found }) => (found ? [{ step, ...(found as object) }] : []));
   const samples = await linesOf(join(out, "samples.jsonl"));
+  const rates = await textOf(join(out, RATES));
   const texts = { Configuration: config, Command: command, Profile: await textOf(join(out, "profile.txt")) };
   const page = {
     ...{ title: `LoRA of ${baseModel}`, facts, metrics, validation, tables, texts },
     samples: samples as unknown as readonly { step: number; prompt: string; text: string }[],
     norms: await updateNorms(adapter),
+    rates: rates === "" ? undefined : (JSON.parse(rates) as RateSweep).points,
   };
   await writeFileAtomic(join(out, "run.yaml"), config);
   await writeFileAtomic(join(out, "report.html"), await reportPage(page));

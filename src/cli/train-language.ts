@@ -1,4 +1,5 @@
 import type { Gpu } from "../gpu/gpu.ts";
+import type { Tokenizer } from "../io/tokenizer.ts";
 import type { LoraAdapter } from "../lora/adapter.ts";
 import { attachLora } from "../lora/attach.ts";
 import { initLora } from "../lora/init.ts";
@@ -21,7 +22,7 @@ import { evaluate } from "../train/loss.ts";
 import { packRows } from "../train/packing.ts";
 import { languageTask } from "../train/task.ts";
 import { keepsTwice, loraConfig, plannedConfig, weightFormat } from "./options.ts";
-import { demandFit } from "./plan.ts";
+import { demandFit, type RunSize } from "./plan.ts";
 import type { Fact } from "./report-page.ts";
 import type { SaidCommand } from "./run-config.ts";
 import {
@@ -52,6 +53,7 @@ export async function trainLanguage(options: LocatedArguments, said: SaidCommand
   const { steps, warmupSteps } = stepsOf(options, rows.length);
   const valid = await readValidation(readData, options, read.valid, maxLength);
   const settings = await keptSettings(options, { steps, warmupSteps, rows });
+  const prompts = await readPrompts(options);
   const size = {
     batchSize: Math.min(batchSize, rows.length),
     gradAccumulation,
@@ -60,7 +62,11 @@ export async function trainLanguage(options: LocatedArguments, said: SaidCommand
     loraFa: options.loraFa ?? false,
     weights: weightFormat(options.quantize),
     maxLength: longest(rows),
+    neftuneAlpha: options.neftuneAlpha,
     packing,
+    samples: samplesOf(prompts),
+    calibration:
+      options.init === "eva" || options.init === "lora_ga" ? { rows, batches: options.initBatches } : undefined,
     evaluation: valid && { batchSize: Math.min(batchSize, valid.length), maxLength: longest(valid) },
   };
 
@@ -73,12 +79,11 @@ export async function trainLanguage(options: LocatedArguments, said: SaidCommand
       size,
       options.budget,
     );
-    const besides = options.samplePrompt ? "; samples come on top" : "";
     say(
-      `memory: at most ${bytes(plan.peak)} of the GPU's, ${bytes(plan.weights)} of it weights, ${bitsLine(plan.bits)}${besides}`,
+      `memory: at most ${bytes(plan.peak)} of the GPU's, ${bytes(plan.weights)} of it weights, ${bitsLine(plan.bits)}`,
     );
     const { dryRun = false } = options;
-    const saved = dryRun ? undefined : await begin(options.out, options.resume ?? false, settings, version());
+    const saved = await begin(options, settings, version());
     const model = await loadModelFrom(gpu, options.model, { weights: size.weights });
     model.checkpointing = checkpointing;
     const adapter = await startAdapter(model, options, rows, saved);
@@ -94,10 +99,10 @@ export async function trainLanguage(options: LocatedArguments, said: SaidCommand
       return;
     }
     await follow({
-      ...{ options, said, gpu, started, adapter, trained, task: languageTask(model, 0, packing) },
+      ...{ options, said, gpu, started, adapter, trained, task: languageTask(model, options, packing) },
       ...{ rows, steps, warmupSteps, settings, saved, stats, planned: plan.peak },
       evaluate: valid && (() => evaluate(model, valid, batchSize)),
-      sample: options.samplePrompt && (await sampler(model, options.model, options.samplePrompt)),
+      sample: prompts && sampler(model, prompts),
       data: dataFacts(stats),
       memory: [
         ["weights", bytes(plan.weights)],
@@ -118,18 +123,36 @@ export const dataFacts = (stats: DataStats, what = "rows"): Fact[] => [
   ["of them learned", number(stats.trainedTokens)],
 ];
 
-const SAMPLE_TOKENS = 48;
+/** What --sample-prompt gives. */
+interface Prompts {
+  readonly tokenizer: Tokenizer;
+  readonly prompts: readonly { readonly prompt: string; readonly promptIds: readonly number[] }[];
+}
+
+export async function readPrompts({ model, samplePrompt }: TrainArguments): Promise<Prompts | undefined> {
+  if (!samplePrompt) return undefined;
+  const tokenizer = await loadTokenizer(diskDirectory(model));
+  return { tokenizer, prompts: samplePrompt.map((prompt) => ({ prompt, promptIds: tokenizer.encode(prompt) })) };
+}
+
+/** Tokens that a sample adds. */
+const SAMPLED = 48;
+
+/** For the plan. */
+export const samplesOf = (given: Prompts | undefined): RunSize["samples"] =>
+  given && {
+    promptLength: longest(given.prompts.map(({ promptIds }) => ({ inputIds: promptIds }))),
+    maxTokens: SAMPLED,
+  };
 
 /** Continues the prompts by the model as it is, by the likeliest tokens. */
-export async function sampler(model: CausalModel, directory: string, prompts: readonly string[]): Promise<Sample> {
-  const tokenizer = await loadTokenizer(diskDirectory(directory));
+export function sampler(model: CausalModel, { tokenizer, prompts }: Prompts): Sample {
   return async () => {
     const samples: { readonly prompt: string; readonly text: string }[] = [];
-    for (const prompt of prompts) {
-      const promptIds = tokenizer.encode(prompt);
-      const tokens = generateTokens(model, { promptIds, maxTokens: SAMPLE_TOKENS });
+    for (const { prompt, promptIds } of prompts) {
+      const tokens = generateTokens(model, { promptIds, maxTokens: SAMPLED });
       let text = "";
-      for await (const piece of textOf(tokens, { tokenizer, promptIds, room: SAMPLE_TOKENS })) text += piece.text;
+      for await (const piece of textOf(tokens, { tokenizer, promptIds, room: SAMPLED })) text += piece.text;
       samples.push({ prompt, text });
     }
     return samples;

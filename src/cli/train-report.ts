@@ -6,6 +6,7 @@ import { writeFileAtomic } from "../node.ts";
 import { byKernel, chromeTrace, type ProfiledDispatch, profileTable } from "../train/profile.ts";
 import { profilePage } from "../train/profile-page.ts";
 import type { StepMetrics } from "../train/step-metrics.ts";
+import { evaluatedLine } from "./progress.ts";
 import type { Fact } from "./report-page.ts";
 import { bytes, deviceName, duration, number, result, say } from "./session.ts";
 
@@ -15,8 +16,8 @@ export interface Outcome {
   readonly loss_last: number | null;
   /** Over the rows that were not trained on, after the last step. */
   readonly loss_valid: number | null;
-  /** Of pairs that were not trained on: see `PreferenceEvaluation`. */
   readonly accuracy_valid?: number;
+  /** Of pairs: see `PreferenceEvaluation`. */
   readonly margin_valid?: number;
   readonly out: string;
   readonly interrupted: boolean;
@@ -53,7 +54,7 @@ export function runFacts({ adapter, trainable, seconds, device }: RunCourse, met
     ["trained parameters", number(trainable)],
     ["steps", number(last?.step ?? 0)],
     ["training loss", `${loss(first)} → ${loss(last)}`],
-    ...(validation ? [["validation loss", validation.loss.toFixed(4)] as const] : []),
+    ...(validation ? [["validation", evaluatedLine(validation)] as const] : []),
     ["time", duration(seconds)],
     ["device", device],
   ];

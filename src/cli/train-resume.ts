@@ -16,6 +16,7 @@ import {
 import { ShapeError } from "../tensor/errors.ts";
 import { LORA_OPTIONS } from "./options.ts";
 import { say } from "./session.ts";
+import type { TrainArguments } from "./train.ts";
 
 /** What every step depends on, besides steps, warmup, model and data. Options that are not here may be others when a run goes on. */
 const KEPT = [
@@ -31,8 +32,11 @@ const KEPT = [
     "weightDecay",
   ],
   ...["loraFa", "loraplusLrRatio", "maxGradNorm", "seed", "shuffle", "packing"],
-  ...["preference", "beta", "labelSmoothing"],
+  ...["preference", "beta", "labelSmoothing", "neftuneAlpha"],
 ];
+
+/** The setting that a run with --learning-rate auto found, which it keeps. */
+export const FOUND_RATE = "learning rate found";
 
 interface RunPlan {
   readonly steps: number;
@@ -64,15 +68,15 @@ async function hash(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
 }
 
 /**
- * Clears what a run that was cut off left in `out`, and prepares metrics.jsonl and samples.jsonl: empty, or with the steps up to the checkpoint that `resume`
+ * Clears what a run that was cut off left in `out` (but for a run that writes no steps), and prepares metrics.jsonl and samples.jsonl: empty, or with the steps up to the checkpoint that `resume`
  * finds, which is given back. Throws FormatError where there is none, ShapeError where its settings differ or `out` has another run's.
  */
 export async function begin(
-  out: string,
-  resume: boolean,
+  { out, resume = false, dryRun = false, findLr = false }: BeginOptions,
   settings: RunSettings,
   version: string,
 ): Promise<SavedCheckpoint | undefined> {
+  if (dryRun || findLr) return undefined;
   const steps = await checkpointSteps(out);
   if (!resume && steps.length > 0)
     throw new ShapeError(
@@ -90,11 +94,14 @@ export async function begin(
   return saved;
 }
 
+type BeginOptions = Pick<TrainArguments, "out" | "resume" | "dryRun" | "findLr">;
+
 async function openSaved(out: string, settings: RunSettings, version: string): Promise<SavedCheckpoint> {
   const saved = await openCheckpoint(out, (wrong) => say(`a checkpoint is left out: ${wrong}`)).catch((error) => {
     throw error instanceof FormatError ? new FormatError(`${error.message}. Begin without --resume`) : error;
   });
-  const changed = changedSettings(saved.settings, settings);
+  const { [FOUND_RATE]: _, ...then } = saved.settings;
+  const changed = changedSettings(then, settings);
   if (changed.length > 0)
     throw new ShapeError(
       `train: --resume must have the settings of the run, got ${changed.join(", ")}. Repeat the command that began it, or begin in another --out`,

@@ -4,12 +4,14 @@ import { diskDirectory, ensureWritableDirectory } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import type { Schedule } from "../train/schedule.ts";
 import {
+  ABOVE_0,
   amount,
   dataOption,
   jsonOption,
   LORA_OPTIONS,
   type LoraArguments,
   loraOptions,
+  lossOptions,
   maxLengthOption,
   modelOption,
   numeric,
@@ -18,6 +20,7 @@ import {
   preferenceOptions,
   quantizeOption,
   type RowArguments,
+  rateOption,
   revisionOption,
   rowOptions,
   stepOptions,
@@ -42,7 +45,8 @@ export interface TrainArguments extends LoraArguments, RowArguments {
   readonly epochs?: number;
   readonly batchSize: number;
   readonly gradAccumulation: number;
-  readonly learningRate: number;
+  readonly learningRate: number | "auto";
+  readonly findLr?: boolean;
   readonly schedule: Schedule;
   readonly warmup: number;
   readonly weightDecay: number;
@@ -73,6 +77,7 @@ export interface TrainArguments extends LoraArguments, RowArguments {
   readonly preference?: "dpo";
   readonly beta?: number;
   readonly labelSmoothing?: number;
+  readonly neftuneAlpha?: number;
 }
 
 const EXAMPLES = `
@@ -87,6 +92,7 @@ Examples:
   $ lowrank train --model models/base --data train.jsonl --out adapters/pirate --save-every 50 --resume
   $ lowrank train --model models/base --data train.jsonl --out adapters/pirate --valid-data valid.jsonl --patience 3
   $ lowrank train --model models/base --data pairs.jsonl --out adapters/kind --preference dpo --learning-rate 5e-5
+  $ lowrank train --model models/base --data train.jsonl --out adapters/pirate --find-lr
   $ lowrank train --config adapters/pirate/run.yaml --out adapters/again --seed 1
 
 Ctrl-C ends training after the step in progress, saves the adapter and writes a checkpoint; a second one quits at once. The same command with
@@ -104,7 +110,13 @@ export function trainCommand(): Command {
     .requiredOption("--out <dir>", "where the adapter, metrics.jsonl, run.yaml and report.html go")
     .addOption(whole(name, "--steps <n>", "optimizer steps", 1).conflicts("epochs"))
     .addOption(whole(name, "--epochs <n>", "times to go through the data (default: 1)", 1))
-    .addOption(amount(name, "--learning-rate <x>", "peak learning rate", 2e-4))
+    .addOption(rateOption(name))
+    .addOption(
+      new Option(
+        "--find-lr",
+        "try ever higher learning rates for up to 100 steps, say where the loss falls most steeply, and train nothing",
+      ).conflicts(["resume", "dryRun"]),
+    )
     .addOption(
       new Option("--schedule <name>", "course of the learning rate after warmup")
         .choices(["linear", "cosine", "constant"])
@@ -118,16 +130,13 @@ export function trainCommand(): Command {
       }),
     )
     .addOption(amount(name, "--weight-decay <x>", "decoupled weight decay", 0))
-    .addOption(
-      numeric(name, "--loraplus-lr-ratio <x>", "B learns so many times as fast as A (LoRA+)", {
-        rule: "a number above 0",
-        holds: (x) => x > 0 && Number.isFinite(x),
-      }),
-    )
+    .addOption(numeric(name, "--loraplus-lr-ratio <x>", "B learns so many times as fast as A (LoRA+)", ABOVE_0))
     .addOption(amount(name, "--max-grad-norm <x>", "scale gradients down to this norm; 0: never", 1))
     .addOption(maxLengthOption(name))
     .addOption(numLabelsOption(name))
-    .addOption(whole(name, "--seed <n>", "seed of the adapter's start, of the order of the rows and of dropout", 0, 0))
+    .addOption(
+      whole(name, "--seed <n>", "seed of the adapter's start, of the order of the rows, of dropout and of noise", 0, 0),
+    )
     .option("--no-shuffle", "keep the order of the file")
     .option("--tune", "first time the kernels on this device and keep the fastest for all later runs")
     .addOption(
@@ -159,7 +168,13 @@ export function trainCommand(): Command {
     .option("--dry-run", "do everything but the steps, and write nothing")
     .addOption(configOption())
     .addOption(jsonOption());
-  for (const option of [...rowOptions(), validSplitOption(name), packingOption(), ...preferenceOptions(name)])
+  for (const option of [
+    ...rowOptions(),
+    validSplitOption(name),
+    packingOption(),
+    ...preferenceOptions(name),
+    ...lossOptions(name),
+  ])
     command.addOption(option);
   for (const option of [...loraOptions(name), ...stepOptions(name), budgetOption(name)]) command.addOption(option);
   return command.addHelpText("after", EXAMPLES).action(run);
@@ -171,8 +186,8 @@ async function run(given: TrainArguments, command: Command): Promise<void> {
   await ensureWritableDirectory(given.out);
   const options = await located(given, true, readAnyConfig);
   const said = saidCommand(command);
-  if (options.preference === undefined && (options.beta ?? options.labelSmoothing) !== undefined)
-    throw new ShapeError("train: --beta and --label-smoothing go with --preference. Add it, or leave them out");
+  if (options.preference === undefined && options.beta !== undefined)
+    throw new ShapeError("train: --beta goes with --preference. Add it, or leave it out");
   if (await isClassifier(diskDirectory(options.model))) return trainClassifier(options, said);
   if (options.numLabels !== undefined)
     throw new ShapeError("train: --num-labels is for encoders with a classifier. Leave it out");

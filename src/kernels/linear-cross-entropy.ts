@@ -4,7 +4,7 @@ import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
 import { piecesOf } from "../tensor/pieces.ts";
 import { dims2, empty, expectDType, expectShape, rowsOf, slice, type Tensor } from "../tensor/tensor.ts";
 import { addInto } from "./axpy.ts";
-import { addPiece } from "./cross-entropy.ts";
+import { addHits, addPiece } from "./cross-entropy.ts";
 import pieceBackwardSource from "./cross-entropy-piece-backward.wgsl";
 import { type Layout, matmul } from "./matmul.ts";
 import backwardFourSource from "./parts/piece-backward-four.wgsl";
@@ -29,10 +29,22 @@ export interface LogitUpdate {
   readonly scale: number;
 }
 
+/** What the loss may differ in. */
+export interface CrossEntropyOptions {
+  /** c: a logit x counts as c·tanh(x/c). */
+  readonly logitCap?: number | undefined;
+  /** Of an adapted head. */
+  readonly updates?: readonly LogitUpdate[] | undefined;
+  /** ε: the loss is (1 − ε)·(−log p of the label) + ε·(the mean of −log p over all words), as in PyTorch. 0 unless given. */
+  readonly labelSmoothing?: number | undefined;
+}
+
 export interface LinearCrossEntropy {
   readonly loss: Tensor;
   /** What it is the sum of: that of each row, [M]. */
   readonly losses: Tensor;
+  /** Rows whose label is the first of the likeliest words, shape [], if they were wanted. */
+  readonly hits: Tensor | undefined;
   /** d(loss)/dh, if it was wanted. */
   readonly dh: Tensor | undefined;
   /** d(loss)/dW of each piece that is not packed, if it was wanted. */
@@ -47,19 +59,20 @@ export interface LinearCrossEntropy {
  *
  * With a logitCap c a logit x counts as c·tanh(x/c). h [M,C], pieces of W [Vᵢ,C], labels i32 [M]. The rows are gone through in chunks whose logits take 32 MiB, 64 rows at least:
  * logits (with `updates`, h·Wᵀ + Σ s·u·Xᵀ), the statistics of their softmax, gradients in place, and dh, dW, du and dX from them. After Liger Kernel (arXiv:2410.10989 §3.2), with the
- * vocabulary in pieces too. Throws ShapeError if the shapes do not fit.
+ * vocabulary in pieces too. Throws ShapeError if the shapes do not fit, and unless 0 ≤ ε < 1.
  */
 export function linearCrossEntropy(
   h: Tensor,
   head: Head,
   labels: Tensor,
   scale: Uniform,
-  wants: { readonly dh: boolean; readonly dW: boolean },
-  logitCap?: number,
+  wants: { readonly dh: boolean; readonly dW: boolean; readonly hits?: boolean },
+  { logitCap, updates = [], labelSmoothing: e = 0 }: CrossEntropyOptions = {},
   logitBytes: number = LOGIT_BYTES,
-  updates: readonly LogitUpdate[] = [],
 ): LinearCrossEntropy {
   const { gpu } = h;
+  if (!(e >= 0 && e < 1))
+    throw new ShapeError(`linearCrossEntropy: labelSmoothing must be at least 0 and below 1, got ${e}`);
   const [M, C] = dims2("linearCrossEntropy", "h", h);
   const pieces = piecesOf(head);
   for (const { W } of pieces)
@@ -70,6 +83,8 @@ export function linearCrossEntropy(
   const V = pieces.reduce((sum, { rows }) => sum + rows, 0);
   const chunk = Math.max(1, Math.floor(logitBytes / (4 * V * ROW_STEP))) * ROW_STEP;
   const losses = empty(gpu, [M], "linearCrossEntropy");
+  const hits = wants.hits ? empty(gpu, [M], "linearCrossEntropy") : undefined;
+  const smoothing = e > 0 ? { e, words: V } : undefined;
   const dh = wants.dh ? empty(gpu, [M, C], "linearCrossEntropy") : undefined;
   const dW: Tensor[] = [];
   const like = (t: Tensor): Tensor | undefined =>
@@ -89,9 +104,14 @@ export function linearCrossEntropy(
         gpu.release(before);
       }
       if (logitCap !== undefined) softCap(x, logitCap);
-      addPiece({ x, labels: part.labels, sums, loss: part.loss }, { first, isLast: i === pieces.length - 1 }, scale);
+      const isLast = i === pieces.length - 1;
+      addPiece({ x, labels: part.labels, sums, loss: part.loss }, { first, isLast, smoothing }, scale);
       return x;
     });
+    if (hits)
+      logits.forEach((x, i) => {
+        addHits({ x, labels: part.labels, sums, hits: slice(hits, at, [rows]) }, pieces[i]?.first ?? 0);
+      });
     let sum: Tensor | undefined;
     let trained = 0;
     for (const [i, { W, first, rows: v }] of pieces.entries()) {
@@ -100,7 +120,7 @@ export function linearCrossEntropy(
       if (isWanted) {
         const inFours = v % 4 === 0;
         const lanes = inFours ? v / 4 : v;
-        const uniforms = { n: rows * lanes, V: lanes, first, c: scale, cap: logitCap ?? 1 };
+        const uniforms = { n: rows * lanes, V: lanes, first, c: scale, cap: logitCap ?? 1, own: 1 - e, rest: e / V };
         pieceBackward(
           gpu,
           uniforms,
@@ -130,7 +150,10 @@ export function linearCrossEntropy(
     }
     gpu.release(sums);
   }
-  return { loss: reduce("sum", losses), losses, dh, dW, du, dX };
+  const loss = reduce("sum", losses);
+  const hitCount = hits && reduce("sum", hits);
+  if (hits) gpu.release(hits);
+  return { loss, losses, hits: hitCount, dh, dW, du, dX };
 }
 
 /** y = s·op(x)·w, or y + s·op(x)·w after the first time. */

@@ -12,9 +12,9 @@ export const ringSize = (slots: number, losses: number): number => (1 + slots) *
 
 /**
  * Notes losses [L] and gradient norm of a step in its slot of the ring, and whether its update is made: not if the first loss or the norm is
- * not finite, nor after `mostBad` such steps in a row, until the ring is zeroed. `clip` [norm, factor] of `globalNorm` is changed so that
+ * not finite, nor after `mostBad` such steps in a row, until the ring is zeroed; 0: not at all. `clip` [norm, factor] of `globalNorm` is changed so that
  * `adamwStep` obeys.
  */
-export function recordStep(losses: Tensor, clip: Tensor, ring: Tensor, slot: Uniform, mostBad: number): void {
+export function recordStep(losses: Tensor, clip: Tensor, ring: Tensor, slot: Uniform, mostBad: Uniform): void {
   kernel(losses.gpu, { slot, most_bad: mostBad, L: losses.size }, { losses, clip, ring }, [1]);
 }

@@ -10,6 +10,7 @@ import type { LoraAdapter } from "./adapter.ts";
 import { attachLora } from "./attach.ts";
 import { type CalibrationBatch, demandBatches, inRuns } from "./calibration.ts";
 import { CLASSIFIER_HEADS, checkConfig, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
+import { planOperator } from "./device-operator.ts";
 import { addRows, explained, type Pca } from "./incremental-pca.ts";
 import { rowsOf } from "./init-factors.ts";
 import type { HasLinears } from "./parts.ts";
@@ -28,6 +29,8 @@ export interface EvaOptions {
    */
   readonly maxPasses?: number;
   readonly seed?: number;
+  /** Ends it by throwing the signal's reason. */
+  readonly signal?: AbortSignal | undefined;
 }
 
 /** Modules that read the same input. */
@@ -64,6 +67,7 @@ export async function attachEva(
     maxPasses = Math.max(50, batches.length),
     adjustScalingFactors = true,
     seed = 0,
+    signal,
   } = options;
   if (!(rho >= 1 && Number.isFinite(rho))) throw new ShapeError(`eva: rho must be a number of at least 1, got ${rho}`);
   if (!(tau >= 0 && tau <= 1)) throw new ShapeError(`eva: tau must be from 0 to 1, got ${tau}`);
@@ -75,7 +79,7 @@ export async function attachEva(
   const modules = modulesOf(config, [...model.linears.keys()]);
   const sources = sourcesOf(model, config, modules, rho);
   check(model, sources, batches);
-  const ranks = await settle(sources, config, batches, { tau, maxPasses, seed });
+  const ranks = await settle(sources, config, batches, { tau, maxPasses, seed, signal });
   const adapter = attachLora(model, redistributed(config, modules, ranks, adjustScalingFactors), seed);
   const starts = [...adapter.pairs].map(([name, { A, B }]) => {
     const pca = sources.find(({ names }) => names.includes(name))?.pca as Pca;
@@ -122,7 +126,12 @@ async function settle(
   sources: readonly Source[],
   config: LoraConfig,
   batches: readonly CalibrationBatch[],
-  { tau, maxPasses, seed }: { readonly tau: number; readonly maxPasses: number; readonly seed: number },
+  {
+    tau,
+    maxPasses,
+    seed,
+    signal,
+  }: Required<Pick<EvaOptions, "tau" | "maxPasses" | "seed">> & Pick<EvaOptions, "signal">,
 ): Promise<Map<string, number>> {
   let ranks = new Map(sources.flatMap(({ names, most }) => names.map((name) => [name, most] as const)));
   const isOpen = ({ names, settled, pca }: Source): boolean =>
@@ -130,8 +139,10 @@ async function settle(
   for (let pass = 0; pass < maxPasses; pass++) {
     const batch = batches[pass % batches.length] as CalibrationBatch;
     const open = sources.filter((source) => isOpen(source) && source.most <= batch.positions.length);
-    const runs = inRuns(open, ({ layer }) => 4 * batch.positions.length * (layer.weight.shape[1] ?? 0));
-    for (const run of runs) await look(run, batch, tau, seed);
+    for (const run of runsOf(open, batch)) {
+      signal?.throwIfAborted();
+      await look(run, batch, tau, seed);
+    }
     if (sources.every(({ pca }) => pca)) ranks = dealt(sources, config);
     if (!sources.some(isOpen)) return ranks;
   }
@@ -140,7 +151,8 @@ async function settle(
 
 /** One more batch of what the sources read. */
 async function look(sources: readonly Source[], batch: CalibrationBatch, tau: number, seed: number): Promise<void> {
-  const inputs = await inputsOf(sources, batch);
+  const { kept, free } = record(sources, batch);
+  const inputs = await readAll(kept).finally(free);
   for (const [i, source] of sources.entries()) {
     const K = source.layer.weight.shape[1] ?? 0;
     const rows = matrix(batch.positions.length, K, inputs[i] ?? []);
@@ -150,14 +162,17 @@ async function look(sources: readonly Source[], batch: CalibrationBatch, tau: nu
   }
 }
 
-/** What each source reads at the batch's positions, [n,K]. An adapter that only looks is on its layer meanwhile. */
-async function inputsOf(sources: readonly Source[], batch: CalibrationBatch): Promise<Float32Array[]> {
-  const gpu = sources[0]?.layer.weight.gpu;
-  if (!gpu) return [];
+/** What each source reads at the batch's positions, [n,K], on the device. An adapter that only looks is on its layer meanwhile. */
+function record(
+  sources: readonly Source[],
+  batch: CalibrationBatch,
+): { readonly kept: readonly Tensor[]; free(): void } {
+  const { gpu } = (sources[0] as Source).layer.weight;
   const { positions } = batch;
   const at = tensor(gpu, positions, [positions.length]);
   const kept = sources.map(({ layer }) => empty(gpu, [positions.length, layer.weight.shape[1] ?? 0], "eva"));
   const workspace: GPUBuffer[] = [];
+  const free = (): void => gpu.release(at, ...kept, ...workspace.map((buffer) => ({ buffer })));
   try {
     sources.forEach(({ layer }, i) => {
       const keep = (x: Tensor): void => copyTo(gatherRows(x, at), kept[i] as Tensor);
@@ -177,12 +192,32 @@ async function inputsOf(sources: readonly Source[], batch: CalibrationBatch): Pr
     const plan = gpu.trace(() => void batch.forward(), workspace);
     plan.run();
     plan.destroy();
-    return await readAll(kept);
+    return { kept, free };
+  } catch (error) {
+    free();
+    throw error;
   } finally {
     for (const { layer } of sources) layer.adapters = undefined;
-    gpu.release(at, ...kept, ...workspace.map((buffer) => ({ buffer })));
   }
 }
+
+/** Makes and frees on a dry Gpu what `attachEva` needs there: how a plan knows. */
+export function planEva(model: HasLinears, config: LoraConfig, batches: readonly CalibrationBatch[], rho = 2): void {
+  const sources = sourcesOf(model, config, modulesOf(config, [...model.linears.keys()]), rho);
+  for (const batch of batches)
+    for (const run of runsOf(sources, batch)) {
+      record(run, batch).free();
+      for (const { layer, most } of run) {
+        const { gpu, shape } = layer.weight;
+        const X = empty(gpu, [most + batch.positions.length + 1, shape[1] ?? 0], "eva");
+        planOperator(X, 2 * most);
+        gpu.release(X);
+      }
+    }
+}
+
+const runsOf = (sources: readonly Source[], { positions }: CalibrationBatch): Source[][] =>
+  inRuns(sources, ({ layer }) => 4 * positions.length * (layer.weight.shape[1] ?? 0));
 
 /** cos of the angle between each component and what it was. */
 const cosines = ({ components: a }: Pca, { components: b }: Pca): number[] =>

@@ -23,6 +23,8 @@ export interface LoftqOptions {
    */
   readonly iterations?: number;
   readonly seed?: number;
+  /** Ends it by throwing the signal's reason. */
+  readonly signal?: AbortSignal | undefined;
 }
 
 /** Power iterations: singular values of rounding errors fall slowly. */
@@ -38,7 +40,7 @@ const POWER_ITERATIONS = 6;
 export async function initLoftq(
   adapter: LoraAdapter,
   original: (module: string) => Promise<Float32Array>,
-  { iterations = 1, seed = 0 }: LoftqOptions = {},
+  { iterations = 1, seed = 0, signal }: LoftqOptions = {},
 ): Promise<void> {
   if (!Number.isInteger(iterations) || iterations < 1)
     throw new ShapeError(`loftq: iterations must be a whole number of at least 1, got ${iterations}`);
@@ -46,10 +48,16 @@ export async function initLoftq(
   const random = new Random(seed);
   const starts = new Map<string, ReturnType<typeof asValues>>();
   const replaced = new Map<LoraPair, PackedMatrix>();
-  for (const { name, pair, packed } of quantised) {
-    const { factors, Q } = await alternated(await original(name), packed, pair, iterations, random);
-    starts.set(name, factors);
-    if (Q !== packed) replaced.set(pair, Q);
+  try {
+    for (const { name, pair, packed } of quantised) {
+      signal?.throwIfAborted();
+      const { factors, Q } = await alternated(await original(name), packed, pair, iterations, random);
+      starts.set(name, factors);
+      if (Q !== packed) replaced.set(pair, Q);
+    }
+  } catch (error) {
+    for (const Q of replaced.values()) Q.gpu.release(...tensorsIn(Q));
+    throw error;
   }
   for (const [{ layer }, Q] of replaced) {
     Q.gpu.release(...tensorsIn(layer.weight));

@@ -8,7 +8,7 @@ import { Random } from "../tensor/random.ts";
 import { type Tensor, tensor } from "../tensor/tensor.ts";
 import type { LoraAdapter } from "./adapter.ts";
 import { type CalibrationBatch, demandBatches, inRuns } from "./calibration.ts";
-import { deviceOperator } from "./device-operator.ts";
+import { deviceOperator, planOperator } from "./device-operator.ts";
 import { asValues, type Factors, rowsOf, scaledRows } from "./init-factors.ts";
 
 const DIRECTIONS = ["ArB2r", "A2rBr", "ArBr", "random"] as const;
@@ -29,9 +29,11 @@ export interface LoraGaOptions {
   /** γ of "stable"; 16 unless given. */
   readonly gamma?: number;
   readonly seed?: number;
+  /** Ends it by throwing the signal's reason. */
+  readonly signal?: AbortSignal | undefined;
 }
 
-type Chosen = Required<Omit<LoraGaOptions, "seed">>;
+type Chosen = Required<Omit<LoraGaOptions, "seed" | "signal">>;
 
 interface Module {
   readonly name: string;
@@ -57,7 +59,7 @@ const NORM_ITERATIONS = 16;
 export async function initLoraGa(
   adapter: LoraAdapter,
   batches: readonly CalibrationBatch[],
-  { seed = 0, ...options }: LoraGaOptions = {},
+  { seed = 0, signal, ...options }: LoraGaOptions = {},
 ): Promise<void> {
   const chosen: Chosen = { direction: "ArB2r", scale: "stable", gamma: 16, ...options };
   checkOptions(chosen);
@@ -68,9 +70,11 @@ export async function initLoraGa(
   adapter.disable();
   try {
     for (const run of inRuns(modules, ({ weight }) => 2 * weight.sizeBytes)) {
+      signal?.throwIfAborted();
       const gradients = gradientSums(run, batches);
       try {
         for (const [i, module] of run.entries()) {
+          signal?.throwIfAborted();
           const G = gradients[i] as Tensor;
           const [rank, q] = [2 * module.r, Math.min(4 * module.r, ...G.shape)];
           const found = await randomizedSvd(deviceOperator(G), rank, {
@@ -87,6 +91,17 @@ export async function initLoraGa(
     adapter.enable();
   }
   adapter.start(starts, true);
+}
+
+/** Makes and frees on a dry Gpu what `initLoraGa` needs there: how a plan knows. */
+export function planLoraGa(adapter: LoraAdapter, batches: readonly CalibrationBatch[]): void {
+  adapter.disable();
+  for (const run of inRuns(modulesOf(adapter), ({ weight }) => 2 * weight.sizeBytes)) {
+    const gradients = gradientSums(run, batches);
+    for (const [i, { r }] of run.entries()) planOperator(gradients[i] as Tensor, 4 * r);
+    gradients[0]?.gpu.release(...gradients);
+  }
+  adapter.enable();
 }
 
 function checkOptions({ direction, scale, gamma }: Chosen): void {

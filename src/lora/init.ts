@@ -29,13 +29,15 @@ interface Start {
  * model's output is unchanged; `savePeft` then writes what was learned as an ordinary adapter of twice the rank.
  *
  * SVD and QR are computed on the host in f64, a module at a time: seconds for 1024 × 1024, minutes for larger ones ("pissa").
- * Throws ShapeError for a name that is none of these, and for a rank that the start cannot have.
+ * Throws ShapeError for a name that is none of these, and for a rank that the start cannot have; before anything is changed, the reason of
+ * the signal.
  */
-export async function initLora(adapter: LoraAdapter, init: LoraInit, seed = 0): Promise<void> {
+export async function initLora(adapter: LoraAdapter, init: LoraInit, seed = 0, signal?: AbortSignal): Promise<void> {
   const make = startOf(init);
   const random = new Random(seed);
   const starts = new Map<string, { readonly A: Float32Array; readonly B: Float32Array }>();
   for (const [name, { layer, A, scale }] of adapter.pairs) {
+    signal?.throwIfAborted();
     const [r = 0] = A.shape;
     const [N = 0, K = 0] = layer.weight.shape;
     if (make.takesFromBase && r > Math.min(N, K))

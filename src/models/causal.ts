@@ -13,7 +13,7 @@ import {
 import { softCap } from "../kernels/soft-cap.ts";
 import type { Linear } from "../nn/linear.ts";
 import { inUse, type Module } from "../nn/module.ts";
-import { type HeadUpdate, headUpdates, type Table } from "../nn/table.ts";
+import { type EmbeddingNoise, type HeadUpdate, headUpdates, type Table } from "../nn/table.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import type { PackedMatrix } from "../tensor/packed.ts";
 import { piecesOf } from "../tensor/pieces.ts";
@@ -48,6 +48,8 @@ export interface PagedRow extends PagedTokens {
 export interface HiddenOptions {
   readonly cache?: KvCache;
   readonly packing?: Packing;
+  /** In training, on the tokens' embeddings. */
+  readonly noise?: EmbeddingNoise;
   readonly paged?: PagedRow;
 }
 

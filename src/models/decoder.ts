@@ -112,7 +112,7 @@ export class Decoder extends CausalModel<DecoderConfig> {
     const places = this.places(ids, options);
     const { cache } = options;
     const { embeddingScale = 1, logitScale = 1 } = this.config;
-    let sum = times(embed(this.#embedding, ids), embeddingScale);
+    let sum = times(embed(this.#embedding, ids, options.noise), embeddingScale);
     const first = (x: Tensor, norm: Norm | undefined): Tensor => (norm ? this.#normed(x, norm) : x);
     if (this.checkpointing && !cache) {
       this.#blocks.forEach(({ attention: own, mlp }, i) => {

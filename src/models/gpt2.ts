@@ -118,7 +118,7 @@ export class Gpt2 extends CausalModel<Gpt2Config> {
         Int32Array.from({ length: T }, (_, t) => places.start + t),
         [1, T],
       );
-    let sum = add(embed(this.#tokens, ids), embed(this.#positions, at));
+    let sum = add(embed(this.#tokens, ids, options.noise), embed(this.#positions, at));
     this.#blocks.forEach((block, i) => {
       const run = (x: Tensor): Tensor => this.#block(block, i, x, places);
       sum = this.checkpointing && !cache ? recompute(sum, run) : run(sum);

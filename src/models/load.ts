@@ -51,6 +51,8 @@ export interface LoadOptions {
   readonly doubleQuant?: boolean;
   /** May be narrower than the device's. */
   readonly limits?: Limits;
+  /** Ends it between two weights by throwing the signal's reason. */
+  readonly signal?: AbortSignal | undefined;
 }
 
 /**
@@ -61,12 +63,19 @@ export interface LoadOptions {
  * wrong shape.
  */
 export async function loadModel(gpu: Gpu, directory: Directory, options: LoadOptions = {}): Promise<CausalModel> {
-  const { weights: format = "f32", doubleQuant = true, limits = gpu.limits } = options;
+  const { weights: format = "f32", doubleQuant = true, limits = gpu.limits, signal } = options;
   const config = await readConfig(directory);
   await readQuantization(directory);
   const checkpoint = await openCheckpoint(directory, "model");
   const isTransposed = (name: string): boolean => isTurned(config, name);
-  const asked = { shapes: shapesOf(config, limits), whole: shapesOf(config), format, doubleQuant, isTransposed };
+  const asked = {
+    shapes: shapesOf(config, limits),
+    whole: shapesOf(config),
+    format,
+    doubleQuant,
+    isTransposed,
+    signal,
+  };
   return makeModel(gpu, config, await loadWeights(gpu, checkpoint, asked));
 }
 

@@ -172,6 +172,7 @@ export interface WeightsToLoad {
   readonly doubleQuant: boolean;
   /** Which matrices the file has the other way around. */
   readonly isTransposed: (name: string) => boolean;
+  readonly signal?: AbortSignal | undefined;
 }
 
 /**
@@ -185,7 +186,10 @@ export async function loadWeights(
 ): Promise<Map<string, Tensor | PackedMatrix>> {
   const weights = new Map<string, Tensor | PackedMatrix>();
   try {
-    for (const [key, shape] of asked.shapes.map) weights.set(key, await loadWeight(gpu, checkpoint, asked, key, shape));
+    for (const [key, shape] of asked.shapes.map) {
+      asked.signal?.throwIfAborted();
+      weights.set(key, await loadWeight(gpu, checkpoint, asked, key, shape));
+    }
   } catch (error) {
     gpu.release(...tensorsOf(weights));
     throw error;

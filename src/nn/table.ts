@@ -1,6 +1,7 @@
 /** A vector for each word of a vocabulary: what an embedding reads by rows, and what an output projection multiplies with. */
 import { add, matmul, scale } from "../autograd/basic-ops.ts";
-import { embedding } from "../autograd/model-ops.ts";
+import { addNoise, embedding } from "../autograd/model-ops.ts";
+import type { Uniform } from "../gpu/kernel.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { inUse, type Module } from "./module.ts";
 
@@ -28,8 +29,28 @@ export interface HeadUpdate {
   readonly scale: number;
 }
 
-/** Rows of W + Σ s·X·Y by ids (i32): [...ids.shape, C]. */
-export function embed(table: Table, ids: Tensor): Tensor {
+/**
+ * NEFTune (arXiv:2310.05914): uniform noise of ±alpha/√(T·C) on each number that comes out of an embedding, where T is the positions that a row
+ * has in its batch, padding and all, as in transformers. Made from the seed and the number of the batch.
+ */
+export interface EmbeddingNoise {
+  readonly alpha: number;
+  readonly seed: number;
+  readonly step: Uniform;
+}
+
+/** Far from the streams of the modules' dropout. */
+const NOISE_STREAM = 2 ** 32 - 1;
+
+/** Rows of W + Σ s·X·Y by ids (i32): [...ids.shape, C]; with noise, ids are [B,T]. */
+export function embed(table: Table, ids: Tensor, noise?: EmbeddingNoise): Tensor {
+  const y = withUpdates(table, ids);
+  if (!noise) return y;
+  const { alpha, ...key } = noise;
+  return addNoise(y, alpha / Math.sqrt(y.size / (ids.shape[0] ?? 1)), { ...key, stream: NOISE_STREAM });
+}
+
+function withUpdates(table: Table, ids: Tensor): Tensor {
   const y = embedding(inUse(table).weight, ids);
   const added = (table.updates ?? []).map((one) => scale(matmul(embedding(one.X, ids), one.Y()), one.scale()));
   return added.reduce(add, y);

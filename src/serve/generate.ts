@@ -28,6 +28,21 @@ export async function* generate<C extends KeyValueCache>(
   for await (const { id } of generateTokens(model, options)) yield id;
 }
 
+/** Makes and frees on a dry Gpu what `generate` needs there for such a prompt: how a plan knows. */
+export function planGeneration<C extends KeyValueCache>(
+  model: Generator<C>,
+  promptLength: number,
+  maxTokens: number,
+): void {
+  const { gpu, config } = model;
+  const cache = model.cache(1, Math.min(promptLength + maxTokens, config.contextLength));
+  for (const length of [promptLength, 1]) gpu.release(lastLogits(model, new Int32Array(length), cache));
+  for (const { k, v } of cache.layers) gpu.release(k, v);
+}
+
+const lastLogits = <C>(model: Generator<C>, ids: Int32Array, cache: C): Tensor =>
+  model.gpu.scope(() => model.logits(tensor(model.gpu, ids, [1, ids.length]), { cache, lastOnly: true }));
+
 /** A model's keys and values, to be released. */
 interface KeyValueCache {
   readonly layers: readonly { readonly k: Tensor; readonly v: Tensor }[];
@@ -51,8 +66,7 @@ export async function* generateTokens<C extends KeyValueCache>(
   try {
     let next = promptIds;
     for (let n = 0; n < room && !signal?.aborted; n++) {
-      const ids = Int32Array.from(next);
-      const logits = gpu.scope(() => model.logits(tensor(gpu, ids, [1, ids.length]), { cache, lastOnly: true }));
+      const logits = lastLogits(model, Int32Array.from(next), cache);
       const [values = new Float32Array()] = await readAll([logits]);
       gpu.release(logits);
       const token = sampler.next(values, logprobs);

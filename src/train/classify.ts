@@ -160,17 +160,19 @@ function onDevice(gpu: Gpu, { ids, tokenTypes, lengths, labels, B, T }: Classifi
   };
 }
 
-/** Logits of the rows, one behind the other, rows × classes. Throws ShapeError as `collateClassification`. */
+/** Logits of the rows, one behind the other, rows × classes. Throws ShapeError as `collateClassification`, and the reason of the signal. */
 export async function classifierLogits(
   model: Classifier,
   rows: readonly ClassificationRow[],
   batchSize: number,
+  signal?: AbortSignal,
 ): Promise<number[]> {
   if (!Number.isInteger(batchSize) || batchSize < 1)
     throw new ShapeError(`evaluateClassifier: batchSize must be a whole number of at least 1, got ${batchSize}`);
   const { gpu } = model;
   const logits: number[] = [];
   for (let at = 0; at < rows.length; at += batchSize) {
+    signal?.throwIfAborted();
     const found = gpu.scope(() => batchLogits(model, rows.slice(at, at + batchSize)));
     logits.push(...(await read(found)));
     gpu.release(found);
@@ -184,13 +186,14 @@ export function batchLogits(model: Classifier, rows: readonly ClassificationRow[
   return model.logits(inputs.ids, inputs);
 }
 
-/** How well the classifier does on these rows: see `classificationMetrics`. Throws ShapeError as `collateClassification`. */
+/** How well the classifier does on these rows: see `classificationMetrics`. Throws as `classifierLogits`. */
 export async function evaluateClassifier(
   model: Classifier,
   rows: readonly ClassificationRow[],
   batchSize: number,
+  signal?: AbortSignal,
 ): Promise<ClassificationMetrics> {
-  const logits = await classifierLogits(model, rows, batchSize);
+  const logits = await classifierLogits(model, rows, batchSize, signal);
   const labels = rows.map(({ label }) => label);
   return classificationMetrics(logits, labels, model.config.labels.length);
 }

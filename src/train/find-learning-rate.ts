@@ -1,17 +1,24 @@
 /** A learning rate to begin with, from a short sweep over many. */
 import { ShapeError } from "../tensor/errors.ts";
-import { batchIndices, longest } from "./batches.ts";
+import { batchIndices, isPacked, longest } from "./batches.ts";
 import type { Row } from "./data/row.ts";
 import { TrainingStep } from "./step.ts";
 import { languageTask } from "./task.ts";
-import type { TrainOptions } from "./trainer.ts";
+import type { TrainOptions, TrainTaskOptions } from "./trainer.ts";
 
-export interface RateSweepOptions
-  extends Omit<
-    TrainOptions,
-    "rows" | "maxLength" | "steps" | "learningRate" | "gradAccumulation" | "from" | "checkpoint" | "validation"
-  > {
-  readonly rows: readonly Row[];
+/** What a run has and a sweep of rates does not, or, of the rows, only as an array. */
+type Fixed =
+  | ("rows" | "maxLength" | "steps" | "learningRate" | "schedule" | "warmupSteps" | "gradAccumulation")
+  | ("from" | "checkpoint" | "validation" | "profile" | "tune" | "onTuned" | "readEvery" | "pauseEvery");
+
+export interface RateSweepOptions extends Omit<TrainOptions, Fixed>, RateRange<Row> {}
+
+export interface TaskRateSweepOptions<R extends Pick<Row, "inputIds">, B>
+  extends Omit<TrainTaskOptions<R, B>, Fixed>,
+    RateRange<R> {}
+
+interface RateRange<R> {
+  readonly rows: readonly R[];
   /** The first rate and the last; 1e-7 and 1 unless given. */
   readonly lowest?: number;
   readonly highest?: number;
@@ -38,20 +45,26 @@ const DIVERGED = 4;
 
 /**
  * The range test of Smith (arXiv:1506.01186, in the exponential form of fastai): steps at ever higher rates, until the loss runs away. What is
- * trained is afterwards what it was, to the last bit. Throws ShapeError for rates or steps out of range.
+ * trained is afterwards what it was, to the last bit. Ends early, with the points so far, where the signal is aborted. Throws ShapeError for rates or steps out of range.
  */
-export async function findLearningRate(options: RateSweepOptions): Promise<RateSweep> {
-  const { model, rows, batchSize, shuffleSeed, lowest = 1e-7, highest = 1, steps = 100 } = options;
+export const findLearningRate = ({ model, ...options }: RateSweepOptions): Promise<RateSweep> =>
+  findTaskLearningRate({ ...options, task: languageTask(model, options, isPacked(options.rows)) });
+
+/** As `findLearningRate`, for another task. */
+export async function findTaskLearningRate<R extends Pick<Row, "inputIds">, B>(
+  options: TaskRateSweepOptions<R, B>,
+): Promise<RateSweep> {
+  const { task, rows, batchSize, shuffleSeed, lowest = 1e-7, highest = 1, steps = 100 } = options;
   if (!(lowest > 0 && highest > lowest && Number.isFinite(highest)) || !Number.isInteger(steps) || steps < 2)
     throw new ShapeError(
       `findLearningRate: rates must rise from above 0 in at least 2 steps, got ${lowest} to ${highest} in ${steps}`,
     );
-  const task = languageTask(model, options.padId);
-  const training = new TrainingStep({ ...options, task });
+  const training = new TrainingStep<B>(options);
   const before = await training.state();
   const points: RatePoint[] = [];
   let [sum, best] = [0, Number.POSITIVE_INFINITY];
   try {
+    training.reserve([task.largest(Math.min(batchSize, rows.length), longest(rows))]);
     for (const indices of batchIndices({ rows: rows.length, batchSize, seed: shuffleSeed })) {
       if (points.length === steps || options.signal?.aborted) break;
       const learningRate = lowest * (highest / lowest) ** (points.length / (steps - 1));

@@ -31,6 +31,8 @@ export interface LaneStepOptions {
   readonly shared: SharesBase;
   /** In the order of the adapters. */
   readonly lanes: readonly LaneSettings[];
+  /** Of all lanes: see `LanguageSettings`. */
+  readonly labelSmoothing?: number | undefined;
   /** See `TrainingStepOptions`. */
   readonly eager?: boolean;
 }
@@ -70,12 +72,13 @@ export class LaneStep {
   readonly #gpu: Gpu;
   readonly #model: LanguageModel;
   readonly #shared: SharesBase;
+  readonly #labelSmoothing: number | undefined;
   readonly #eager: boolean;
   readonly #lanes: readonly Lane[];
   readonly #replay: Replay<Batches, LaneInputs>;
 
   /** Throws ShapeError unless there are settings for each adapter. */
-  constructor({ model, shared, lanes, eager = false }: LaneStepOptions) {
+  constructor({ model, shared, lanes, labelSmoothing, eager = false }: LaneStepOptions) {
     if (lanes.length !== shared.adapters.length)
       throw new ShapeError(
         `LaneStep: each adapter needs settings, got ${lanes.length} for ${shared.adapters.length} adapters`,
@@ -83,6 +86,7 @@ export class LaneStep {
     this.#gpu = model.gpu;
     this.#model = model;
     this.#shared = shared;
+    this.#labelSmoothing = labelSmoothing;
     this.#eager = eager;
     this.#lanes = lanes.map(({ parameters, ...settings }, i) => ({
       optimizer: new AdamW(parameters ?? shared.adapters[i]?.parameters ?? [], settings),
@@ -91,7 +95,7 @@ export class LaneStep {
     }));
     this.#replay = new Replay(model.gpu, {
       key: (batches) => batches.map((batch) => (batch ? shapeKey(batch) : "none")).join(", "),
-      load: (batches) => this.#load(batches),
+      load: (batches, room) => this.#load(batches, room),
     });
   }
 
@@ -110,9 +114,11 @@ export class LaneStep {
     return this.#replay.workspaceBytes;
   }
 
-  /** Takes the memory of a step on such batches now: see `TrainingStep.reserve`. */
+  /** Takes the memory of a step on such batches now, each lane's as large as any of its run: see `TrainingStep.reserve`. */
   reserve(batches: Batches): void {
-    if (!this.#eager) this.#planFor(batches);
+    if (this.#eager) return;
+    this.#replay.reserve(batches);
+    this.#planFor(batches);
   }
 
   /**
@@ -127,7 +133,7 @@ export class LaneStep {
       if (!one) continue;
       lane.ring.begin();
       lane.optimizer.stepCount++;
-      lane.scale = 1 / one.batch.tokens;
+      lane.scale = one.batch.tokens > 0 ? 1 / one.batch.tokens : 0;
       lane.learningRate = one.learningRate;
     }
     if (this.#eager) {
@@ -155,9 +161,9 @@ export class LaneStep {
     return this.#replay.planFor(batches, (inputs) => this.#encode(inputs));
   }
 
-  #load(batches: Batches): LaneInputs {
+  #load(batches: Batches, room: readonly Tensor[] | undefined): LaneInputs {
     const joined = (of: Batches): Batch => stackBatches(of.filter((batch) => batch !== undefined));
-    const inputs = batchInputs(this.#gpu, joined(batches));
+    const inputs = batchInputs(this.#gpu, joined(batches), room);
     return {
       ...{ inputs, tensors: inputs.tensors },
       write: (next) => writeInputs(inputs, joined(next)),
@@ -169,7 +175,7 @@ export class LaneStep {
   /** Losses and gradients are sums over the targets: a lane's are multiplied by its own scale afterwards. */
   #encode({ inputs, rows, targets }: LaneInputs): void {
     const { gradients, losses } = this.#shared.during(rows, () => {
-      const sums = batchLosses(this.#model, inputs, 1);
+      const sums = batchLosses(this.#model, inputs, 1, { labelSmoothing: this.#labelSmoothing });
       return { gradients: backward(sums.loss), losses: view(sums.losses, [1, sums.losses.size]) };
     });
     let end = 0;
@@ -185,7 +191,7 @@ export class LaneStep {
       );
       optimizer.take(gradients);
       const clip = optimizer.norm(() => lane.scale);
-      ring.record(clip);
+      ring.record(clip, () => lane.scale);
       optimizer.update(clip, () => lane.learningRate);
     }
   }

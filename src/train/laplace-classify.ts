@@ -8,17 +8,22 @@ import { type Curvature, curvatureOf, type Gradient, outputCovariance } from "./
 
 /**
  * The curvature of the rows' log-likelihood: exactly their generalised Gauss-Newton matrix, unless its rank is above `rank`. Each row is one
- * forward and backward pass per class, its gradients √p_c·∇log p_c.
+ * forward and backward pass per class, its gradients √p_c·∇log p_c. Throws the reason of the signal.
  */
 export const classifierCurvature = async (
   model: Classifier,
   parameters: readonly Tensor[],
   rows: readonly ClassificationRow[],
-  rank?: number,
-): Promise<Curvature> => curvatureOf(parameters, fisherRows(model, rows), rank);
+  { rank, signal }: { readonly rank?: number; readonly signal?: AbortSignal } = {},
+): Promise<Curvature> => curvatureOf(parameters, fisherRows(model, rows, signal), rank);
 
-async function* fisherRows(model: Classifier, rows: readonly ClassificationRow[]): AsyncGenerator<Gradient> {
+async function* fisherRows(
+  model: Classifier,
+  rows: readonly ClassificationRow[],
+  signal: AbortSignal | undefined,
+): AsyncGenerator<Gradient> {
   for (const row of rows) {
+    signal?.throwIfAborted();
     const p = softmax(await classifierLogits(model, [row], 1));
     for (const [c, share] of p.entries())
       yield gradientOf(
@@ -42,6 +47,8 @@ export interface ClassPredictiveOptions {
   readonly samples?: number;
   /** Of the draws; 0 unless given. */
   readonly seed?: number;
+  /** Ends it by throwing the signal's reason. */
+  readonly signal?: AbortSignal | undefined;
 }
 
 /**
@@ -53,12 +60,13 @@ export async function predictClasses(
   curvature: Curvature,
   tau: number,
   rows: readonly ClassificationRow[],
-  { batchSize = 16, samples = 1000, seed = 0 }: ClassPredictiveOptions = {},
+  { batchSize = 16, samples = 1000, seed = 0, signal }: ClassPredictiveOptions = {},
 ): Promise<number[][]> {
   const C = model.config.labels.length;
-  const logits = await classifierLogits(model, rows, batchSize);
+  const logits = await classifierLogits(model, rows, batchSize, signal);
   const found: number[][] = [];
   for (const [n, row] of rows.entries()) {
+    signal?.throwIfAborted();
     const unit = (c: number): number[] => Array.from({ length: C }, (_, i) => Number(i === c));
     const jacobian = Array.from({ length: C }, (_, c) => gradientOf(model, row, unit(c)));
     const covariance = await outputCovariance(curvature, tau, jacobian);

@@ -22,16 +22,21 @@ export interface TokenModel extends LanguageModel {
 /**
  * The curvature of the log-likelihood of the rows' targets. The Fisher matrix of a row has a rank of targets × vocabulary; it is estimated from
  * draws: of targets ŷ ~ p(·|row) at all its positions at once, g = ∇ Σ log p(ŷ). The mean of g·gᵀ is the Fisher matrix exactly, since
- * what is drawn at two positions is independent. A draw is a forward and backward pass; each row has at least one, and enough that there are 2·rank.
+ * what is drawn at two positions is independent. A draw is a forward and backward pass; each row has at least one, and enough that there are 2·rank. Throws the
+ * reason of the signal.
  */
 export function languageCurvature(
   model: TokenModel,
   parameters: readonly Tensor[],
   rows: readonly Row[],
-  { rank = 128, seed = 0 }: { readonly rank?: number; readonly seed?: number } = {},
+  {
+    rank = 128,
+    seed = 0,
+    signal,
+  }: { readonly rank?: number; readonly seed?: number; readonly signal?: AbortSignal } = {},
 ): Promise<Curvature> {
   const draws = Math.max(1, Math.ceil((2 * rank) / rows.length));
-  return curvatureOf(parameters, drawnGradients(model, rows, draws, new Random(seed)), rank);
+  return curvatureOf(parameters, drawnGradients(model, rows, draws, new Random(seed), signal), rank);
 }
 
 async function* drawnGradients(
@@ -39,6 +44,7 @@ async function* drawnGradients(
   rows: readonly Row[],
   draws: number,
   random: Random,
+  signal: AbortSignal | undefined,
 ): AsyncGenerator<Gradient> {
   const { gpu } = model;
   for (const row of rows) {
@@ -47,6 +53,7 @@ async function* drawnGradients(
     const p = await read(found);
     gpu.release(found);
     for (let draw = 0; draw < draws; draw++) {
+      signal?.throwIfAborted();
       const labels = Int32Array.from(batch.labels);
       const V = p.length / batch.targets.length;
       batch.targets.forEach((at, i) => {
@@ -81,6 +88,8 @@ export interface TokenPredictiveOptions {
   readonly samples?: number;
   /** Of the draws; 0 unless given. */
   readonly seed?: number;
+  /** Ends it by throwing the signal's reason. */
+  readonly signal?: AbortSignal | undefined;
 }
 
 export interface TokenPredictions {
@@ -103,7 +112,7 @@ export async function predictTokens(
   curvature: Curvature,
   tau: number,
   rows: readonly Row[],
-  { batchSize = 4, samples = 32, seed = 0 }: TokenPredictiveOptions = {},
+  { batchSize = 4, samples = 32, seed = 0, signal }: TokenPredictiveOptions = {},
 ): Promise<TokenPredictions> {
   const { gpu } = model;
   const { parameters, squaredNorm, size } = curvature;
@@ -120,6 +129,7 @@ export async function predictTokens(
   });
   try {
     for (let s = 0; s < samples; s++) {
+      signal?.throwIfAborted();
       const offset = await drawOffset(curvature, tau, random);
       move(offset, h);
       const ahead = parts.map(({ logits }) => logits());

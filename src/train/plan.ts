@@ -5,7 +5,7 @@ import type { Tensor } from "../tensor/tensor.ts";
 import type { AdamW } from "./adamw.ts";
 import { largestBatch, roundedLength } from "./batches.ts";
 import { LaneStep, type SharesBase } from "./lane-step.ts";
-import { batchInputs, batchLoss, type LanguageModel } from "./loss.ts";
+import type { LanguageModel } from "./loss.ts";
 import { type HasTrainingMode, TrainingStep } from "./step.ts";
 import { languageTask, type RowTask } from "./task.ts";
 
@@ -44,6 +44,7 @@ export interface MemoryPlan {
 interface PlannedTogether {
   readonly model: LanguageModel;
   readonly shared: SharesBase;
+  readonly between?: undefined;
 }
 
 interface Planned {
@@ -56,6 +57,8 @@ interface Planned {
   readonly adapter?: HasTrainingMode;
   /** See `AdamWSettings`. */
   readonly projections?: ReadonlyMap<Tensor, Tensor>;
+  /** Makes and frees what else is done between steps, such as samples. What is done before the first, `build` itself may make and free. */
+  readonly between?: () => void;
 }
 
 /**
@@ -71,17 +74,15 @@ export async function planTraining(
 ): Promise<MemoryPlan> {
   const dry = dryGpu(gpu);
   const planned = await build(dry);
-  const { model, shared } = planned;
+  const { shared } = planned;
   const { evaluation } = options;
   const parameters = shared ? shared.adapters.flatMap((adapter) => adapter.parameters) : planned.parameters;
   const trained = parameters.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
   const weights = dry.counters().bytesLive - trained;
-  const { step, optimizers } = shared ? lanes(planned, options) : alone(planned, options);
+  const { step, optimizers, task } = shared ? lanes(planned, options) : alone(planned, options);
   shared?.adapters[0]?.enable();
-  if (evaluation) {
-    const inputs = batchInputs(dry, largestBatch(evaluation.batchSize, evaluation.maxLength));
-    dry.trace(() => void batchLoss(model, inputs, 1), []);
-  }
+  if (evaluation) task.evaluation?.(task.largest(evaluation.batchSize, evaluation.maxLength));
+  planned.between?.();
   const { bytesPeak, dispatches } = dry.counters();
   const gradients = optimizers.reduce((sum, { gradientBytes }) => sum + gradientBytes, 0);
   const optimizer = optimizers.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
@@ -95,6 +96,7 @@ export async function planTraining(
 }
 
 interface Sent {
+  readonly task: RowTask<never, unknown>;
   readonly step: { readonly workspaceBytes: number };
   readonly optimizers: readonly AdamW[];
 }
@@ -104,11 +106,11 @@ function alone(
   { model, task: given, parameters, adapter, projections }: Planned,
   { batchSize, maxLength, gradAccumulation = 1, packing = false }: PlanOptions,
 ): Sent {
-  const task: RowTask<never, unknown> = given ?? languageTask(model, 0, packing);
+  const task: RowTask<never, unknown> = given ?? languageTask(model, {}, packing);
   const settings = { projections, accumulates: gradAccumulation > 1, ...(adapter && { adapter }) };
   const step = new TrainingStep<unknown>({ task, parameters, ...settings });
   step.run(new Array(gradAccumulation).fill(task.largest(batchSize, maxLength)), 0);
-  return { step, optimizers: [step.optimizer] };
+  return { task, step, optimizers: [step.optimizer] };
 }
 
 /** Sends the largest step of adapters that share a base. */
@@ -116,5 +118,5 @@ function lanes({ model, shared }: PlannedTogether, { batchSize, maxLength, packi
   const step = new LaneStep({ model, shared, lanes: shared.adapters.map(() => ({})) });
   const batch = largestBatch(batchSize, roundedLength(maxLength), packing);
   step.run(shared.adapters.map(() => ({ batch, learningRate: 0 })));
-  return { step, optimizers: step.optimizers };
+  return { task: languageTask(model, {}, packing), step, optimizers: step.optimizers };
 }

@@ -2,11 +2,13 @@
 import { add, mul, reshape, scale as scaled, split } from "../autograd/basic-ops.ts";
 import { crossEntropy, gatherRows, linearCrossEntropy } from "../autograd/model-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
+import { putColumns } from "../kernels/copy-rows.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { readAll, type Tensor, tensor } from "../tensor/tensor.ts";
+import { read, type Tensor, tensor, view } from "../tensor/tensor.ts";
 import { type Batch, collate, longest, roundedLength } from "./batches.ts";
 import { IGNORED, type PreferencePair } from "./data.ts";
-import type { LanguageModel } from "./loss.ts";
+import { frozen, type LanguageModel, placed } from "./loss.ts";
+import { Replays } from "./replays.ts";
 import type { RowTask } from "./task.ts";
 
 /** A pair and what the model without the adapter makes of it: see `withReference`. */
@@ -55,16 +57,16 @@ export function preferenceTask(
   return {
     gpu,
     weights: { loss: 1 },
-    key: ({ batch: { B, T }, targets }) => `${B}×${T}/${targets.length}`,
+    key: keyOf,
     count: ({ margins }) => margins.length,
-    load(pairs) {
-      const inputs = onDevice(gpu, pairs);
+    load(pairs, room) {
+      const inputs = onDevice(gpu, pairs, room);
       const P = pairs.margins.length;
       // Where the margin of a pair stands among the logits of its two classes.
       const cells = Array.from({ length: P }, (_, p) => tensor(gpu, unit(2 * P, 2 * p), [P, 2]));
       const [first, second] = [0, 1].map((label) => tensor(gpu, new Int32Array(P).fill(label), [P]));
       return {
-        tensors: [...tensorsOf(inputs), ...cells, ...(first && second ? [first, second] : [])],
+        tensors: [...(room ? [] : tensorsOf(inputs)), ...cells, ...(first && second ? [first, second] : [])],
         write: (next) => writeInputs(inputs, next),
         losses(scale) {
           const losses = rowLosses(model, inputs);
@@ -83,16 +85,18 @@ export function preferenceTask(
     },
     collate: (rows, most) => collatePairs(rows, padId, most),
     tokensOf: ({ chosen, rejected }) => chosen.inputIds.length + rejected.inputIds.length,
-    largest: (pairs, length) => {
-      const ids = new Array<number>(length).fill(0);
-      const row = { inputIds: ids, labels: ids };
-      return collatePairs(
-        new Array(pairs).fill({ chosen: row, rejected: row, referenceMargin: 0, inputIds: ids }),
-        padId,
-        length,
-      );
-    },
+    largest: largestPairs,
+    evaluation: (largest) => measuring(model, largest).destroy(),
   };
+}
+
+const keyOf = ({ batch: { B, T }, targets }: PreferenceBatch): string => `${B}×${T}/${targets.length}`;
+
+function largestPairs(pairs: number, length: number): PreferenceBatch {
+  const ids = new Array<number>(length).fill(0);
+  const row = { inputIds: ids, labels: ids };
+  const pair = { chosen: row, rejected: row, referenceMargin: 0, inputIds: ids };
+  return collatePairs(new Array<PreferenceRow>(pairs).fill(pair), 0, length);
 }
 
 const unit = (length: number, at: number): Float32Array => Float32Array.from({ length }, (_, i) => Number(i === at));
@@ -134,14 +138,14 @@ function hostInputs({ batch: { ids, labels, B }, targets, margins }: PreferenceB
   };
 }
 
-function onDevice(gpu: Gpu, pairs: PreferenceBatch): PreferenceInputs {
+function onDevice(gpu: Gpu, pairs: PreferenceBatch, room: readonly Tensor[] = []): PreferenceInputs {
   const { ids, targets, places, labels, margins } = hostInputs(pairs);
   return {
-    ids: tensor(gpu, ids, [pairs.batch.B, pairs.batch.T]),
-    targets: tensor(gpu, targets, [targets.length]),
-    places: tensor(gpu, places, [places.length]),
-    margins: tensor(gpu, margins, [margins.length / 2, 2]),
-    labels: labels.map((row) => tensor(gpu, row, [row.length])),
+    ids: placed(gpu, ids, [pairs.batch.B, pairs.batch.T], room[0]),
+    targets: placed(gpu, targets, [targets.length], room[1]),
+    places: placed(gpu, places, [places.length], room[2]),
+    margins: placed(gpu, margins, [margins.length / 2, 2], room[3]),
+    labels: labels.map((row, b) => placed(gpu, row, [row.length], room[4 + b])),
   };
 }
 
@@ -152,44 +156,80 @@ function writeInputs(inputs: PreferenceInputs, pairs: PreferenceBatch): void {
   labels.forEach((row, b) => void gpu.write(inputs.labels[b] as Tensor, row));
 }
 
-/** −log π of each row of the batch, shapes []. */
-function rowLosses(model: LanguageModel, { ids, targets, places, labels }: PreferenceInputs): Tensor[] {
+/** −log π of each row of the batch, shapes []. `taken` may put something else in place of the hidden states. */
+function rowLosses(model: LanguageModel, inputs: PreferenceInputs, taken = (h: Tensor): Tensor => h): Tensor[] {
+  const { ids, targets, places, labels } = inputs;
   const [B, L] = [labels.length, targets.size / labels.length];
-  const h = model.hidden(ids);
+  const h = taken(model.hidden(ids));
   const C = h.shape.at(-1) ?? 0;
   const counted = gatherRows(reshape(h, [ids.size, C]), targets, places);
   const rows = split(reshape(counted, [1, B * L * C]), new Array<number>(B).fill(L * C));
-  return rows.map((row, b) =>
-    linearCrossEntropy(reshape(row, [L, C]), model.head, labels[b] as Tensor, 1, model.logitCap),
-  );
+  return rows.map((row, b) => {
+    const own = reshape(row, [L, C]);
+    const options = { logitCap: model.logitCap, updates: model.headUpdates?.(own) };
+    return linearCrossEntropy(own, model.head, labels[b] as Tensor, 1, options);
+  });
 }
 
+interface Measured extends PreferenceInputs {
+  /** −log π of each row, [1,B]. */
+  readonly losses: Tensor;
+  readonly tensors: readonly Tensor[];
+  write(pairs: PreferenceBatch): void;
+}
+
+/** Works out −log π of each row of batch after batch. */
+const measuring = (model: LanguageModel, largest: PreferenceBatch) =>
+  new Replays<PreferenceBatch, Measured>(
+    model.gpu,
+    {
+      key: keyOf,
+      load(pairs, room) {
+        const { B } = pairs.batch;
+        const losses = placed(model.gpu, new Float32Array(B), [1, B], room?.[0]);
+        const inputs = onDevice(model.gpu, pairs, room?.slice(1));
+        const tensors = room ? [] : [losses, ...tensorsOf(inputs)];
+        return { ...inputs, losses, tensors, write: (next) => writeInputs(inputs, next) };
+      },
+      run: (inputs) =>
+        rowLosses(model, inputs, frozen).forEach((loss, b) => void putColumns(view(loss, [1, 1]), inputs.losses, b)),
+    },
+    largest,
+  );
+
 /** log π(chosen) − log π(rejected) of each pair, by the model as it is. */
-async function marginsOf(model: LanguageModel, rows: readonly PreferenceRow[], batchSize: number): Promise<number[]> {
-  const { gpu } = model;
-  const task = preferenceTask(model);
+async function marginsOf(
+  model: LanguageModel,
+  rows: readonly PreferenceRow[],
+  batchSize: number,
+  signal?: AbortSignal,
+): Promise<number[]> {
   const most = longest(rows);
+  const replays = measuring(model, largestPairs(Math.min(batchSize, rows.length), most));
   const margins: number[] = [];
-  for (let at = 0; at < rows.length; at += batchSize) {
-    const pairs = task.collate(rows.slice(at, at + batchSize), most);
-    const inputs = onDevice(gpu, pairs);
-    const losses = gpu.scope(() => rowLosses(model, inputs));
-    const values = (await readAll(losses)).map(([value]) => value ?? Number.NaN);
-    gpu.release(...losses, ...tensorsOf(inputs));
-    const P = pairs.margins.length;
-    margins.push(...Array.from({ length: P }, (_, p) => (values[P + p] ?? 0) - (values[p] ?? 0)));
+  try {
+    for (let at = 0; at < rows.length; at += batchSize) {
+      signal?.throwIfAborted();
+      const pairs = collatePairs(rows.slice(at, at + batchSize), 0, most);
+      const values = await read(replays.run(pairs).losses);
+      const P = pairs.margins.length;
+      margins.push(...Array.from({ length: P }, (_, p) => (values[P + p] ?? 0) - (values[p] ?? 0)));
+    }
+    return margins;
+  } finally {
+    replays.destroy();
   }
-  return margins;
 }
 
 const tensorsOf = ({ labels, ...others }: PreferenceInputs): Tensor[] => [...Object.values(others), ...labels];
 
-/** The pairs with what the base makes of them: the reference is the model with its adapter off, so it takes no memory of its own. */
+/** The pairs with what the base makes of them: the reference is the model with its adapter off, so it takes no memory of its own. Throws the reason of the signal. */
 export async function withReference(
   model: LanguageModel,
   adapter: Switchable,
   pairs: readonly PreferencePair[],
   batchSize: number,
+  signal?: AbortSignal,
 ): Promise<PreferenceRow[]> {
   const rows = pairs.map(({ chosen, rejected }) => {
     const inputIds = chosen.inputIds.length < rejected.inputIds.length ? rejected.inputIds : chosen.inputIds;
@@ -197,7 +237,7 @@ export async function withReference(
   });
   adapter.disable();
   try {
-    const margins = await marginsOf(model, rows, batchSize);
+    const margins = await marginsOf(model, rows, batchSize, signal);
     return rows.map((row, i) => ({ ...row, referenceMargin: margins[i] ?? 0 }));
   } finally {
     adapter.enable();
@@ -214,14 +254,15 @@ export interface PreferenceEvaluation {
   readonly pairs: number;
 }
 
-/** How well the model as it is tells chosen from rejected answers, against the reference. */
+/** How well the model as it is tells chosen from rejected answers, against the reference. Throws the reason of the signal. */
 export async function evaluatePreferences(
   model: LanguageModel,
   rows: readonly PreferenceRow[],
   batchSize: number,
   beta = 0.1,
+  signal?: AbortSignal,
 ): Promise<PreferenceEvaluation> {
-  const margins = await marginsOf(model, rows, batchSize);
+  const margins = await marginsOf(model, rows, batchSize, signal);
   const z = margins.map((margin, i) => beta * (margin - (rows[i]?.referenceMargin ?? 0)));
   const mean = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length;
   return {

@@ -1,17 +1,19 @@
 /** Steps that are encoded once per shape of batch and then replayed. */
 import type { Gpu } from "../gpu/gpu.ts";
 import type { Plan } from "../gpu/plan.ts";
+import type { Tensor } from "../tensor/tensor.ts";
 
 /** What a batch is on the device, and how it gets there. */
 export interface Loader<B, L> {
   /** Batches with the same key have inputs of the same shapes. */
   key(batch: B): string;
-  load(batch: B): L;
+  /** With `room`, the tensors of a batch no smaller, in their memory, as far as it can. */
+  load(batch: B, room?: readonly Tensor[]): L;
 }
 
-interface Inputs<B> {
-  /** All of it, to be released. */
-  readonly tensors: readonly { readonly buffer: GPUBuffer }[];
+export interface Inputs<B> {
+  /** All of it that has memory of its own, to be released. */
+  readonly tensors: readonly Tensor[];
   /** Puts another batch of the same shape in its place. */
   write(batch: B): void;
 }
@@ -26,6 +28,8 @@ export class Replay<B, L extends Inputs<B>> {
   readonly #workspace: GPUBuffer[] = [];
   readonly #inputs = new Map<string, L>();
   readonly #plans = new Map<string, Plan>();
+  /** Where batches are put: into the tensors of the largest. */
+  #room: readonly Tensor[] | undefined;
 
   constructor(gpu: Gpu, loader: Loader<B, L>) {
     this.#gpu = gpu;
@@ -42,9 +46,24 @@ export class Replay<B, L extends Inputs<B>> {
     return this.#workspace.reduce((sum, { size }) => sum + size, 0);
   }
 
+  /** Takes the memory of this batch, in which those that follow lie, too: none may be larger. */
+  reserve(largest: B): void {
+    this.#room = this.inputsFor(largest).tensors;
+  }
+
   /** The plan of such a batch, traced where there is none yet, with the batch in its inputs. `variant` tells steps of one shape apart. */
   planFor(batch: B, encode: (inputs: L) => void, variant = ""): Plan {
+    return this.#planOf(batch, this.inputsFor(batch), encode, variant);
+  }
+
+  /** Sends the work on this batch. The inputs it was given. */
+  run(batch: B, encode: (inputs: L) => void): L {
     const inputs = this.inputsFor(batch);
+    this.#planOf(batch, inputs, encode, "").run();
+    return inputs;
+  }
+
+  #planOf(batch: B, inputs: L, encode: (inputs: L) => void, variant: string): Plan {
     const key = `${this.#loader.key(batch)}${variant}`;
     const plan = this.#plans.get(key) ?? this.#gpu.trace(() => encode(inputs), this.#workspace);
     this.#plans.delete(key); // and to the end: the first is the one that was not used for longest
@@ -61,7 +80,7 @@ export class Replay<B, L extends Inputs<B>> {
       known.write(batch);
       return known;
     }
-    const made = this.#loader.load(batch);
+    const made = this.#loader.load(batch, this.#room);
     this.#inputs.set(shape, made);
     return made;
   }

@@ -17,7 +17,7 @@ export interface StepMetrics {
   /** Tokens that went through the model, padding not counted. */
   readonly tokens: number;
   readonly tokens_per_second: number;
-  /** True where loss or norm were not finite and the update was not made. */
+  /** True where the update was not made: loss or norm were not finite, or there was nothing to learn. */
   readonly skipped: boolean;
   /** What the evaluation after this step gave, and whether its loss is the lowest so far. */
   readonly validation?: Evaluated & { readonly best: boolean };
@@ -68,8 +68,10 @@ export class StepCounts {
         skipped: !updated,
         ...(validation && { validation }),
       };
-      this.#bad = updated ? 0 : this.#bad + 1;
-      if (this.#bad === MOST_BAD_STEPS)
+      const isSound = Number.isFinite(loss) && Number.isFinite(gradNorm);
+      if (updated) this.#bad = 0;
+      else if (!isSound) this.#bad++;
+      if (!isSound && this.#bad === MOST_BAD_STEPS)
         throw new ShapeError(
           `train: loss and gradient norm must stay finite, got ${loss} and ${gradNorm} at step ${step}, the last of ${MOST_BAD_STEPS} such steps in a row. The parameters are those of step ${step - MOST_BAD_STEPS}. Use a lower learning rate or a maxGradNorm`,
         );

@@ -14,7 +14,7 @@ export interface StepResult {
   readonly losses?: Readonly<Record<string, number>>;
   /** Global norm of the gradient, before clipping. */
   readonly gradNorm: number;
-  /** False where the update was not made because loss or norm were not finite. */
+  /** False where the update was not made: loss or norm were not finite, or the batches had nothing to learn. */
   readonly updated: boolean;
 }
 
@@ -47,9 +47,10 @@ export class StepRing {
     this.#sent++;
   }
 
-  /** Notes the losses that are there and the norm, and whether the update is made: see `recordStep`. */
-  record(clip: Tensor): void {
-    recordStep(this.losses, clip, this.#ring, () => (this.#sent - 1) % SLOTS, MOST_BAD_STEPS);
+  /** Notes the losses that are there and the norm, and whether the update is made: see `recordStep`. A step whose `scale` is 0 has nothing to learn. */
+  record(clip: Tensor, scale: () => number): void {
+    const mostBad = (): number => (scale() > 0 ? MOST_BAD_STEPS : 0);
+    recordStep(this.losses, clip, this.#ring, () => (this.#sent - 1) % SLOTS, mostBad);
   }
 
   /** The results of the steps since the last `read`, once they are done. The steps that follow may be sent meanwhile. */

@@ -1,7 +1,6 @@
 import { add, scale as scaled } from "../autograd/basic-ops.ts";
 import { backward } from "../autograd/engine.ts";
 import type { Gpu } from "../gpu/gpu.ts";
-import type { Uniform } from "../gpu/kernel.ts";
 import type { Plan } from "../gpu/plan.ts";
 import { addInto } from "../kernels/axpy.ts";
 import { copyTo, putColumns } from "../kernels/copy-rows.ts";
@@ -13,12 +12,12 @@ import type { LanguageModel } from "./loss.ts";
 import { type ProfiledDispatch, profiled } from "./profile.ts";
 import { Replay } from "./replay.ts";
 import { type StepResult, StepRing } from "./step-ring.ts";
-import { type Loaded, languageTask, type Task } from "./task.ts";
+import { type Loaded, languageTask, type Task, type TrainingMode } from "./task.ts";
 
 /** An adapter, seen from training. */
 export interface HasTrainingMode {
   /** Set while a training step is made: dropout is on, its masks made from the seed and the number of the batch. */
-  training?: { readonly seed: number; readonly step: Uniform } | undefined;
+  training?: TrainingMode | undefined;
 }
 
 /** What is learned: the next tokens of a language model, or another task. */
@@ -30,7 +29,7 @@ interface StepSettings extends AdamWSettings {
   readonly parameters: readonly Tensor[];
   /** What is trained, where it behaves differently in training: its dropout is on within a step, with masks by `seed`. */
   readonly adapter?: HasTrainingMode;
-  /** Seed of the dropout masks; 0 unless given. */
+  /** Seed of the dropout masks and of noise; 0 unless given. */
   readonly seed?: number;
   /** Whether a step may have several batches, whose gradients are added up. */
   readonly accumulates?: boolean;
@@ -92,11 +91,13 @@ export class TrainingStep<B = Batch> {
   }
 
   /**
-   * Takes the memory of a step on such batches now. With the largest batch of a run, no later one needs more: their plans share what
-   * this one needs. Nothing is done eagerly.
+   * Takes the memory of a step on such batches now, the first of them as large as any of the run: no later one may need more, as inputs and plans
+   * share what it needs. Nothing is done eagerly.
    */
   reserve(batches: readonly B[]): void {
     if (this.#eager) return;
+    const [largest] = batches;
+    if (largest) this.#replay.reserve(largest);
     batches.forEach((batch, i) => void this.#planFor(batch, i === 0, i === batches.length - 1));
   }
 
@@ -117,7 +118,8 @@ export class TrainingStep<B = Batch> {
   *#start(batches: readonly B[], learningRate: number): Generator<Plan> {
     if (batches.length === 0) throw new ShapeError("TrainingStep: a step must have a batch, got none");
     this.#ring.begin();
-    this.#scale = 1 / batches.reduce((sum, batch) => sum + this.#task.count(batch), 0);
+    const count = batches.reduce((sum, batch) => sum + this.#task.count(batch), 0);
+    this.#scale = count > 0 ? 1 / count : 0;
     this.#learningRate = learningRate;
     this.optimizer.stepCount++;
     for (const [i, batch] of batches.entries()) {
@@ -163,15 +165,16 @@ export class TrainingStep<B = Batch> {
     else addInto(losses, this.#ring.losses);
     if (!isLast) return;
     const clip = this.optimizer.norm();
-    this.#ring.record(clip);
+    this.#ring.record(clip, () => this.#scale);
     this.optimizer.update(clip, () => this.#learningRate);
   }
 
   /** The loss of a batch and its parts, like the ring's, its gradients taken. Only meanwhile is the adapter in training: between steps it may be evaluated. */
   #gradients(inputs: Loaded<B>, adds: boolean): Tensor {
-    this.#adapter.training = { seed: this.#seed, step: () => this.#batchCount };
+    const training = { seed: this.#seed, step: () => this.#batchCount };
+    this.#adapter.training = training;
     try {
-      const values = inputs.losses(() => this.#scale);
+      const values = inputs.losses(() => this.#scale, training);
       const weights = Object.values(this.#task.weights);
       const weighted = values.map((value, i) => (weights[i] === 1 ? value : scaled(value, weights[i] ?? 0)));
       const loss = weighted.reduce((sum, value) => add(sum, value));

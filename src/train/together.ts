@@ -25,6 +25,8 @@ export interface TogetherOptions {
   readonly lanes: readonly LaneOptions[];
   /** Fills rows up to the longest of a batch; never seen by the loss. */
   readonly padId?: number;
+  /** Of all lanes: see `LanguageSettings`. */
+  readonly labelSmoothing?: number | undefined;
   /** Metrics are read back after so many steps, or after a quarter of a second. 10 unless given. */
   readonly readEvery?: number;
   /** Stops all after the step in progress. */
@@ -44,10 +46,10 @@ export type LaneEvent =
  * Throws ShapeError for settings out of range.
  */
 export async function* trainTogether(options: TogetherOptions): AsyncGenerator<LaneEvent, void, undefined> {
-  const { model, shared, lanes, padId = 0, readEvery = 10, signal } = options;
+  const { model, shared, lanes, padId = 0, labelSmoothing, readEvery = 10, signal } = options;
   const { gpu } = model;
   const runs = lanes.map((lane, i) => new LaneRun(lane, shared.adapters[i], i, readEvery));
-  const step = new LaneStep({ model, shared, lanes });
+  const step = new LaneStep({ model, shared, lanes, labelSmoothing });
   try {
     const most = roundedLength(lanes.reduce((length, { rows }) => Math.max(length, longest(rows)), 0));
     step.reserve(

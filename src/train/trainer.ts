@@ -13,13 +13,11 @@ import { type Schedule, scheduleFactor } from "./schedule.ts";
 import { type HasTrainingMode, TrainingStep } from "./step.ts";
 import { type Sent, StepCounts, type StepMetrics } from "./step-metrics.ts";
 import type { StepResult } from "./step-ring.ts";
-import { languageTask, type RowTask } from "./task.ts";
+import { type LanguageSettings, languageTask, type RowTask } from "./task.ts";
 import { EarlyStopping, type Validation } from "./validation.ts";
 
-export interface TrainOptions extends RunOptions<Row> {
+export interface TrainOptions extends RunOptions<Row>, LanguageSettings {
   readonly model: LanguageModel;
-  /** Fills rows up to the longest of a batch; never seen by the loss. */
-  readonly padId?: number;
 }
 
 export interface TrainTaskOptions<R extends HasIds, B> extends RunOptions<R> {
@@ -93,10 +91,11 @@ export const READ_EVERY_MS = 250;
  * Trains `parameters` to predict next tokens and yields the metrics of each step once its update is done.
  *
  * The loss of a step is the mean over all its target tokens, across accumulation. A step whose loss or gradient norm is not finite leaves
- * the parameters as they are; after five such steps in a row it throws ShapeError, and the parameters are those of the last good step.
+ * the parameters as they are; after five such steps in a row it throws ShapeError, and the parameters are those of the last good step. A step
+ * whose rows have no target token changes nothing, either.
  */
-export const train = ({ model, padId, ...options }: TrainOptions): AsyncGenerator<StepMetrics, void, undefined> =>
-  trainTask({ ...options, task: languageTask(model, padId, isPacked(arrayOf(options.rows) ?? [])) });
+export const train = ({ model, ...options }: TrainOptions): AsyncGenerator<StepMetrics, void, undefined> =>
+  trainTask({ ...options, task: languageTask(model, options, isPacked(arrayOf(options.rows) ?? [])) });
 
 /** As `train`, for another task. */
 export async function* trainTask<R extends HasIds, B>(

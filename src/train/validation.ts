@@ -4,6 +4,8 @@ import { ShapeError } from "../tensor/errors.ts";
 /** What an evaluation gives: its loss is what counts. */
 export interface Evaluated {
   readonly loss: number;
+  /** Share of what was right: tokens, rows or pairs. */
+  readonly accuracy?: number;
 }
 
 export interface Validation<E extends Evaluated = Evaluated> {

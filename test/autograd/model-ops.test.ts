@@ -529,7 +529,13 @@ const CALLS: Record<string, { run: (golden: Golden, ...t: Tensor[]) => Tensor; l
   gated: { run: (g, ...t) => gated(at(t, 0), at(t, 1), g.options.activation as "silu"), layout: asIs },
   embedding: { run: (_, ...t) => embedding(at(t, 0), at(t, 1)), layout: asIs },
   linear: { run: (_, ...t) => matmul(at(t, 0), at(t, 1), "nt", at(t, 2)), layout: asIs },
-  linear_cross_entropy: { run: (_, ...t) => linearCrossEntropy(at(t, 0), at(t, 1), at(t, 2)), layout: asIs },
+  linear_cross_entropy: {
+    run: (g, ...t) => {
+      const { label_smoothing: labelSmoothing } = g.options as { label_smoothing?: number };
+      return linearCrossEntropy(at(t, 0), at(t, 1), at(t, 2), 1, { labelSmoothing });
+    },
+    layout: asIs,
+  },
   add_rms_norm: {
     run: (g, ...t) => {
       const { sum, y } = addRmsNorm(at(t, 0), at(t, 1), at(t, 2), option(g, "eps"));

@@ -67,6 +67,21 @@ test("it is evaluated by its adapter, and made less sure by Laplace", async () =
   expect(after?.nll).toBeGreaterThan(before?.nll ?? Number.NaN); // all were right: to be less sure of them costs
 });
 
+test("--find-lr tries rates on rows with classes, too, and leaves a run in its place as it is", async () => {
+  const before = await readdir(at("adapter"), { recursive: true });
+  const metrics = await readFile(join(at("adapter"), "metrics.jsonl"), "utf8");
+  const found = await lowrank(["train", ...modelArgs(), "--out", at("adapter"), "--find-lr", "--json"]);
+  expect(found.code, found.stderr).toBe(0);
+  const { points, suggestion } = lastJson(found) as { points: object[]; suggestion: number };
+  expect(points.length).toBeGreaterThan(10);
+  expect(suggestion).toBeGreaterThan(1e-7);
+  expect(suggestion).toBeLessThan(1);
+  expect((await readdir(at("adapter"), { recursive: true })).sort()).toEqual(
+    [...before, "learning-rate.html", "learning-rate.json"].sort(),
+  );
+  expect(await readFile(join(at("adapter"), "metrics.jsonl"), "utf8")).toBe(metrics);
+});
+
 test("what does not go together is refused", async () => {
   const model = ["--model", at("model"), "--data", at("rows.jsonl")];
   const train = (...more: string[]) => run(trainCommand(), ...model, "--out", at("out"), ...more);
@@ -82,6 +97,8 @@ test("what does not go together is refused", async () => {
     ["--loss-on", "all"],
     ["--chat-template", "x"],
     ["--packing"],
+    ["--label-smoothing", "0.1"],
+    ["--neftune-alpha", "5"],
   ])
     await expect(train(flag as string, ...value)).rejects.toThrow(
       new ShapeError(`train: ${flag} is for models that predict tokens. Leave it out`),
@@ -91,6 +108,9 @@ test("what does not go together is refused", async () => {
   );
   await expect(evaluate("--loss-on", "all")).rejects.toThrow(
     new ShapeError("eval: --loss-on is for models that predict tokens. Leave it out"),
+  );
+  await expect(evaluate("--preference", "dpo")).rejects.toThrow(
+    new ShapeError("eval: --preference is for models that predict tokens. Leave it out"),
   );
   await expect(evaluate("--num-labels", "2")).rejects.toThrow(
     new ShapeError("eval: --num-labels makes a new classifier, which an --adapter has to fill, got none. Give it"),

@@ -3,11 +3,12 @@ import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseHTML } from "linkedom";
-import { afterAll, beforeAll, expect, test } from "vitest";
+import { afterAll, beforeAll, expect, test, vi } from "vitest";
 import { parse } from "yaml";
 import { sparkline } from "../../src/cli/progress.ts";
 import { withConfig } from "../../src/cli/run-config.ts";
 import { trainCommand } from "../../src/cli/train.ts";
+import { ShapeError } from "../../src/tensor/errors.ts";
 import { writeTinyModel } from "../tiny-model.ts";
 
 let home = "";
@@ -35,6 +36,7 @@ test("a run leaves its configuration, card, report, samples and events, and its 
   await train(
     ...["--model", at("model"), "--data", at("rows.jsonl"), "--valid-data", at("rows.jsonl"), "--out", at("first")],
     ...["--steps", "2", "--rank", "2", "--valid-every", "1", "--sample-prompt", "Once", "--tensorboard"],
+    ...["--label-smoothing", "0.1", "--neftune-alpha", "5"],
   );
   const files = (await readdir(at("first"))).map((file) => file.replace(/\d{10}/, "N")).sort();
   expect(files).toEqual([
@@ -53,6 +55,15 @@ test("a run leaves its configuration, card, report, samples and events, and its 
     { step: 2, prompt: "Once" },
   ]);
   const { document } = parseHTML(await readFile(at("first/report.html"), "utf8"));
+  const [{ accuracy } = {}] = (await lines("first/metrics.jsonl")).map(
+    ({ validation }) => validation as { accuracy?: number },
+  );
+  expect(accuracy).toBeGreaterThanOrEqual(0);
+  expect(accuracy).toBeLessThanOrEqual(1);
+  const facts = Object.fromEntries(
+    [...document.querySelectorAll("tr")].map((tr) => [...tr.children].map((cell) => cell.textContent)),
+  );
+  expect(facts.validation).toMatch(/^loss \d\.\d{4}, accuracy \d+\.\d %$/);
   expect(document.querySelectorAll(".bar").length).toBe(14);
   expect([...document.querySelectorAll("h2")].map((heading) => heading.textContent)).toEqual([
     "Norm of the update, by module",
@@ -66,6 +77,8 @@ test("a run leaves its configuration, card, report, samples and events, and its 
   expect(parse(await readFile(at("first/run.yaml"), "utf8"))).toMatchObject({
     rank: 2,
     steps: 2,
+    "label-smoothing": 0.1,
+    "neftune-alpha": 5,
     "sample-prompt": ["Once"],
   });
 
@@ -86,3 +99,49 @@ test("a sparkline has the course of the losses in few bars", () => {
   expect(sparkline([2, 2])).toBe("▁▁");
   expect(sparkline([])).toBe("");
 });
+
+test("--find-lr leaves the curve and its suggestion and trains nothing; --learning-rate auto trains with it, and goes on with it", async () => {
+  const places = [
+    "--model",
+    at("model"),
+    "--data",
+    at("rows.jsonl"),
+    "--rank",
+    "2",
+    "--no-shuffle",
+    "--batch-size",
+    "2",
+  ];
+  const printed: string[] = [];
+  const stdout = vi.spyOn(process.stdout, "write").mockImplementation((line) => printed.push(String(line)) > 0);
+  await train(...places, "--out", at("rates"), "--find-lr", "--json");
+  stdout.mockRestore();
+  expect((await readdir(at("rates"))).sort()).toEqual(["learning-rate.html", "learning-rate.json"]);
+  const found = JSON.parse(await readFile(at("rates/learning-rate.json"), "utf8"));
+  expect(JSON.parse(printed.at(-1) ?? "")).toEqual(found);
+  const { points, suggestion } = found as { points: { learningRate: number; loss: number }[]; suggestion: number };
+  expect(points[0]?.learningRate).toBe(1e-7);
+  expect(points.map(({ learningRate }) => learningRate)).toContain(suggestion);
+  const { document } = parseHTML(await readFile(at("rates/learning-rate.html"), "utf8"));
+  expect([...document.querySelectorAll("figcaption")].map((e) => e.textContent)).toEqual(["Loss over learning rates"]);
+
+  const auto = [...places, "--learning-rate", "auto", "--schedule", "constant", "--warmup", "0"];
+  const plain = [...places, "--learning-rate", String(suggestion), "--schedule", "constant", "--warmup", "0"];
+  await train(...plain, "--out", at("plain"), "--steps", "3");
+  await train(...auto, "--out", at("auto"), "--steps", "2", "--save-every", "2");
+  await train(...auto, "--out", at("auto"), "--steps", "3", "--resume");
+  expect((await lines("auto/metrics.jsonl")).map((step) => step.learning_rate)).toEqual([
+    suggestion,
+    suggestion,
+    suggestion,
+  ]);
+  expect(await readFile(at("auto/adapter_model.safetensors"))).toEqual(
+    await readFile(at("plain/adapter_model.safetensors")),
+  );
+  expect(parse(await readFile(at("auto/run.yaml"), "utf8"))).toMatchObject({ "learning-rate": "auto" });
+  expect(await readFile(at("auto/report.html"), "utf8")).toContain("Loss over learning rates");
+  expect(await readFile(at("plain/report.html"), "utf8")).not.toContain("Loss over learning rates");
+  await expect(train(...places, "--out", at("none"), "--learning-rate", "fast")).rejects.toThrow(
+    new ShapeError("train: --learning-rate must be a number of at least 0, got fast"),
+  );
+}, 240_000);

@@ -96,7 +96,7 @@ test("a model is fine-tuned, evaluated, asked for text and merged", async () => 
   const data = ["--data", at("data.jsonl"), "--json"];
   const base = lastJson(await lowrank(["eval", "--model", at("model"), ...data]));
   const tuned = lastJson(await lowrank(["eval", "--model", at("model"), "--adapter", at("adapter"), ...data]));
-  expect(Object.keys(tuned)).toEqual(["loss", "perplexity", "tokens", "bits_per_weight"]);
+  expect(Object.keys(tuned)).toEqual(["loss", "perplexity", "accuracy", "tokens", "bits_per_weight"]);
   expect(Number(tuned.loss)).toBeLessThan(Number(base.loss) - 0.1);
 
   const ask = [

@@ -3,6 +3,9 @@ import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, beforeEach, expect, test, vi } from "vitest";
+import { dataCommand } from "../../src/cli/data.ts";
+import { evalCommand } from "../../src/cli/eval.ts";
+import { planCommand } from "../../src/cli/plan.ts";
 import { trainCommand } from "../../src/cli/train.ts";
 import { Gpu, openGpu } from "../../src/gpu/gpu.ts";
 import { FormatError } from "../../src/io/errors.ts";
@@ -91,6 +94,16 @@ test("a run that goes on has the bytes and metrics of one that was never cut off
   );
 });
 
+test("--find-lr suggests a rate for pairs, at which the loss falls, and trains nothing", async () => {
+  await train("rates", ...DPO, "--find-lr", "--json");
+  const { points, suggestion } = JSON.parse(result);
+  expect(Math.abs(points[0].loss - Math.LN2)).toBeLessThanOrEqual(1e-5);
+  const at0 = points.findIndex((point: { learningRate: number }) => point.learningRate === suggestion);
+  expect(points[at0 + 1].loss).toBeLessThan(points[at0 - 1].loss);
+  expect(await readdir(at("rates"))).toEqual(["learning-rate.html", "learning-rate.json"]);
+  await expect(train("rates", ...DPO, "--find-lr", "--dry-run")).rejects.toThrow("--find-lr");
+});
+
 test("a dry run reads everything and writes nothing", async () => {
   await train("dry", ...DPO, "--dry-run", "--lora-fa");
   expect(said).toContain("dry run: 2 steps of 2 pairs would follow. Nothing was written");
@@ -102,11 +115,8 @@ test.each([
   ["--loss-on", "--loss-on cannot go with --preference. Leave it out", ["--loss-on", "all"]],
   ["--init eva", "--init eva cannot go with --preference. Leave it out", ["--init", "eva"]],
   ["beta of 0", "--beta must be a number above 0, got 0", ["--beta", "0"]],
-  [
-    "smoothing of a half",
-    "--label-smoothing must be a number of at least 0 and below 0.5, got 0.5",
-    ["--label-smoothing", "0.5"],
-  ],
+  ["smoothing of a half", "--label-smoothing of pairs must be below 0.5, got 0.5", ["--label-smoothing", "0.5"]],
+  ["noise", "--neftune-alpha cannot go with --preference. Leave it out", ["--neftune-alpha", "5"]],
 ])("%s is refused", async (_what, message, args) => {
   await expect(train("refused", ...DPO, ...args)).rejects.toThrow(new ShapeError(`train: ${message}`));
 });
@@ -125,7 +135,142 @@ test("pairs want --preference, and --preference wants pairs", async () => {
     ),
   );
   await expect(train("refused", "--beta", "0.2")).rejects.toThrow(
-    new ShapeError("train: --beta and --label-smoothing go with --preference. Add it, or leave them out"),
+    new ShapeError("train: --beta goes with --preference. Add it, or leave it out"),
   );
   expect(await readdir(at("refused"))).toEqual([]);
+});
+
+const evaluate = (...more: string[]): Promise<unknown> =>
+  evalCommand()
+    .exitOverride()
+    .parseAsync(["--model", at("model"), "--data", at("valid.jsonl"), ...DPO, ...more], { from: "user" });
+
+test("eval says of an adapter what its training said after the last step", async () => {
+  await evaluate("--adapter", at("run"), "--json");
+  const found = JSON.parse(result);
+  expect(said).toContain("data: 1 pairs (0 truncated to 64 tokens, 0 dropped with nothing to learn)");
+  const { best, ...validation } = (await metricsOf("run")).at(-1).validation;
+  expect(found).toEqual(validation);
+  result = "";
+  await evaluate("--adapter", at("run"));
+  expect(result).toBe(
+    `loss ${found.loss.toFixed(4)}, accuracy 100.0 %, margin ${found.margin.toFixed(4)} over 1 pairs\n`,
+  );
+  result = "";
+  await evaluate("--adapter", at("run"), "--beta", "0.2", "--json");
+  expect(Math.abs(JSON.parse(result).margin - 2 * found.margin)).toBeLessThanOrEqual(1e-5 * found.margin);
+});
+
+test.each([
+  ["an adapter is needed", "--preference compares an --adapter with the model without it, got none. Give it", []],
+  ["--laplace", "--laplace cannot go with --preference. Leave it out", ["--laplace", "rows.jsonl"]],
+  ["--loss-on", "--loss-on cannot go with --preference. Leave it out", ["--loss-on", "all"]],
+])("eval of pairs: %s", async (_what, message, args) => {
+  await expect(evaluate(...args)).rejects.toThrow(new ShapeError(`eval: ${message}`));
+});
+
+test("data shows both answers of a pair, and counts", async () => {
+  const show = (...more: string[]): Promise<unknown> =>
+    dataCommand().parseAsync([at("pairs.jsonl"), "--model", at("model"), ...DPO, ...more], { from: "user" });
+  await show("--rows", "1");
+  expect(result).toMatch(/^pair 1, chosen: \d+ tokens, \d+ to learn\n.*The cat⟦ was happy\..*⟧\n\npair 1, rejected: /);
+  expect(result).toContain("⟦ was very sad today.");
+  expect(result).toContain("data: 4 pairs (0 truncated to 64 tokens, 0 dropped with nothing to learn)");
+  expect(result).not.toContain("packing");
+  result = "";
+  await show("--rows", "2", "--json");
+  const { rows, dropped, examples, forms, packed } = JSON.parse(result);
+  expect({ rows, dropped, forms, packed }).toEqual({ rows: 4, dropped: 0, forms: { preference: 4 } });
+  expect(examples).toHaveLength(2);
+  expect(Object.keys(examples[0])).toEqual(["chosen", "rejected"]);
+  expect(examples[1].chosen.parts.map(({ learned }: { learned: boolean }) => learned)).toEqual([false, true]);
+  await expect(show("--loss-on", "all")).rejects.toThrow(
+    new ShapeError("data: --loss-on cannot go with --preference. Leave it out"),
+  );
+});
+
+/** A run in which all batches have one shape: what it took, and what was planned. */
+async function peakOf(
+  out: string,
+  data: readonly string[],
+  ...more: string[]
+): Promise<{ peak: number; plan: number }> {
+  await writeFile(at(`${out}.jsonl`), data.join("\n"));
+  const gpu = await openGpu(); // with what other runs of this file left on it
+  const { bytesLive } = gpu.counters();
+  gpu.resetCounters();
+  result = "";
+  await train(out, "--data", at(`${out}.jsonl`), "--steps", "2", "--json", ...more);
+  const { peak_bytes: peak, planned_bytes: plan } = JSON.parse(result);
+
+  return { peak: peak - bytesLive, plan };
+}
+
+const LONG = ["--sample-prompt", "The cat was happy and the dog was very sad today, for the sun was not there."];
+const PAIR = '{"prompt":"The","chosen":" cat was happy.","rejected":" dog was sad."}';
+const ROW = '{"text":"The cat was happy and the dog was sad, as it rained."}';
+const VALID = ["--valid-every", "1"];
+
+test("a plan for pairs is that of the run, its evaluations and samples", async () => {
+  await writeFile(
+    at("long.jsonl"),
+    PAIR.replace("dog", "dog in the garden of the old house by the sea").replaceAll("\n", ""),
+  );
+  const evaluated = [...DPO, "--valid-data", at("long.jsonl"), ...VALID];
+  const alone = await peakOf("pairs", [PAIR, PAIR], ...DPO);
+  const both = await peakOf("pairs-both", [PAIR, PAIR], ...evaluated, ...LONG);
+  for (const { peak, plan } of [alone, both]) {
+    expect(peak).toBeLessThanOrEqual(plan);
+    expect(plan).toBeLessThan(1.1 * peak);
+  }
+  expect(both.plan).toBeGreaterThan(alone.plan);
+  result = "";
+  const size = [
+    "--batch-size",
+    "2",
+    "--rank",
+    "4",
+    "--target-modules",
+    "q_proj,down_proj",
+    "--max-length",
+    "8",
+    "--json",
+  ];
+  await planCommand().parseAsync(["--model", at("model"), ...DPO, ...size], { from: "user" });
+  const { peak, preference } = JSON.parse(result);
+  result = "";
+  await planCommand().parseAsync(["--model", at("model"), ...size], { from: "user" });
+  expect(preference).toBe(true);
+  expect(peak).toBeGreaterThan(JSON.parse(result).peak);
+});
+
+test.each([
+  ["language", [], ["a", "a fox", "a fox in the garden of the old house", "a fox in the old house", "rain"]],
+  [
+    "pairs",
+    DPO,
+    ["sad", "sad today", "sad today, as it rained on the old house", "sad today for the sun was gone", "so"],
+  ],
+])("rows of many lengths take no more than the longest, but for constants: %s", async (what, args, words) => {
+  const rows = words.map((text) =>
+    JSON.stringify(what === "pairs" ? { prompt: "I", chosen: text, rejected: "no" } : { text }),
+  );
+  const valid = ["--valid-data", at(`many-${what}.jsonl`), ...VALID];
+  const { peak, plan } = await peakOf(`many-${what}`, rows, ...args, ...valid, "--steps", "6");
+  expect(peak - plan).toBeLessThanOrEqual(10 * 256); // each shape has a constant of its own, the gradient's seed
+});
+
+test.each([
+  ["evaluations and samples", ["--valid-split", "0.5", ...VALID, ...LONG]],
+  [
+    "samples of more tokens than a batch",
+    ["--batch-size", "1", "--checkpointing", "--valid-split", "0.25", ...VALID, ...LONG],
+  ],
+  ["a start by EVA", ["--init", "eva", "--init-batches", "1"]],
+  ["a start by LoRA-GA", ["--init", "lora_ga", "--init-batches", "1"]],
+  ["noise on embeddings", ["--neftune-alpha", "5"]],
+])("what a run takes with %s is at most what was planned", async (what, args) => {
+  const { peak, plan } = await peakOf(what.replaceAll(" ", "-"), [ROW, ROW, ROW, ROW], ...args);
+  expect(peak).toBeLessThanOrEqual(plan);
+  expect(plan).toBeLessThan(1.6 * peak);
 });

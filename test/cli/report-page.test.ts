@@ -32,7 +32,7 @@ describe("report.html", () => {
       "Loss",
       "Learning rate",
       "Gradient norm",
-      "Token accuracy",
+      "Accuracy",
     ]);
     expect([...document.querySelectorAll("h2")].map((e) => e.textContent)).toEqual([
       "Norm of the update, by module",

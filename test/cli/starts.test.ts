@@ -89,7 +89,7 @@ test.each([
   [["--init", "loftq"], "train: --init loftq needs a quantised base, got no --quantize. Give it"],
   [
     ["--init", "lora_ga", "--quantize", "nf4"],
-    "start: a part of the base is taken from f32 weights, got nf4. Load it as f32",
+    "lora_ga: gradients are taken of f32 weights, got nf4. Load the model as f32",
   ],
 ])("train %s is refused, and nothing is written", async (options, message) => {
   await expect(train("refused", ...options)).rejects.toThrow(new ShapeError(message));

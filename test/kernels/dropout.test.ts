@@ -1,12 +1,13 @@
 import { describe, expect, test } from "vitest";
+import { addNoise } from "../../src/autograd/model-ops.ts";
 import { defineKernel, definePart } from "../../src/gpu/kernel.ts";
-import { type DropoutKey, dropout } from "../../src/kernels/dropout.ts";
+import { addNoise as addNoiseKernel, type DropoutKey, dropout } from "../../src/kernels/dropout.ts";
 import source from "../../src/kernels/dropout.wgsl";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { empty, read, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { checkOp, expectClose, freshSeed, type Nd, nd, randomNd, testGpu, upload } from "../harness.ts";
-import { dropoutTwin, philoxTwin } from "../reference/dropout.ts";
+import { dropoutTwin, noiseTwin, philoxTwin } from "../reference/dropout.ts";
 
 /** counter, key, words: "philox4x32 10" of the known answers that Random123 is published with. */
 const KNOWN: [counter: number[], key: number[], words: number[]][] = [
@@ -143,5 +144,41 @@ test("dropout names what it cannot take", async () => {
     expect(() => dropout(x, p, KEY)).toThrow(new ShapeError(`dropout: p must be at least 0 and below 1, got ${p}`));
   expect(() => dropout(x, 0.5, KEY, empty(gpu, [3, 2], "acc"))).toThrow(
     new ShapeError("dropout: acc must have the shape of x = [2,3], got [3,2]"),
+  );
+});
+
+test.each([[[4]], [[1, 3, 4]], [[5, 7, 12]], [[67, 4]]])(
+  "noise on %j equals its f64 twin, its gradient that of x",
+  async (shape) => {
+    await checkOp({
+      inputs: [shape],
+      op: (x) => addNoise(x as Tensor, 0.7, KEY),
+      twin: (x) => noiseTwin(x as Nd, 0.7, KEY),
+      tolerance: 1e-6,
+    });
+  },
+);
+
+test("noise is uniform between its bounds, and another for another key", async () => {
+  const gpu = await testGpu();
+  const n = 2 ** 16;
+  const zeros = tensor(gpu, new Float32Array(n), [n]);
+  const of = async (key: DropoutKey): Promise<Float32Array> => read(addNoiseKernel(zeros, 2, key));
+  const seed = freshSeed();
+  const y = await of({ seed, step: 3, stream: 1 });
+  const bins = new Array<number>(8).fill(0);
+  for (const value of y) bins[Math.floor((value + 2) * 2)] = (bins[Math.floor((value + 2) * 2)] ?? 0) + 1;
+  expect(bins).toHaveLength(8);
+  for (const count of bins) expect(Math.abs(count - n / 8), `seed ${seed}`).toBeLessThan(6 * Math.sqrt(n / 8));
+  expect(await of({ seed, step: () => 3, stream: 1 })).toEqual(y);
+  const other = await of({ seed, step: 4, stream: 1 });
+  const dot = other.reduce((sum, value, i) => sum + (value * (y[i] ?? 0)) / (4 / 3), 0);
+  expect(Math.abs(dot / n), `seed ${seed}`).toBeLessThan(6 / Math.sqrt(n));
+});
+
+test("noise names a size that it cannot take", async () => {
+  const gpu = await testGpu();
+  expect(() => addNoiseKernel(empty(gpu, [3, 2], "x"), 1, KEY)).toThrow(
+    new ShapeError("addNoise: x must have a multiple of 4 elements, got [3,2]"),
   );
 });

@@ -11,7 +11,7 @@ import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { empty, read, readAll, rowsOf, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { checkOp, expectClose, freshSeed, type Nd, nd, randomNd, testGpu, upload } from "../harness.ts";
-import { crossEntropyTwin } from "../reference/model-ops.ts";
+import { crossEntropyTwin, hitsTwin } from "../reference/model-ops.ts";
 
 const product = (h: Nd, W: Nd): Nd => {
   const [M = 0, C = 0] = h.shape;
@@ -84,10 +84,86 @@ test.each([
       [M, C],
       [V, C],
     ],
-    op: (h, W) => linearCrossEntropy(h as Tensor, W as Tensor, upload(gpu, labels, "i32"), 0.25, 1.5),
+    op: (h, W) => linearCrossEntropy(h as Tensor, W as Tensor, upload(gpu, labels, "i32"), 0.25, { logitCap: 1.5 }),
     twin: (h, W) => crossEntropyTwin(capped(product(h as Nd, W as Nd)), labels, 0.25),
   });
 });
+
+test.each([
+  [1, 1, 1, 1, undefined],
+  [3, 7, 5, 1, undefined],
+  [65, 64, 12, 1, 1.5],
+  [9, 128, 5, 2, undefined],
+  [7, 192, 8, 3, 1.5],
+])(
+  "smoothed labels of %i rows of %i words and %i features, in %i pieces: loss and gradients equal their f64 twins",
+  async (M, V, C, parts, cap) => {
+    const gpu = await testGpu();
+    const labels = labelsOf(M, V);
+    const capped = ({ shape, data }: Nd): Nd =>
+      cap
+        ? nd(
+            shape,
+            data.map((x) => cap * Math.tanh(x / cap)),
+          )
+        : nd(shape, data);
+    const W = randomNd([V, C], new Random(freshSeed()));
+    await checkOp({
+      inputs: parts === 1 ? [[M, C], W] : [[M, C]],
+      op: (h, trained) => {
+        const head = trained ?? upload(gpu, W);
+        const pieces = Array.from({ length: parts }, (__, i) => rowsOf(head, (V / parts) * i, V / parts));
+        const options = { labelSmoothing: 0.3, logitCap: cap };
+        return linearCrossEntropy(h as Tensor, parts === 1 ? head : pieces, upload(gpu, labels, "i32"), 0.25, options);
+      },
+      twin: (h, trained) => crossEntropyTwin(capped(product(h as Nd, trained ?? W)), labels, 0.25, 0.3),
+    });
+  },
+);
+
+test("smoothing is at least 0 and below 1", async () => {
+  const gpu = await testGpu();
+  const [h, W, labels] = [empty(gpu, [2, 4], "h"), empty(gpu, [8, 4], "W"), empty(gpu, [2], "l", "i32")];
+  for (const labelSmoothing of [1, -0.1, Number.NaN])
+    expect(() => linearCrossEntropy(h, W, labels, 1, { labelSmoothing })).toThrow(
+      new ShapeError(`linearCrossEntropy: labelSmoothing must be at least 0 and below 1, got ${labelSmoothing}`),
+    );
+});
+
+test.each([
+  ["in one piece", 1, 2 ** 25],
+  ["in pieces", 3, 2 ** 25],
+  ["in pieces, rows in chunks", 2, 4 * 192 * 64],
+])(
+  "with the vocabulary %s, as many labels are the first of the likeliest words as in f64",
+  async (_, parts, logitBytes) => {
+    const gpu = await testGpu();
+    const seed = freshSeed();
+    const random = new Random(seed);
+    // Whole numbers of few values: the products are exact, and many words tie.
+    const whole = (shape: readonly number[]): Nd =>
+      nd(
+        shape,
+        randomNd(shape, random).data.map((x) => Math.round(x)),
+      );
+    const [M, V, C] = [201, 192, 4];
+    const [h, W] = [whole([M, C]), whole([V, C])];
+    const logits = product(h, W);
+    const bests = Array.from({ length: M }, (__, i) => {
+      const row = logits.data.subarray(i * V, (i + 1) * V);
+      const best = row.indexOf(Math.max(...row));
+      const tie = row.indexOf(Math.max(...row), best + 1);
+      return [best, tie === -1 ? best : tie, random.below(V), -100][i % 4] as number;
+    });
+    const labels = nd([M], bests);
+    const head = upload(gpu, W);
+    const pieces = Array.from({ length: parts }, (__, i) => rowsOf(head, (V / parts) * i, V / parts));
+    const wants = { dh: false, dW: false, hits: true };
+    const { hits, loss } = kernels(upload(gpu, h), pieces, upload(gpu, labels, "i32"), 1, wants, {}, logitBytes);
+    expect([...(await read(hits as Tensor))], `seed ${seed}`).toEqual([hitsTwin(logits, labels)]);
+    expectClose(await read(loss), crossEntropyTwin(logits, labels, 1).data, 1e-5, "loss");
+  },
+);
 
 test.each([
   ["rows in chunks", 1, 4 * 24 * 64],
@@ -102,7 +178,7 @@ test.each([
   const pieces = Array.from({ length: parts }, (__, i) => rowsOf(W, (V / parts) * i, V / parts));
   const wants = { dh: true, dW: true };
   const whole = kernels(h, W, labels, 1, wants);
-  const divided = kernels(h, parts === 1 ? W : pieces, labels, 1, wants, undefined, logitBytes);
+  const divided = kernels(h, parts === 1 ? W : pieces, labels, 1, wants, {}, logitBytes);
   const [loss, dh, dW] = await readAll([whole.loss, whole.dh as Tensor, whole.dW[0] as Tensor]);
   const [loss2, dh2, ...dW2] = await readAll([divided.loss, divided.dh as Tensor, ...(divided.dW as Tensor[])]);
   expectClose(loss2 ?? [], loss ?? [], 1e-6, "loss");
@@ -150,7 +226,7 @@ test.each([
       const updates = Array.from({ length: count }, (__, j) => ({
         ...{ u: given[2 * j] as Tensor, X: given[2 * j + 1] as Tensor, scale: 0.5 },
       }));
-      return linearCrossEntropy(h as Tensor, pieces, upload(gpu, labels, "i32"), 0.25, cap, updates);
+      return linearCrossEntropy(h as Tensor, pieces, upload(gpu, labels, "i32"), 0.25, { logitCap: cap, updates });
     },
     twin: (h, ...given) => twin(h as Nd, given),
   });
@@ -170,7 +246,7 @@ test("updates of the head with rows in chunks: as undivided", async () => {
   X.requiresGrad = true;
   const labels = upload(gpu, labelsOf(M, V), "i32");
   const run = (bytes?: number) =>
-    kernels(h, W, labels, 1, { dh: false, dW: false }, undefined, bytes, [{ u, X, scale: 0.5 }]);
+    kernels(h, W, labels, 1, { dh: false, dW: false }, { updates: [{ u, X, scale: 0.5 }] }, bytes);
   const [whole, divided] = [run(), run(4 * 24 * 64)];
   const [loss, du, dX] = await readAll([whole.loss, whole.du[0] as Tensor, whole.dX[0] as Tensor]);
   const [loss2, du2, dX2] = await readAll([divided.loss, divided.du[0] as Tensor, divided.dX[0] as Tensor]);

@@ -50,6 +50,8 @@ export class Recorder extends Gpu {
     return { size } as GPUBuffer;
   }
 
+  override release(): void {}
+
   override write(_to: HasBuffer, _data: ArrayBufferView): void {}
 
   override pipeline(...[name, key, source, constants, bindings, uniformBytes]: Parameters<Gpu["pipeline"]>): Pipeline {

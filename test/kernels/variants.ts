@@ -27,7 +27,7 @@ import crossEntropyPiece from "../../src/kernels/cross-entropy-piece.wgsl";
 import crossEntropyPieceBackward from "../../src/kernels/cross-entropy-piece-backward.wgsl";
 import { gainBackward as gainBackwardOf, gain as gainOf } from "../../src/kernels/dora.ts";
 import doraNorms from "../../src/kernels/dora-norms.wgsl";
-import { dropout as dropoutOf } from "../../src/kernels/dropout.ts";
+import { addNoise as addNoiseOf, dropout as dropoutOf } from "../../src/kernels/dropout.ts";
 import dropout from "../../src/kernels/dropout.wgsl";
 import embedding from "../../src/kernels/embedding.wgsl";
 import embeddingBackward from "../../src/kernels/embedding-backward.wgsl";
@@ -76,6 +76,7 @@ import softCapSource from "../../src/kernels/soft-cap.wgsl";
 import softmax from "../../src/kernels/softmax.wgsl";
 import softmaxBackward from "../../src/kernels/softmax-backward.wgsl";
 import squareSums from "../../src/kernels/square-sums.wgsl";
+import tokenHits from "../../src/kernels/token-hits.wgsl";
 import transpose from "../../src/kernels/transpose.wgsl";
 import unary from "../../src/kernels/unary.wgsl";
 import { unpackMatrix, withPlainScales } from "../../src/kernels/unpack.ts";
@@ -135,6 +136,7 @@ export const KERNELS: Readonly<Record<string, string>> = {
   softmax,
   "softmax-backward": softmaxBackward,
   "square-sums": squareSums,
+  "token-hits": tokenHits,
   transpose,
   unary,
   unpack,
@@ -320,9 +322,12 @@ export function otherVariants(): Variant[] {
       addIntoOf(x, axpyOf(1, x, 1, x));
       gatherRowsOf(x, empty(recorder, [3], "variants", "i32"));
       const [h, labels] = [empty(recorder, [2, 4], "variants"), empty(recorder, [2], "variants", "i32")];
-      linearCrossEntropyOf(h, empty(recorder, [columns, 4], "variants"), labels, 1, { dh: true, dW: false });
+      const W = empty(recorder, [columns, 4], "variants");
+      for (const labelSmoothing of [0, 0.1])
+        linearCrossEntropyOf(h, W, labels, 1, { dh: true, dW: false, hits: true }, { labelSmoothing });
       gatedOf(x, x, "silu");
       gatedBackwardOf(x, x, x, "silu");
+      if (columns % 4 === 0) addNoiseOf(x, 0.5, { seed: 1, step: 1, stream: 1 });
       for (const acc of [undefined, x]) dropoutOf(x, 0.5, { seed: 1, step: 1, stream: 1 }, acc);
       const w = empty(recorder, [columns], "variants");
       gainOf(x, w, w);

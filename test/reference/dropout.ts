@@ -14,18 +14,32 @@ export function philoxTwin(counter: readonly number[], key: readonly number[]): 
   return [a, b, c, d].map(Number);
 }
 
+const wordOf = (i: number, { seed, step, stream }: Readonly<Record<"seed" | "step" | "stream", number>>): number =>
+  philoxTwin([Math.floor(i / 4), stream, step, 0], [seed % 2 ** 32, Math.floor(seed / 2 ** 32)])[i % 4] ?? 0;
+
+/** x + most·u, u in [−1, 1) of the upper 24 bits of each word. */
+export function noiseTwin(
+  { shape, data }: Nd,
+  most: number,
+  key: Readonly<Record<"seed" | "step" | "stream", number>>,
+): Nd {
+  return nd(
+    shape,
+    data.map((value, i) => value + most * (Math.floor(wordOf(i, key) / 256) / 2 ** 23 - 1)),
+  );
+}
+
 /** mask∘x/(1 − p), and added to acc where that is given. */
 export function dropoutTwin(
   { shape, data }: Nd,
   p: number,
-  { seed, step, stream }: { seed: number; step: number; stream: number },
+  key: { seed: number; step: number; stream: number },
   acc?: Nd,
 ): Nd {
   return nd(
     shape,
     data.map((value, i) => {
-      const words = philoxTwin([Math.floor(i / 4), stream, step, 0], [seed % 2 ** 32, Math.floor(seed / 2 ** 32)]);
-      const kept = (words[i % 4] ?? 0) >= p * 2 ** 32 ? value / (1 - p) : 0;
+      const kept = wordOf(i, key) >= p * 2 ** 32 ? value / (1 - p) : 0;
       return (acc?.data[i] ?? 0) + kept;
     }),
   );

@@ -143,14 +143,25 @@ export function attentionGradientTwin(
 }
 
 /** scale·Σ −log softmax(x)[label] over the rows with a label ≥ 0. */
-export function crossEntropyTwin(x: Nd, labels: Nd, scale: number): Nd {
+export function crossEntropyTwin(x: Nd, labels: Nd, scale: number, smoothing = 0): Nd {
   const V = x.shape.at(-1) ?? 0;
   let loss = 0;
   labels.data.forEach((label, i) => {
     if (label < 0) return;
     const row = [...x.data.subarray(i * V, (i + 1) * V)];
     const top = Math.max(...row);
-    loss += Math.log(row.reduce((sum, v) => sum + Math.exp(v - top), 0)) + top - (row[label] ?? Number.NaN);
+    const log = Math.log(row.reduce((sum, v) => sum + Math.exp(v - top), 0)) + top;
+    const uniform = row.reduce((sum, v) => sum + (log - v), 0) / V;
+    loss += (1 - smoothing) * (log - (row[label] ?? Number.NaN)) + smoothing * uniform;
   });
   return nd([], [scale * loss]);
+}
+
+/** Rows whose label is the argmax, the first of ties. */
+export function hitsTwin(x: Nd, labels: Nd): number {
+  const V = x.shape.at(-1) ?? 0;
+  return [...labels.data].filter((label, i) => {
+    const row = x.data.subarray(i * V, (i + 1) * V);
+    return label >= 0 && row.indexOf(Math.max(...row)) === label;
+  }).length;
 }

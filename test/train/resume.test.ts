@@ -97,6 +97,7 @@ describe("20 steps equal 7 and 13 more, to the last bit,", () => {
   test.each<[what: string, setting: Setting]>([
     ["as it comes", {}],
     ["with dropout and accumulation", { config: { dropout: 0.3 }, options: { gradAccumulation: 3 } }],
+    ["with noise and smoothed labels", { options: { neftuneAlpha: 5, labelSmoothing: 0.1, gradAccumulation: 2 } }],
     ["with LoRA+ and DoRA", { config: { useDora: true }, ratio: 8 }],
     ["begun by PiSSA", { init: "pissa" }],
     ["begun by OLoRA with DoRA", { init: "olora", config: { useDora: true } }],

@@ -44,6 +44,16 @@ async function run(options: Partial<TrainOptions>) {
   }
 }
 
+test("packed rows that come in a stream, which is not told of them, are trained on as the array's, and all memory is given back", async () => {
+  const packed = rows.map((one) => ({ ...one, starts: [0, 2].slice(0, one.inputIds.length - 1) }));
+  const { numbers, values } = await run({ rows: packed });
+  const { bytesLive } = gpu.counters();
+  const streamed = await run({ rows: new Set(packed), maxLength });
+  expect(streamed.numbers).toEqual(numbers);
+  expect(streamed.values).toEqual(values);
+  expect(gpu.counters().bytesLive).toBe(bytesLive);
+});
+
 /** Rows as they come; how many came, and whether it was closed. */
 class Stream {
   came = 0;

@@ -73,24 +73,25 @@ function attach(model: CausalModel, config: Partial<LoraConfig>, seed: number): 
   return adapter;
 }
 
-async function apart(model: CausalModel, lanes: readonly Setup[]): Promise<Trained[]> {
+async function apart(model: CausalModel, lanes: readonly Setup[], labelSmoothing = 0): Promise<Trained[]> {
   const all: Trained[] = [];
   for (const { seed, config, options } of lanes) {
     const adapter = attach(model, config, seed);
     const metrics: StepMetrics[] = [];
-    for await (const one of train({ model, parameters: adapter.parameters, ...options })) metrics.push(one);
+    const settings = { model, labelSmoothing, parameters: adapter.parameters };
+    for await (const one of train({ ...settings, ...options })) metrics.push(one);
     all.push({ metrics, values: await readAll(adapter.parameters) });
     adapter.detach();
   }
   return all;
 }
 
-async function together(model: CausalModel, lanes: readonly Setup[]): Promise<Trained[]> {
+async function together(model: CausalModel, lanes: readonly Setup[], labelSmoothing = 0): Promise<Trained[]> {
   const adapters = lanes.map(({ config, seed }) => attach(model, config, seed));
   const all = lanes.map((): StepMetrics[] => []);
   const shared = new SharedBase(adapters);
-  for await (const { lane, metrics } of trainTogether({ model, shared, lanes: lanes.map(({ options }) => options) }))
-    if (metrics) all[lane]?.push(metrics);
+  const settings = { model, shared, labelSmoothing, lanes: lanes.map(({ options }) => options) };
+  for await (const { lane, metrics } of trainTogether(settings)) if (metrics) all[lane]?.push(metrics);
   const values = await Promise.all(adapters.map(({ parameters }) => readAll(parameters)));
   for (const adapter of adapters) adapter.detach();
   return all.map((metrics, i) => ({ metrics, values: values[i] ?? [] }));
@@ -321,7 +322,32 @@ test.each(["gpt2", "gemma2", "phi3", "qwen3"])(
   },
 );
 
-test("takes the memory that is planned for it", async () => {
+test("with smoothed labels they come out as they do alone, and otherwise than without", () =>
+  withModel(async (model) => {
+    const lanes = LANES.slice(0, 2);
+    const smooth = await together(model, lanes, 0.2);
+    expectSame(smooth, await apart(model, lanes, 0.2));
+    const [plain] = await together(model, lanes);
+    expect(Math.abs(Number(smooth[0]?.metrics[0]?.loss) - Number(plain?.metrics[0]?.loss))).toBeGreaterThan(1e-2);
+  }));
+
+test("a lane whose rows are all masked stays as it is and goes on, and the others come out as they do alone", () =>
+  withModel(async (model) => {
+    const [first, second] = LANES as [Setup, Setup];
+    const masked = ROWS.map(({ inputIds }) => ({ inputIds, labels: inputIds.map(() => -100) }));
+    const lanes = [{ ...first, options: { ...first.options, rows: masked } }, second];
+    const adapter = attach(model, first.config, first.seed);
+    const before = await readAll(adapter.parameters);
+    adapter.detach();
+    const [idle, other] = await together(model, lanes);
+    expect(idle?.metrics.map(({ skipped, loss, grad_norm }) => [skipped, loss, grad_norm])).toEqual(
+      new Array(first.options.steps).fill([true, 0, 0]),
+    );
+    expect(idle?.values).toEqual(before);
+    expectSame([other as Trained], await apart(model, [second]));
+  }));
+
+test("takes the memory that is planned for it, with rows of many lengths, but for constants", async () => {
   const gpu = await testGpu();
   const config = { r: 2, alpha: 4, targetModules: "all-linear" };
   const plan = await planTraining(
@@ -336,11 +362,16 @@ test("takes the memory that is planned for it", async () => {
   gpu.resetCounters();
   const model = await loadModel(gpu, diskDirectory(MODEL));
   const adapters = [attachLora(model, config), attachLora(model, { ...config, r: 4 })];
-  const full = row(...Array.from({ length: 32 }, (_, i) => i)); // all batches have the one shape that is planned
-  const lane = { rows: [full, full], steps: 2, batchSize: 2, learningRate: 1e-3 };
-  const options = { model, shared: new SharedBase(adapters), lanes: [lane, lane] };
-  for await (const { metrics } of trainTogether(options)) expect(metrics?.skipped).toBe(false);
-  expect(gpu.counters().bytesPeak - bytesLive).toBe(plan.peak);
+  const full = row(...Array.from({ length: 32 }, (_, i) => i));
+  const shared = new SharedBase(adapters);
+  const peakOf = async (rows: readonly Row[], ...steps: number[]): Promise<number> => {
+    const lanes = steps.map((count) => ({ rows, steps: count, batchSize: 2, learningRate: 1e-3 }));
+    for await (const { metrics } of trainTogether({ model, shared, lanes })) expect(metrics?.skipped).toBe(false);
+    return gpu.counters().bytesPeak - bytesLive;
+  };
+  const one = [full, full];
+  expect(await peakOf(one, 2, 2)).toBe(plan.peak);
+  expect((await peakOf([...one, ...ROWS, ...OTHERS], 6, 8)) - plan.peak).toBeLessThanOrEqual(16 * 256); // each shape has a constant of its own, the gradient's seed
   for (const adapter of adapters) adapter.detach();
   model.destroy();
 });

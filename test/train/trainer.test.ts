@@ -8,6 +8,7 @@ import { loadModel, makeModel, weightShapes } from "../../src/models/load.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { empty, readAll, slice, type Tensor, tensor, view } from "../../src/tensor/tensor.ts";
 import { AdamW } from "../../src/train/adamw.ts";
+import type { TrainingState } from "../../src/train/checkpoint.ts";
 import type { Row } from "../../src/train/data.ts";
 import { evaluate } from "../../src/train/loss.ts";
 import { type MemoryPlan, planTraining } from "../../src/train/plan.ts";
@@ -146,6 +147,45 @@ test("one bad step is skipped and counted, and training goes on", async () => {
   model.destroy();
 });
 
+test("a step whose rows are all masked changes nothing and is no bad one, wherever it comes", async () => {
+  const gpu = await testGpu();
+  const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
+  const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: ["q_proj"] });
+  const masked = { inputIds: [1, 2, 3], labels: [-100, -100, -100] };
+  const all = [row(1, 2, 3, 4), ...new Array<Row>(6).fill(masked), row(5, 6, 7)];
+  const settings = { model, parameters: adapter.parameters, batchSize: 1, learningRate: 1e-2, weightDecay: 0.1 };
+  const states: TrainingState[] = [];
+  const seen: [skipped: boolean, loss: number, norm: number][] = [];
+  const options = { rows: all, steps: 8, schedule: "constant", readEvery: 1 } as const;
+  const checkpoint = { every: 1, save: (state: TrainingState) => void states.push(state) };
+  for await (const { skipped, loss, grad_norm } of train({ ...settings, ...options, checkpoint }))
+    seen.push([skipped, loss, grad_norm]);
+  expect(seen.map(([skipped]) => skipped)).toEqual([false, true, true, true, true, true, true, false]);
+  expect(seen.slice(1, 7)).toEqual(new Array(6).fill([true, 0, 0]));
+  for (const { optimizer, badSteps } of states.slice(1, 7)) {
+    expect(optimizer.runs).toEqual(states[0]?.optimizer.runs);
+    expect(badSteps).toBe(0);
+  }
+  expect(states[7]?.optimizer.runs).not.toEqual(states[0]?.optimizer.runs);
+  await expect(evaluate(model, [masked, masked], 2)).rejects.toThrow(
+    new ShapeError("evaluate: rows must have a target token, got none in 2"),
+  );
+  model.destroy();
+});
+
+test("a masked row beside others changes neither loss nor gradient", async () => {
+  const some = rows.slice(0, 2);
+  const masked = { inputIds: [9, 8, 7], labels: [-100, -100, -100] };
+  const [plain, beside] = [await run({ rows: some }), await run({ rows: [...some, masked], batchSize: 3 })];
+  const halves = await run({ rows: [...some, masked], batchSize: 2, gradAccumulation: 2 });
+  for (const { metrics } of [beside, halves])
+    expectClose(
+      [metrics[0]?.loss ?? 0, metrics[0]?.grad_norm ?? 0],
+      [plain.metrics[0]?.loss ?? 0, plain.metrics[0]?.grad_norm ?? 0],
+      1e-5,
+    );
+});
+
 test("replayed, eager and read late: the same bits", async () => {
   const settings = { steps: 6, shuffleSeed: 3, maxGradNorm: 0.1 } as const;
   const replayed = await run(settings);
@@ -239,6 +279,56 @@ test("evaluation is the mean over tokens, not over batches", async () => {
   expect(apart.tokens).toBe(15);
   expectClose([apart.loss], [together.loss], 1e-6, "loss");
   expect(together.perplexity).toBeCloseTo(Math.exp(together.loss), 10);
+  model.destroy();
+});
+
+test("the accuracy is the share of target tokens that are the argmax of the model's logits", async () => {
+  const gpu = await testGpu();
+  const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
+  const guess = async (ids: readonly number[]): Promise<number[]> => {
+    const logits = gpu.scope(() => model.logits(tensor(gpu, Int32Array.from(ids), [1, ids.length])));
+    const [values = new Float32Array()] = await readAll([logits]);
+    gpu.release(logits);
+    const V = values.length / ids.length;
+    return ids.map((_, t) => {
+      const scores = values.subarray(t * V, (t + 1) * V);
+      return scores.indexOf(Math.max(...scores));
+    });
+  };
+  // A greedy continuation is all hits; the other rows are as they come.
+  const greedy = [7];
+  for (let t = 0; t < 8; t++) greedy.push((await guess(greedy))[t] as number);
+  const all = [...rows, { inputIds: greedy, labels: [-100, -100, ...greedy.slice(2)] }];
+  let hits = 0;
+  for (const { inputIds, labels } of all) {
+    const guesses = await guess(inputIds);
+    hits += labels.slice(1).filter((label, t) => label === guesses[t]).length;
+  }
+  gpu.resetCounters();
+  const { accuracy, tokens } = await evaluate(model, all, 4);
+  expect(tokens).toBe(15 + 7);
+  expect(hits).toBeGreaterThanOrEqual(7);
+  expect(accuracy).toBe(hits / tokens);
+  expect(gpu.counters().dispatches.get("token-hits")).toBeGreaterThan(0);
+  gpu.resetCounters();
+  const adapter = attachLora(model, { r: 2, alpha: 4, targetModules: ["q_proj"] });
+  const settings = { parameters: adapter.parameters, steps: 1, batchSize: 2, learningRate: 1e-3 };
+  for await (const _ of train({ model, rows, ...settings }));
+  expect(gpu.counters().dispatches.has("token-hits")).toBe(false);
+  model.destroy();
+});
+
+test("an evaluation that is aborted throws the reason, and leaves nothing behind", async () => {
+  const gpu = await testGpu();
+  const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
+  const before = gpu.counters().bytesLive;
+  const reason = new Error("enough");
+  await expect(evaluate(model, rows, 2, { signal: AbortSignal.abort(reason) })).rejects.toBe(reason);
+  const later = new AbortController();
+  const running = evaluate(model, rows, 1, { signal: later.signal });
+  later.abort(reason);
+  await expect(running).rejects.toBe(reason);
+  expect(gpu.counters().bytesLive).toBe(before);
   model.destroy();
 });
 
