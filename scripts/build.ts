@@ -33,6 +33,7 @@ await build({
       "src/browser.ts",
       "src/tokenizer.ts",
       "src/data.ts",
+      "src/serve.ts",
       "src/server.ts",
     ],
     "src/cli/main.ts",

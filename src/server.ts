@@ -3,4 +3,3 @@ export type { Engine, EngineStats, GenerationRequest } from "./serve/engine-type
 export { QueueFull } from "./serve/errors.ts";
 export { type FindAdapter, isAdapterName } from "./serve/http/adapters.ts";
 export { type App, type AppOptions, createApp, type ServeLimits } from "./serve/http/app.ts";
-export { type TextOptions, type TextPiece, type TextToken, textOf } from "./serve/text.ts";

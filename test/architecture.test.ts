@@ -88,7 +88,7 @@ test.each(files)("%s imports only what it may", (file) => {
   expect(complaints(file, readFileSync(file, "utf8"))).toEqual([]);
 });
 
-test.each(["src/index.ts", "src/browser.ts"])("%s loads nothing from outside src/", (entry) => {
+test.each(["src/index.ts", "src/serve.ts", "src/browser.ts"])("%s loads nothing from outside src/", (entry) => {
   expect([...loadedBy(entry)].filter((file) => !file.startsWith("src/"))).toEqual([]);
 });
 
