@@ -126,6 +126,7 @@ export class BatchEngine implements Engine {
       cachedPromptTokens: this.#reusedTokens,
       generatedTokens: this.#generatedTokens,
       steps: this.#steps,
+      gpuBytes: this.model.gpu.counters().bytesLive - this.#step.planBytes,
     };
   }
 

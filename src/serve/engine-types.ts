@@ -27,6 +27,8 @@ export interface EngineStats {
   readonly cachedPromptTokens: number;
   readonly generatedTokens: number;
   readonly steps: number;
+  /** Bytes on the device that are in use, weights included, without what traced steps keep for the next ones. */
+  readonly gpuBytes: number;
 }
 
 export interface Engine {

@@ -108,6 +108,12 @@ export class PagedStep {
     }
   }
 
+  /** Bytes that traced passes keep for the next ones of their sizes. */
+  get planBytes(): number {
+    const own = [...this.#plans.values()].flatMap(({ inputs, logits }) => [inputs.buffer, logits.buffer]);
+    return [...own, ...this.#workspace].reduce((sum, { size }) => sum + size, 0);
+  }
+
   /** Says which pages a sequence has. */
   setPages(sequence: number, pages: readonly number[]): void {
     this.#model.gpu.write(this.#tables, Int32Array.from(pages), 4 * sequence * this.#most);

@@ -54,6 +54,7 @@ const GAUGES: readonly (readonly [keyof EngineStats, name: string, help: string]
   ["waiting", "lowrank_sequences_waiting", "Requests that wait for a place."],
   ["kvPagesUsed", "lowrank_kv_pages_used", "Pages of keys and values that are in use."],
   ["kvPages", "lowrank_kv_pages", "Pages of keys and values that there are."],
+  ["gpuBytes", "lowrank_gpu_bytes", "Bytes on the device that are in use, without what traced steps keep."],
   ["adaptersResident", "lowrank_adapters_resident", "Adapters whose weights are on the device."],
 ];
 const COUNTERS: readonly (readonly [keyof EngineStats, name: string, help: string])[] = [

@@ -61,6 +61,7 @@ export class FakeEngine implements Engine {
         cachedPromptTokens: 8,
         generatedTokens: 99,
         steps: 50,
+        gpuBytes: 4096,
       },
     };
   }

@@ -1,0 +1,207 @@
+/**
+ * A real `lowrank serve` under load: streams with random adapters, of which some are cut off in the middle, while adapters are loaded and unloaded.
+ * Every greedy answer must be what was said to it alone, nothing but what was asked for may fail, and nothing may be left.
+ *
+ *     node --import tsx --import ./scripts/wgsl.mjs scripts/load.ts [--streams 64] [--seconds 60] [--json bench/results/serve-load.json]
+ */
+import { spawn } from "node:child_process";
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import { parseArgs } from "node:util";
+import { attachLora, openGpu, Random } from "../src/index.ts";
+import { loadModelFrom, savePeftTo } from "../src/node.ts";
+
+const MODEL = "demo/base";
+const RESIDENT = ["one", "two", "three", "four", "five"];
+const VISITORS = ["guest-a", "guest-b"];
+const PROMPTS = ["Once upon a time", "The sea", "A", "Dear friend, I write to you", "One day the captain saw"];
+const MAX_TOKENS = 24;
+const KEY = "load-test-key".padEnd(40, "k");
+const ADMIN_KEY = "load-test-admin".padEnd(40, "a");
+
+const { values } = parseArgs({
+  options: {
+    streams: { type: "string", default: "64" },
+    seconds: { type: "string", default: "60" },
+    json: { type: "string" },
+  },
+});
+const [streams, seconds] = [Number(values.streams), Number(values.seconds)];
+const folder = mkdtempSync(join(tmpdir(), "lowrank-load-"));
+const counts = { answered: 0, cutOff: 0, unknownAdapter: 0, loads: 0, unloads: 0, tokens: 0 };
+const wrong: string[] = [];
+
+await makeAdapters();
+const { base, stop } = await startServer();
+try {
+  const expected = new Map<string, string>();
+  for (const model of ["base", ...RESIDENT])
+    for (const prompt of PROMPTS) expected.set(`${model} ${prompt}`, (await ask(model, prompt)).text ?? "");
+  if (new Set(expected.values()).size < expected.size / 2) throw new Error("load: the models must differ");
+  const before = await metric("lowrank_gpu_bytes");
+  const until = performance.now() + 1000 * seconds;
+  const client = async (seed: number): Promise<void> => {
+    const random = new Random(seed);
+    while (performance.now() < until) {
+      const model = ["base", ...RESIDENT, ...VISITORS][random.below(6 + VISITORS.length)] as string;
+      const prompt = PROMPTS[random.below(PROMPTS.length)] as string;
+      const { status, text } = await ask(model, prompt, random.uniform() < 0.3 ? 1 + random.below(10) : undefined);
+      const isVisitor = VISITORS.includes(model);
+      if (status === 404 && isVisitor) counts.unknownAdapter++;
+      else if (status !== 200) wrong.push(`${model}: status ${status}`);
+      else if (text === undefined) counts.cutOff++;
+      else {
+        counts.answered++;
+        const right = expected.get(`${isVisitor ? visited(model) : model} ${prompt}`);
+        if (text !== right) wrong.push(`${model}, "${prompt}": got "${text}", alone "${right}"`);
+      }
+    }
+  };
+  const comeAndGo = async (): Promise<void> => {
+    for (let i = 0; performance.now() < until; i++) {
+      const name = VISITORS[i % VISITORS.length] as string;
+      await admin("load_lora_adapter", { lora_name: name, lora_path: visited(name) });
+      counts.loads++;
+      await new Promise((done) => setTimeout(done, 300));
+      await admin("unload_lora_adapter", { lora_name: name });
+      counts.unloads++;
+    }
+  };
+  await Promise.all([comeAndGo(), ...Array.from({ length: streams }, (_, i) => client(i + 1))]);
+  await new Promise((done) => setTimeout(done, 1000));
+  const left = {
+    running: await metric("lowrank_sequences_running"),
+    waiting: await metric("lowrank_sequences_waiting"),
+    pages: await metric("lowrank_kv_pages_used"),
+    gpuBytes: (await metric("lowrank_gpu_bytes")) - before,
+  };
+  for (const [name, value] of Object.entries(left)) if (value !== 0) wrong.push(`left over: ${name} ${value}`);
+  const steps = await metric("lowrank_steps_total");
+  const result = {
+    command: `node --import tsx --import ./scripts/wgsl.mjs scripts/load.ts --streams ${streams} --seconds ${seconds}`,
+    ...{ streams, seconds, ...counts, steps, left, wrong: wrong.slice(0, 20) },
+  };
+  console.log(JSON.stringify(result, null, 2));
+  if (values.json) {
+    mkdirSync(dirname(values.json), { recursive: true });
+    writeFileSync(values.json, `${JSON.stringify(result, null, 2)}\n`);
+  }
+} finally {
+  await stop();
+  rmSync(folder, { recursive: true });
+}
+process.exit(wrong.length === 0 ? 0 : 1);
+
+/** Whose weights a visitor has. */
+function visited(name: string): string {
+  return RESIDENT[VISITORS.indexOf(name)] as string;
+}
+
+async function makeAdapters(): Promise<void> {
+  const gpu = await openGpu();
+  const model = await loadModelFrom(gpu, MODEL);
+  for (const [i, name] of RESIDENT.entries()) {
+    const random = new Random(100 + i);
+    const adapter = attachLora(model, { r: 2 + 3 * i, alpha: 8, targetModules: "all-linear", useDora: i === 2 }, i);
+    for (const { B } of adapter.pairs.values())
+      gpu.write(
+        B,
+        Float32Array.from({ length: B.size }, () => random.normal(0, 0.05)),
+      );
+    await savePeftTo(adapter, join(folder, name), MODEL);
+    adapter.detach();
+  }
+  gpu.destroy();
+}
+
+async function startServer(): Promise<{ base: string; stop: () => Promise<void> }> {
+  const flags = ["--import", "tsx", "--import", "./scripts/wgsl.mjs", "src/cli/main.ts", "serve"];
+  const adapters = RESIDENT.flatMap((name) => ["--adapter", `${name}=${join(folder, name)}`]);
+  const limits = ["--max-queue", "1000", "--max-concurrent", "1000", "--max-loras", "4", "--max-rows", "32"];
+  const keys = ["--api-key", KEY, "--admin-key", ADMIN_KEY, "--allow-runtime-lora", "--adapter-dir", folder];
+  const child = spawn(process.execPath, [
+    ...flags,
+    ...["--model", MODEL, "--served-model-name", "base", "--port", "0", "--quiet"],
+    ...[...adapters, ...limits, ...keys],
+  ]);
+  const url = await new Promise<string>((resolve, reject) => {
+    let text = "";
+    const look = (piece: Buffer): void => {
+      text += String(piece);
+      const [, found] = /at (http:\/\/[\d.]+:\d+)\/v1/.exec(text) ?? [];
+      if (found) resolve(found);
+    };
+    child.stdout.on("data", look);
+    child.stderr.on("data", look);
+    child.once("exit", (code) => reject(new Error(`load: the server ended with ${code}: ${text}`)));
+  });
+  child.stderr.on("data", (piece) => process.stderr.write(piece));
+  return {
+    base: url,
+    stop: () =>
+      new Promise((done) => {
+        child.removeAllListeners("exit");
+        child.once("exit", (code) => {
+          if (code !== 0) console.error(`load: the server ended with ${code}`);
+          done();
+        });
+        child.kill("SIGTERM");
+      }),
+  };
+}
+
+/** A greedy answer, streamed; without text where it was cut off after so many events. */
+async function ask(model: string, prompt: string, events?: number): Promise<{ status: number; text?: string }> {
+  const controller = new AbortController();
+  const response = await fetch(`${base}/v1/completions`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json", Authorization: `Bearer ${KEY}` },
+    body: JSON.stringify({ model, prompt, max_tokens: MAX_TOKENS, temperature: 0, stream: true }),
+    signal: controller.signal,
+  });
+  if (response.status !== 200 || !response.body) {
+    await response.body?.cancel();
+    return { status: response.status };
+  }
+  let [seen, buffer, text] = [0, "", ""];
+  try {
+    for await (const piece of response.body.pipeThrough(new TextDecoderStream())) {
+      buffer += piece;
+      const lines = buffer.split("\n\n");
+      buffer = lines.pop() ?? "";
+      for (const line of lines) {
+        if (!line.startsWith("data: {")) continue;
+        const event = JSON.parse(line.slice(6)) as { choices?: { text?: string }[]; error?: { message: string } };
+        if (event.error) throw new Error(event.error.message);
+        text += event.choices?.[0]?.text ?? "";
+        counts.tokens++;
+        if (++seen === events) {
+          controller.abort();
+          return { status: 200 };
+        }
+      }
+    }
+  } catch (error) {
+    if (controller.signal.aborted) return { status: 200 };
+    wrong.push(`${model}: ${String(error)}`);
+  }
+  return { status: 200, text };
+}
+
+async function admin(action: string, body: object): Promise<void> {
+  const response = await fetch(`${base}/v1/${action}`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json", Authorization: `Bearer ${ADMIN_KEY}` },
+    body: JSON.stringify(body),
+  });
+  const text = await response.text();
+  if (response.status !== 200) wrong.push(`${action}: ${response.status} ${text}`);
+}
+
+async function metric(name: string): Promise<number> {
+  const response = await fetch(`${base}/metrics`, { headers: { Authorization: `Bearer ${KEY}` } });
+  const [, value] = new RegExp(`^${name} (\\S+)$`, "m").exec(await response.text()) ?? [];
+  if (value === undefined) throw new Error(`load: /metrics must have ${name}, got none`);
+  return Number(value);
+}
