@@ -2,46 +2,31 @@ import { existsSync } from "node:fs";
 import { networkInterfaces, hostname as thisHost } from "node:os";
 import { basename, resolve } from "node:path";
 import { Command, Option } from "commander";
-import type { Gpu } from "../gpu/gpu.ts";
 import { directoriesIn, diskDirectory } from "../io/files.ts";
-import { readAdapter } from "../lora/adapter-file.ts";
-import { AdapterPool } from "../lora/adapter-pool.ts";
-import { extentOf } from "../lora/page-rows.ts";
-import type { PlainAdapter } from "../lora/plain-adapter.ts";
-import { BatchEngine, engineCacheBytes } from "../serve/batch-engine.ts";
-import { createApp, type Engine, isAdapterName } from "../server.ts";
+import { createApp } from "../server.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { loadTokenizer } from "../tokenizer.ts";
-import { modelOption, quantizeOption, revisionOption, timeOption, weightFormat, whole } from "./options.ts";
-import { find, located } from "./places.ts";
+import { adaptersOf, type EngineArguments, openEngine } from "./engine.ts";
+import { modelOption, quantizeOption, revisionOption, timeOption, whole } from "./options.ts";
+import { located } from "./places.ts";
 import { configOption } from "./run-config.ts";
 import { listen } from "./serve-node.ts";
-import { bytes, openModel, openTemplate, say, withGpu } from "./session.ts";
+import { openTemplate, say, withGpu } from "./session.ts";
 import { version } from "./version.ts";
 
-interface ServeArguments {
+interface ServeArguments extends EngineArguments {
   readonly model: string;
   readonly revision?: string;
-  readonly quantize?: "int8" | "nf4";
   readonly servedModelName?: string;
   readonly chatTemplate?: string;
   readonly adapter?: readonly string[];
   readonly adapterDir?: string;
-  readonly allowRuntimeLora?: boolean;
   readonly host: string;
   readonly port: number;
   readonly allowedHost?: readonly string[];
   readonly corsOrigin?: readonly string[];
   readonly apiKey?: readonly string[];
   readonly adminKey?: string;
-  readonly context?: number;
-  readonly maxRows: number;
-  readonly maxStepTokens: number;
-  readonly cacheTokens?: number;
-  readonly cacheFormat: "f32" | "f16";
-  readonly maxLoras: number;
-  readonly maxLoraRank?: number;
-  readonly maxQueue: number;
   readonly maxConcurrent: number;
   readonly maxConnections: number;
   readonly maxTokens?: number;
@@ -114,7 +99,7 @@ async function run(options: ServeArguments): Promise<void> {
   });
   const modelName =
     options.servedModelName ?? (existsSync(options.model) ? basename(resolve(options.model)) : baseModel);
-  const adapters = await adaptersOf(options.adapter ?? [], modelName);
+  const adapters = await adaptersOf("serve", options.adapter ?? [], modelName);
   const runtime = options.allowRuntimeLora ? directoriesIn(options.adapterDir ?? "") : undefined;
   const tokenizer = await loadTokenizer(diskDirectory(path));
   const renderChat = await openTemplate(path, options.chatTemplate);
@@ -147,34 +132,6 @@ async function run(options: ServeArguments): Promise<void> {
   });
 }
 
-/** The model with its adapters, ready to answer. */
-async function openEngine(
-  gpu: Gpu,
-  path: string,
-  places: ReadonlyMap<string, string>,
-  options: ServeArguments,
-): Promise<Engine> {
-  const given = new Map<string, PlainAdapter>();
-  for (const [name, place] of places) given.set(name, await readAdapter(diskDirectory(place)));
-  const model = await openModel(gpu, path, weightFormat(options.quantize));
-  const { maxRows, maxStepTokens, maxQueue: maxWaiting, cacheFormat, cacheTokens, context: contextLength } = options;
-  const ranks = [...given.values()].map((adapter) => extentOf(adapter).rank);
-  const { maxLoras: slots, maxLoraRank: maxRank = Math.max(16, ...ranks) } = options;
-  // A page more for DoRA's factors.
-  const pool =
-    given.size > 0 || options.allowRuntimeLora
-      ? new AdapterPool(model, { pages: slots * (maxRank + 1), maxRank, slots })
-      : undefined;
-  for (const [name, adapter] of given) await pool?.register(name, adapter);
-  pool?.enable();
-  const settings = { maxRows, maxStepTokens, maxWaiting, cacheFormat, cacheTokens, contextLength, adapters: pool };
-  const engine = new BatchEngine(model, settings);
-  const cache = bytes(engineCacheBytes(model, settings));
-  const adapters = pool ? `, adapters ${bytes(pool.counts.gpuBytes)} for ${slots} of rank ${maxRank}` : "";
-  say(`keys and values take ${cache}${adapters}`);
-  return engine;
-}
-
 const LOOPBACK = ["127.0.0.1", "localhost", "::1"];
 const LEAST_KEY = 32;
 
@@ -197,20 +154,6 @@ function demandKeys({ host, apiKey = [], adminKey, allowRuntimeLora, adapterDir 
     throw new ShapeError(
       `serve: --allow-runtime-lora must go with an --admin-key, got none. Here is a fresh one: LOWRANK_ADMIN_KEY=${fresh}`,
     );
-}
-
-/** Directories of the adapters by their names. Throws ShapeError for a name that cannot be. */
-async function adaptersOf(given: readonly string[], modelName: string): Promise<ReadonlyMap<string, string>> {
-  const adapters = new Map<string, string>();
-  for (const text of given) {
-    const [, name = "", place = ""] = /^([^=]*)=(.+)$/s.exec(text) ?? [];
-    if (!isAdapterName(name) || name === modelName || adapters.has(name))
-      throw new ShapeError(
-        `serve: --adapter must be name=place with a name of letters, digits, ".", "-" and "_" that is not taken, got ${text}`,
-      );
-    adapters.set(name, (await find("--adapter", place)).directory);
-  }
-  return adapters;
 }
 
 /** Names by which a server at this address may be known. */

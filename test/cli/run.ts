@@ -18,12 +18,14 @@ export interface Run {
   saw(text: string): Promise<void>;
 }
 
-export function start(args: readonly string[], env: Readonly<Record<string, string>> = {}): Run {
+/** With `input` that is what it reads. */
+export function start(args: readonly string[], env: Readonly<Record<string, string>> = {}, input?: string): Run {
   const command = ["--import", "tsx", "--import", "./scripts/wgsl.mjs", "src/cli/main.ts", ...args];
   const child = spawn(process.execPath, command, {
     env: { ...process.env, ...env },
-    stdio: ["ignore", "pipe", "pipe"],
+    stdio: ["pipe", "pipe", "pipe"],
   });
+  child.stdin.end(input);
   const output = { stdout: "", stderr: "" };
   child.stdout.setEncoding("utf8").on("data", (text: string) => {
     output.stdout += text;
