@@ -1,5 +1,6 @@
 #!/usr/bin/env node
 import { Command } from "commander";
+import { chatCommand } from "./chat.ts";
 import { combineCommand } from "./combine.ts";
 import { convertCommand } from "./convert.ts";
 import { dataCommand } from "./data.ts";
@@ -28,6 +29,7 @@ const program = new Command("lowrank")
   .addCommand(planCommand())
   .addCommand(evalCommand())
   .addCommand(generateCommand())
+  .addCommand(chatCommand())
   .addCommand(serveCommand())
   .addCommand(mergeCommand())
   .addCommand(quantizeCommand())

@@ -2,24 +2,19 @@ import { existsSync } from "node:fs";
 import { networkInterfaces, hostname as thisHost } from "node:os";
 import { basename, resolve } from "node:path";
 import { Command, Option } from "commander";
-import type { Gpu } from "../gpu/gpu.ts";
 import { directoriesIn, diskDirectory } from "../io/files.ts";
-import { readAdapter } from "../lora/adapter-file.ts";
-import { AdapterPool } from "../lora/adapter-pool.ts";
-import { extentOf } from "../lora/page-rows.ts";
-import type { PlainAdapter } from "../lora/plain-adapter.ts";
-import { BatchEngine, engineCacheBytes } from "../serve/batch-engine.ts";
-import { createApp, type Engine, isAdapterName } from "../server.ts";
+import { createApp } from "../server.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { loadTokenizer } from "../tokenizer.ts";
-import { modelOption, quantizeOption, revisionOption, timeOption, weightFormat, whole } from "./options.ts";
-import { find, located } from "./places.ts";
+import { adaptersOf, type CacheArguments, cacheOptions, namedAdaptersOption, openEngine } from "./engine.ts";
+import { modelOption, quantizeOption, revisionOption, templateOption, timeOption, whole } from "./options.ts";
+import { located } from "./places.ts";
 import { configOption } from "./run-config.ts";
 import { listen } from "./serve-node.ts";
-import { bytes, openModel, openTemplate, say, withGpu } from "./session.ts";
+import { openTemplate, say, withGpu } from "./session.ts";
 import { version } from "./version.ts";
 
-interface ServeArguments {
+interface ServeArguments extends CacheArguments {
   readonly model: string;
   readonly revision?: string;
   readonly quantize?: "int8" | "nf4";
@@ -34,11 +29,9 @@ interface ServeArguments {
   readonly corsOrigin?: readonly string[];
   readonly apiKey?: readonly string[];
   readonly adminKey?: string;
-  readonly context?: number;
   readonly maxRows: number;
   readonly maxStepTokens: number;
   readonly cacheTokens?: number;
-  readonly cacheFormat: "f32" | "f16";
   readonly maxLoras: number;
   readonly maxLoraRank?: number;
   readonly maxQueue: number;
@@ -60,14 +53,14 @@ The endpoints are OpenAI's, and a "model" is an adapter's name or the base's. Ke
 machine can see the command line. TLS and limits by address are a proxy's to add.`;
 
 export function serveCommand(): Command {
-  return new Command("serve")
+  const command = new Command("serve")
     .description("answer requests over HTTP as OpenAI does, by the model and its adapters")
     .addOption(modelOption())
     .addOption(revisionOption())
     .addOption(quantizeOption())
     .option("--served-model-name <name>", "what clients call the base (default: the last part of --model)")
-    .option("--chat-template <file>", "Jinja file that writes messages as text, or chatml (default: the model's own)")
-    .option("--adapter <name=place...>", "an adapter and its name: a PEFT directory, or org/name[@revision] on the Hub")
+    .addOption(templateOption())
+    .addOption(namedAdaptersOption())
     .option("--adapter-dir <dir>", "directory of adapter directories that --allow-runtime-lora may load")
     .option("--allow-runtime-lora", "let --admin-key load and unload adapters (/v1/load_lora_adapter)")
     .option("--host <address>", "address to listen at; any but this machine's own needs --api-key", "127.0.0.1")
@@ -75,15 +68,13 @@ export function serveCommand(): Command {
     .option("--allowed-host <name...>", "further names that clients know the server by (their Host header)")
     .option("--cors-origin <origin...>", "origins of web pages that may ask, such as https://chat.example")
     .addOption(new Option("--api-key <key...>", "keys, one of which a client must send").env("LOWRANK_API_KEY"))
-    .addOption(new Option("--admin-key <key>", "key of who loads and unloads adapters").env("LOWRANK_ADMIN_KEY"))
-    .addOption(whole("serve", "--context <n>", "longest prompt and answer together (default: the model's context)", 2))
+    .addOption(new Option("--admin-key <key>", "key of who loads and unloads adapters").env("LOWRANK_ADMIN_KEY"));
+  for (const option of cacheOptions("serve")) command.addOption(option);
+  return command
     .addOption(whole("serve", "--max-rows <n>", "requests that are answered at a time, in one batch", 1, 32))
     .addOption(whole("serve", "--max-step-tokens <n>", "tokens of a step: long prompts go in so large pieces", 1, 256))
     .addOption(
       whole("serve", "--cache-tokens <n>", "tokens of keys and values kept in all (default: 4 times the context)", 1),
-    )
-    .addOption(
-      new Option("--cache-format <format>", "how keys and values are kept").choices(["f32", "f16"]).default("f32"),
     )
     .addOption(whole("serve", "--max-loras <n>", "adapters on the device at a time; the others wait on the host", 1, 8))
     .addOption(
@@ -114,12 +105,16 @@ async function run(options: ServeArguments): Promise<void> {
   });
   const modelName =
     options.servedModelName ?? (existsSync(options.model) ? basename(resolve(options.model)) : baseModel);
-  const adapters = await adaptersOf(options.adapter ?? [], modelName);
+  const adapters = await adaptersOf("serve", options.adapter ?? [], modelName);
   const runtime = options.allowRuntimeLora ? directoriesIn(options.adapterDir ?? "") : undefined;
   const tokenizer = await loadTokenizer(diskDirectory(path));
   const renderChat = await openTemplate(path, options.chatTemplate);
   await withGpu(async (gpu) => {
-    const engine = await openEngine(gpu, path, adapters, options);
+    const { maxRows, maxStepTokens, maxQueue: maxWaiting, cacheFormat, cacheTokens, context: contextLength } = options;
+    const engine = await openEngine(gpu, path, adapters, {
+      ...{ quantize: options.quantize, maxRows, maxStepTokens, maxWaiting, cacheFormat, cacheTokens, contextLength },
+      ...{ slots: options.maxLoras, maxRank: options.maxLoraRank, mayLoad: options.allowRuntimeLora ?? false },
+    });
     const app = createApp({
       ...{ engine, tokenizer, renderChat, modelName, apiKeys, adminKey, origins },
       hosts: [...hostsOf(host), ...(options.allowedHost ?? [])],
@@ -147,34 +142,6 @@ async function run(options: ServeArguments): Promise<void> {
   });
 }
 
-/** The model with its adapters, ready to answer. */
-async function openEngine(
-  gpu: Gpu,
-  path: string,
-  places: ReadonlyMap<string, string>,
-  options: ServeArguments,
-): Promise<Engine> {
-  const given = new Map<string, PlainAdapter>();
-  for (const [name, place] of places) given.set(name, await readAdapter(diskDirectory(place)));
-  const model = await openModel(gpu, path, weightFormat(options.quantize));
-  const { maxRows, maxStepTokens, maxQueue: maxWaiting, cacheFormat, cacheTokens, context: contextLength } = options;
-  const ranks = [...given.values()].map((adapter) => extentOf(adapter).rank);
-  const { maxLoras: slots, maxLoraRank: maxRank = Math.max(16, ...ranks) } = options;
-  // A page more for DoRA's factors.
-  const pool =
-    given.size > 0 || options.allowRuntimeLora
-      ? new AdapterPool(model, { pages: slots * (maxRank + 1), maxRank, slots })
-      : undefined;
-  for (const [name, adapter] of given) await pool?.register(name, adapter);
-  pool?.enable();
-  const settings = { maxRows, maxStepTokens, maxWaiting, cacheFormat, cacheTokens, contextLength, adapters: pool };
-  const engine = new BatchEngine(model, settings);
-  const cache = bytes(engineCacheBytes(model, settings));
-  const adapters = pool ? `, adapters ${bytes(pool.counts.gpuBytes)} for ${slots} of rank ${maxRank}` : "";
-  say(`keys and values take ${cache}${adapters}`);
-  return engine;
-}
-
 const LOOPBACK = ["127.0.0.1", "localhost", "::1"];
 const LEAST_KEY = 32;
 
@@ -197,20 +164,6 @@ function demandKeys({ host, apiKey = [], adminKey, allowRuntimeLora, adapterDir 
     throw new ShapeError(
       `serve: --allow-runtime-lora must go with an --admin-key, got none. Here is a fresh one: LOWRANK_ADMIN_KEY=${fresh}`,
     );
-}
-
-/** Directories of the adapters by their names. Throws ShapeError for a name that cannot be. */
-async function adaptersOf(given: readonly string[], modelName: string): Promise<ReadonlyMap<string, string>> {
-  const adapters = new Map<string, string>();
-  for (const text of given) {
-    const [, name = "", place = ""] = /^([^=]*)=(.+)$/s.exec(text) ?? [];
-    if (!isAdapterName(name) || name === modelName || adapters.has(name))
-      throw new ShapeError(
-        `serve: --adapter must be name=place with a name of letters, digits, ".", "-" and "_" that is not taken, got ${text}`,
-      );
-    adapters.set(name, (await find("--adapter", place)).directory);
-  }
-  return adapters;
 }
 
 /** Names by which a server at this address may be known. */

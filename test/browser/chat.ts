@@ -32,10 +32,8 @@ export function startChat(): void {
       ...{ tokenizer: lettersTokenizer, renderChat: lettersTemplate },
       ...{ adapters: { given: given() }, pool: { slots: 2 } },
     });
-  serveChat(open(), self as unknown as DedicatedWorker);
+  serveChat(open(), self);
 }
-
-type DedicatedWorker = Parameters<typeof serveChat>[1];
 
 const QUESTION = { messages: [{ role: "user", content: "who are you" }] };
 const QUESTION_IDS = lettersTokenizer.encode("user who are you. assistant ", { addSpecialTokens: false });
