@@ -1,4 +1,4 @@
-/** `lowrank/browser`: models and adapters of the Hub or another server, and checkpoints of training runs, kept in the browser. */
+/** `lowrank/browser`: models and adapters of the Hub or another server, and checkpoints of training runs, kept in the browser; a chat in a Worker. */
 
 export { isModelId } from "./io/hub-client.ts";
 export { type HubDirectoryOptions, hubDirectory } from "./io/hub-directory.ts";
@@ -18,3 +18,5 @@ export {
   type StoredRun,
   writeCheckpoint,
 } from "./io/opfs-checkpoints.ts";
+export { createChat, type RemoteChat } from "./serve/chat-client.ts";
+export type { AdapterSource, ChatRequest } from "./serve/chat-messages.ts";

@@ -1,64 +1,54 @@
-import { createInterface } from "node:readline";
+import { createInterface } from "node:readline/promises";
 import { Command } from "commander";
-import type { ChatTemplate } from "../io/chat-template.ts";
 import { FormatError } from "../io/errors.ts";
-import type { Tokenizer } from "../io/tokenizer.ts";
-import { diskDirectory } from "../node.ts";
-import type { BatchEngine } from "../serve/batch-engine.ts";
-import { textOf } from "../serve/text.ts";
+import { diskDirectory } from "../io/files.ts";
+import { readConfig } from "../models/config.ts";
+import { Chat } from "../serve/chat.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { loadTokenizer } from "../tokenizer.ts";
-import { adaptersOf, openEngine } from "./engine.ts";
-import { modelOption, numeric, quantizeOption, revisionOption, whole } from "./options.ts";
+import { adaptersOf, type CacheArguments, cacheOptions, namedAdaptersOption, openEngine } from "./engine.ts";
+import { modelOption, quantizeOption, revisionOption, templateOption } from "./options.ts";
 import { located } from "./places.ts";
-import { openTemplate, say, withGpu } from "./session.ts";
+import { configOption } from "./run-config.ts";
+import { type SamplingArguments, samplingOptions, temperatureOf } from "./sampling.ts";
+import { openTemplate, result, say, withGpu } from "./session.ts";
 
-interface ChatArguments {
+interface ChatArguments extends SamplingArguments, CacheArguments {
   readonly model: string;
   readonly revision?: string;
   readonly quantize?: "int8" | "nf4";
   readonly adapter?: readonly string[];
   readonly chatTemplate?: string;
   readonly system?: string;
-  readonly maxTokens: number;
-  readonly temperature: number;
-  readonly seed?: number;
 }
 
+const COMMANDS = `/adapter NAME  answer by this adapter
+/adapter       list the adapters
+/base          answer by the base alone
+/system TEXT   say this before the conversation; without TEXT say nothing
+/clear         forget the conversation
+/help          list the commands
+/quit          end, as Ctrl-D does; Ctrl-C stops an answer, and ends where there is none`;
+
 const EXAMPLES = `
+Lines are said to the model, but for these commands:
+${COMMANDS.replace(/^/gm, "  ")}
+
 Examples:
-  $ lowrank chat --model models/base --adapter pirate=adapters/pirate --adapter letter=adapters/letter
-  > /adapter pirate
-  > Tell me of the sea.`;
-
-const HELP = `/adapter NAME  answer by this adapter     /adapter     which there are, and which answers
-/base          answer by the base alone     /clear       forget what was said
-/system TEXT   how to answer, from now on   /help, /quit`;
-
-const BASE = "base";
-
-const freshSeed = (): number => crypto.getRandomValues(new Uint32Array(1))[0] ?? 0;
+  $ lowrank chat --model org/name-instruct --adapter pirate=adapters/pirate
+  $ printf 'Who are you?\\n/adapter pirate\\nAnd now?\\n' | lowrank chat --model models/base --adapter pirate=adapters/pirate --chat-template chatml`;
 
 export function chatCommand(): Command {
-  return new Command("chat")
-    .description("talk with the model and its adapters, line by line; /help tells what else a line may be")
+  const command = new Command("chat")
+    .description("talk to a model and its adapters in the terminal; lines may come from a pipe")
     .addOption(modelOption())
     .addOption(revisionOption())
     .addOption(quantizeOption())
-    .option("--adapter <name=place...>", "an adapter and its name: a PEFT directory, or org/name[@revision] on the Hub")
-    .option("--chat-template <file>", "Jinja file that writes messages as text, or chatml (default: the model's own)")
-    .option("--system <text>", "how to answer")
-    .addOption(whole("chat", "--max-tokens <n>", "longest answer", 1, 256))
-    .addOption(
-      numeric("chat", "--temperature <t>", "0: always the likeliest token; above: drawn at random", {
-        rule: "a number of at least 0",
-        holds: (x) => x >= 0 && Number.isFinite(x),
-        preset: 0.7,
-      }),
-    )
-    .addOption(whole("chat", "--seed <n>", "seed of the random draws (default: another one for each answer)", 0))
-    .addHelpText("after", EXAMPLES)
-    .action(run);
+    .addOption(templateOption())
+    .addOption(namedAdaptersOption())
+    .option("--system <text>", "said before the conversation");
+  for (const option of [...samplingOptions("chat", 512), ...cacheOptions("chat")]) command.addOption(option);
+  return command.addOption(configOption()).addHelpText("after", EXAMPLES).action(run);
 }
 
 async function run(options: ChatArguments): Promise<void> {
@@ -66,121 +56,162 @@ async function run(options: ChatArguments): Promise<void> {
     model: options.model,
     ...(options.revision !== undefined && { revision: options.revision }),
   });
-  const adapters = await adaptersOf("chat", options.adapter ?? [], BASE);
   const tokenizer = await loadTokenizer(diskDirectory(path));
-  const render = await openTemplate(path, options.chatTemplate);
-  if (!render)
+  const renderChat = await openTemplate(path, options.chatTemplate);
+  if (!renderChat)
     throw new ShapeError(
-      `chat: the model must have a chat template, got none in ${path}. Give --chat-template FILE or chatml, or use lowrank generate`,
+      `chat: the model must have a chat template, got none in ${options.model}. Give --chat-template, or use lowrank generate`,
     );
+  const places = await adaptersOf("chat", options.adapter ?? []);
   await withGpu(async (gpu) => {
-    const limits = { maxRows: 1, maxStepTokens: 256, maxQueue: 1, maxLoras: 8, cacheFormat: "f32" } as const;
-    const engine = await openEngine(gpu, path, adapters, { ...options, ...limits });
-    const talk = new Talk(engine, { ...options, tokenizer, render });
-    const lines = createInterface({ input: process.stdin, terminal: false });
-    let answering: AbortController | undefined;
-    const interrupt = (): void => {
-      if (answering) answering.abort();
-      else lines.close();
-    };
-    process.on("SIGINT", interrupt);
-    const prompt = (): void => {
-      if (process.stdin.isTTY) process.stdout.write(`${talk.adapter ?? BASE}> `);
-    };
-    try {
-      prompt();
-      for await (const given of lines) {
-        const line = given.trim();
-        if (line === "/quit") break;
-        const note = talk.command(line);
-        if (note !== undefined) say(note);
-        else if (line !== "") {
-          answering = new AbortController();
-          await talk.answer(line, answering.signal);
-          answering = undefined;
-        }
-        prompt();
-      }
-    } finally {
-      process.off("SIGINT", interrupt);
-      await engine.close();
-    }
+    const {
+      quantize,
+      cacheFormat,
+      context: contextLength = (await readConfig(diskDirectory(path))).contextLength,
+    } = options;
+    // The base and an adapter keep what they know of one conversation.
+    const settings = { contextLength, cacheTokens: 2 * contextLength, cacheFormat, maxRows: 1 };
+    const engine = await openEngine(gpu, path, places, { ...settings, quantize });
+    await converse(new Conversation(new Chat(engine, { tokenizer, renderChat }), options));
+    await engine.close();
   });
 }
 
-type Message = Readonly<Record<"role" | "content", string>>;
-
-interface TalkOptions extends Pick<ChatArguments, "system" | "maxTokens" | "temperature" | "seed"> {
-  readonly tokenizer: Tokenizer;
-  readonly render: ChatTemplate;
+/** Answers the lines of stdin until they end, or until somebody ends it. */
+async function converse(conversation: Conversation): Promise<void> {
+  const terminal = Boolean(process.stdin.isTTY && process.stderr.isTTY);
+  const lines = createInterface({ input: process.stdin, output: process.stderr, terminal });
+  let isOver = false;
+  const interrupt = (): void => {
+    if (conversation.stop()) return;
+    isOver = true;
+    lines.close();
+  };
+  const prompt = (): void => {
+    lines.setPrompt(`${conversation.adapter ?? ""}> `);
+    if (terminal && !isOver) lines.prompt();
+  };
+  lines.on("SIGINT", interrupt);
+  process.on("SIGINT", interrupt);
+  if (terminal) say("/help lists the commands");
+  try {
+    prompt();
+    for await (const line of lines) {
+      try {
+        if (!isOver) isOver = await conversation.take(line.trim());
+      } catch (error) {
+        if (!(error instanceof ShapeError || error instanceof FormatError)) throw error;
+        say(`error: ${error.message}`);
+        if (!terminal) process.exitCode = 1;
+      }
+      if (isOver) break;
+      prompt();
+    }
+  } finally {
+    process.off("SIGINT", interrupt);
+    lines.close();
+  }
 }
 
-/** What was said, and who answers. */
-class Talk {
-  readonly #engine: BatchEngine;
-  readonly #options: TalkOptions;
-  #system: string | undefined;
+type Message = { readonly role: "user" | "assistant"; readonly content: string };
+
+/** What was said, and by whom the next answer is. */
+class Conversation {
+  readonly #chat: Chat;
+  readonly #sampling: SamplingArguments;
   #messages: readonly Message[] = [];
-  adapter: string | undefined;
+  #system: string;
+  #adapter: string | undefined;
+  #answers = 0;
+  #stop: AbortController | undefined;
 
-  constructor(engine: BatchEngine, options: TalkOptions) {
-    this.#engine = engine;
-    this.#options = options;
-    this.#system = options.system;
+  constructor(chat: Chat, { system = "", ...sampling }: ChatArguments) {
+    this.#chat = chat;
+    this.#system = system;
+    this.#sampling = sampling;
   }
 
-  /** Says the answer to a line as it comes. One that is cut off stays as it is; a line that cannot be answered is forgotten. */
-  async answer(line: string, signal: AbortSignal): Promise<void> {
-    const { tokenizer, render, maxTokens, temperature, seed = freshSeed() } = this.#options;
-    const asked = [...this.#messages, { role: "user", content: line }];
-    const system = this.#system ? [{ role: "system", content: this.#system }] : [];
-    try {
-      const prompt = render.render({ messages: [...system, ...asked], addGenerationPrompt: true });
-      const promptIds = tokenizer.encode(prompt, { addSpecialTokens: false });
-      const room = Math.min(maxTokens, this.#engine.contextLength - promptIds.length);
-      const request = { adapter: this.adapter, promptIds, maxTokens, temperature, seed, signal };
-      let text = "";
-      for await (const piece of textOf(this.#engine.generate(request), { tokenizer, promptIds, room })) {
-        process.stdout.write(piece.text);
-        text += piece.text;
-      }
-      process.stdout.write("\n");
-      this.#messages = [...asked, { role: "assistant", content: text }];
-    } catch (error) {
-      if (!(error instanceof ShapeError || error instanceof FormatError)) throw error;
-      say(`${error.message}. /clear forgets what was said`);
+  get adapter(): string | undefined {
+    return this.#adapter;
+  }
+
+  /** Stops the answer, if there is one that was not stopped before. */
+  stop(): boolean {
+    if (!this.#stop || this.#stop.signal.aborted) return false;
+    this.#stop.abort();
+    return true;
+  }
+
+  /** Answers a line or does what it commands; true where that is to end. Throws ShapeError or FormatError for what cannot be. */
+  async take(line: string): Promise<boolean> {
+    if (line === "") return false;
+    const [, command, rest = ""] = /^\/(\S*)\s*(.*)$/s.exec(line) ?? [];
+    if (command === undefined) {
+      await this.#answer(line);
+      return false;
     }
-  }
-
-  /** Does what a line that begins with a slash says, and tells what was done; undefined for another line. */
-  command(line: string): string | undefined {
-    const [, name, rest = ""] = /^\/(\S*)\s*(.*)$/s.exec(line) ?? [];
-    if (name === undefined) return undefined;
-    switch (name) {
+    switch (command) {
       case "adapter":
-        return this.#choose(rest);
+        if (rest === "") say(this.#adapterList());
+        else this.#adapter = this.#known(rest);
+        break;
       case "base":
-        this.adapter = undefined;
-        return "the base answers";
+        this.#adapter = undefined;
+        break;
       case "clear":
         this.#messages = [];
-        return "forgotten";
+        break;
       case "system":
-        this.#system = rest || undefined;
-        return rest ? "noted" : "no system message any more";
+        this.#system = rest;
+        break;
       case "help":
-        return HELP;
+        say(COMMANDS);
+        break;
+      case "quit":
+        return true;
       default:
-        return `there is no /${name}. ${HELP}`;
+        throw new ShapeError(
+          `chat: the command must be one of /adapter, /base, /system, /clear, /help and /quit, got /${command}`,
+        );
     }
+    return false;
   }
 
-  #choose(name: string): string {
-    const { adapters } = this.#engine;
-    const all = adapters.join(", ") || "none";
-    if (name === "") return `adapters: ${all}; ${this.adapter ?? "the base"} answers`;
-    if (!adapters.includes(name)) return `the adapter must be one of ${all}, got "${name}"`;
-    this.adapter = name;
-    return `${name} answers`;
+  #known(name: string): string {
+    const { adapters } = this.#chat;
+    if (!adapters.includes(name))
+      throw new ShapeError(`chat: the adapter must be one of ${adapters.join(", ") || "none"}, got "${name}"`);
+    return name;
+  }
+
+  #adapterList(): string {
+    return `adapters: ${this.#chat.adapters.join(", ") || "none"}; answers are by ${this.#adapter ?? "the base"}`;
+  }
+
+  async #answer(text: string): Promise<void> {
+    const { seed = 0 } = this.#sampling;
+    const said: readonly Message[] = [...this.#messages, { role: "user", content: text }];
+    const system = this.#system === "" ? [] : [{ role: "system", content: this.#system }];
+    const stop = new AbortController();
+    this.#stop = stop;
+    let [answer, count, isCut] = ["", 0, false];
+    try {
+      for await (const piece of this.#chat.ask({
+        ...this.#sampling,
+        ...{ temperature: temperatureOf(this.#sampling), seed: seed + this.#answers },
+        ...{ messages: [...system, ...said], adapter: this.#adapter, signal: stop.signal },
+      })) {
+        process.stdout.write(piece.text);
+        answer += piece.text;
+        count += piece.tokens.length;
+        isCut = piece.finishReason === "length";
+      }
+      result("");
+      if (isCut) say(`the answer is cut off after ${count} tokens: by --max-tokens, or the end of the context`);
+      this.#answers++;
+      if (answer !== "" || !stop.signal.aborted) this.#messages = [...said, { role: "assistant", content: answer }];
+    } finally {
+      this.#stop = undefined;
+    }
   }
 }

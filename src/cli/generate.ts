@@ -1,4 +1,4 @@
-import { Command, type Option } from "commander";
+import { Command } from "commander";
 import { parseJsonObject } from "../io/json.ts";
 import type { Tokenizer } from "../io/tokenizer.ts";
 import type { CausalModel } from "../models/causal.ts";
@@ -14,31 +14,23 @@ import {
   adapterOption,
   jsonOption,
   modelOption,
-  numeric,
   quantizeOption,
   revisionOption,
   weightFormat,
   whole,
 } from "./options.ts";
 import { located } from "./places.ts";
+import { type SamplingArguments, samplingOptions, temperatureOf } from "./sampling.ts";
 import { openModel, readTextFile, result, say, withGpu } from "./session.ts";
 
-interface GenerateArguments {
+interface GenerateArguments extends SamplingArguments {
   readonly model: string;
   readonly revision?: string;
   readonly quantize?: "int8" | "nf4";
   readonly adapter?: string;
   readonly prompt: string;
-  readonly maxTokens: number;
-  readonly temperature?: number;
-  readonly topK?: number;
-  readonly topP?: number;
-  readonly minP?: number;
-  readonly repetitionPenalty?: number;
-  readonly stop?: readonly string[];
   readonly jsonSchema?: string;
   readonly beams?: number;
-  readonly seed?: number;
   readonly json?: boolean;
 }
 
@@ -50,56 +42,21 @@ Examples:
   $ lowrank generate --model models/base --prompt "Once" --beams 4`;
 
 export function generateCommand(): Command {
-  return new Command("generate")
+  const command = new Command("generate")
     .description("continue a prompt; the text appears as it comes, without the prompt")
     .addOption(modelOption())
     .addOption(revisionOption())
     .addOption(quantizeOption())
     .addOption(adapterOption())
-    .requiredOption("--prompt <text>", "text to continue")
-    .addOption(whole("generate", "--max-tokens <n>", "stop after so many tokens", 0, 128))
-    .addOption(
-      numeric(
-        "generate",
-        "--temperature <t>",
-        "0: always the likeliest token; above: drawn at random (default: 0, or 1 with an option that limits the draw)",
-        {
-          rule: "a number of at least 0",
-          holds: (x) => x >= 0 && Number.isFinite(x),
-        },
-      ),
-    )
-    .addOption(whole("generate", "--top-k <n>", "draw among so many of the likeliest tokens", 1))
-    .addOption(
-      share("--top-p <p>", "draw among the likeliest tokens that together have this share", (x) => x > 0 && x <= 1),
-    )
-    .addOption(
-      share(
-        "--min-p <p>",
-        "draw tokens of at least this share of the likeliest one's probability",
-        (x) => x >= 0 && x <= 1,
-      ),
-    )
-    .addOption(
-      numeric("generate", "--repetition-penalty <x>", "make tokens that were there less likely (above 1)", {
-        rule: "a number above 0",
-        holds: (x) => x > 0 && Number.isFinite(x),
-      }),
-    )
-    .option("--stop <text...>", "end before any of these texts")
+    .requiredOption("--prompt <text>", "text to continue");
+  for (const option of samplingOptions("generate", 128)) command.addOption(option);
+  return command
     .option("--json-schema <file>", "give nothing but JSON that fits the JSON Schema in this file")
     .addOption(whole("generate", "--beams <n>", "search for the likeliest text, with so many open ones at a time", 1))
-    .addOption(whole("generate", "--seed <n>", "seed of the random draws (default: 0)", 0))
     .addOption(jsonOption())
     .addHelpText("after", EXAMPLES)
     .action(run);
 }
-
-const share = (flags: string, description: string, holds: (x: number) => boolean): Option =>
-  numeric("generate", flags, description, {
-    rule: holds(0) ? "a number from 0 to 1" : "a number above 0 and at most 1",
-    holds,
-  });
 
 async function run(options: GenerateArguments): Promise<void> {
   const { model: path, adapter, prompt, json, stop, jsonSchema, beams, ...settings } = await located(options);
@@ -118,8 +75,7 @@ async function run(options: GenerateArguments): Promise<void> {
       return;
     }
     const ids: number[] = [];
-    const isDrawn = [settings.topK, settings.topP, settings.minP].some((limit) => limit !== undefined);
-    const sampling = { temperature: isDrawn ? 1 : 0, ...settings, promptIds, constraint };
+    const sampling = { ...settings, temperature: temperatureOf(settings), promptIds, constraint };
     async function* tokens(): AsyncGenerator<SampledToken, void, undefined> {
       for await (const token of generateTokens(model, sampling)) {
         if (token.id !== tokenizer.eosId) ids.push(token.id);

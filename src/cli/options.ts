@@ -94,13 +94,16 @@ export const dataOption = (): Option =>
     'a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a directory with train, valid and test ones (see lowrank data --help); for a classifier JSONL of {"text","text_pair"?,"label"}',
   ).makeOptionMandatory();
 
+export const templateOption = (): Option =>
+  new Option("--chat-template <file>", "Jinja file that writes messages as text, or chatml (default: the model's own)");
+
 /** How records become rows. */
 export const rowOptions = (): Option[] => [
   new Option(
     "--loss-on <what>",
     "what is learned of a row (default: assistant for messages, completion for prompts, all for text)",
   ).choices(["assistant", "last", "completion", "all"]),
-  new Option("--chat-template <file>", "Jinja file that writes messages as text, or chatml (default: the model's own)"),
+  templateOption(),
   new Option("--prompt-separator <text>", "in .txt files, each line is a prompt, this separator and a completion"),
 ];
 

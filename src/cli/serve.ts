@@ -6,15 +6,15 @@ import { directoriesIn, diskDirectory } from "../io/files.ts";
 import { createApp } from "../server.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { loadTokenizer } from "../tokenizer.ts";
-import { adaptersOf, type EngineArguments, openEngine } from "./engine.ts";
-import { modelOption, quantizeOption, revisionOption, timeOption, whole } from "./options.ts";
+import { adaptersOf, type CacheArguments, cacheOptions, namedAdaptersOption, openEngine } from "./engine.ts";
+import { modelOption, quantizeOption, revisionOption, templateOption, timeOption, whole } from "./options.ts";
 import { located } from "./places.ts";
 import { configOption } from "./run-config.ts";
 import { listen } from "./serve-node.ts";
 import { openTemplate, say, withGpu } from "./session.ts";
 import { version } from "./version.ts";
 
-interface ServeArguments extends EngineArguments {
+interface ServeArguments extends CacheArguments {
   readonly model: string;
   readonly revision?: string;
   readonly servedModelName?: string;
@@ -27,6 +27,12 @@ interface ServeArguments extends EngineArguments {
   readonly corsOrigin?: readonly string[];
   readonly apiKey?: readonly string[];
   readonly adminKey?: string;
+  readonly maxRows: number;
+  readonly maxStepTokens: number;
+  readonly cacheTokens?: number;
+  readonly maxLoras: number;
+  readonly maxLoraRank?: number;
+  readonly maxQueue: number;
   readonly maxConcurrent: number;
   readonly maxConnections: number;
   readonly maxTokens?: number;
@@ -45,14 +51,14 @@ The endpoints are OpenAI's, and a "model" is an adapter's name or the base's. Ke
 machine can see the command line. TLS and limits by address are a proxy's to add.`;
 
 export function serveCommand(): Command {
-  return new Command("serve")
+  const command = new Command("serve")
     .description("answer requests over HTTP as OpenAI does, by the model and its adapters")
     .addOption(modelOption())
     .addOption(revisionOption())
     .addOption(quantizeOption())
     .option("--served-model-name <name>", "what clients call the base (default: the last part of --model)")
-    .option("--chat-template <file>", "Jinja file that writes messages as text, or chatml (default: the model's own)")
-    .option("--adapter <name=place...>", "an adapter and its name: a PEFT directory, or org/name[@revision] on the Hub")
+    .addOption(templateOption())
+    .addOption(namedAdaptersOption())
     .option("--adapter-dir <dir>", "directory of adapter directories that --allow-runtime-lora may load")
     .option("--allow-runtime-lora", "let --admin-key load and unload adapters (/v1/load_lora_adapter)")
     .option("--host <address>", "address to listen at; any but this machine's own needs --api-key", "127.0.0.1")
@@ -60,15 +66,13 @@ export function serveCommand(): Command {
     .option("--allowed-host <name...>", "further names that clients know the server by (their Host header)")
     .option("--cors-origin <origin...>", "origins of web pages that may ask, such as https://chat.example")
     .addOption(new Option("--api-key <key...>", "keys, one of which a client must send").env("LOWRANK_API_KEY"))
-    .addOption(new Option("--admin-key <key>", "key of who loads and unloads adapters").env("LOWRANK_ADMIN_KEY"))
-    .addOption(whole("serve", "--context <n>", "longest prompt and answer together (default: the model's context)", 2))
+    .addOption(new Option("--admin-key <key>", "key of who loads and unloads adapters").env("LOWRANK_ADMIN_KEY"));
+  for (const option of cacheOptions("serve")) command.addOption(option);
+  return command
     .addOption(whole("serve", "--max-rows <n>", "requests that are answered at a time, in one batch", 1, 32))
     .addOption(whole("serve", "--max-step-tokens <n>", "tokens of a step: long prompts go in so large pieces", 1, 256))
     .addOption(
       whole("serve", "--cache-tokens <n>", "tokens of keys and values kept in all (default: 4 times the context)", 1),
-    )
-    .addOption(
-      new Option("--cache-format <format>", "how keys and values are kept").choices(["f32", "f16"]).default("f32"),
     )
     .addOption(whole("serve", "--max-loras <n>", "adapters on the device at a time; the others wait on the host", 1, 8))
     .addOption(
@@ -104,7 +108,11 @@ async function run(options: ServeArguments): Promise<void> {
   const tokenizer = await loadTokenizer(diskDirectory(path));
   const renderChat = await openTemplate(path, options.chatTemplate);
   await withGpu(async (gpu) => {
-    const engine = await openEngine(gpu, path, adapters, options);
+    const { maxRows, maxStepTokens, maxQueue: maxWaiting, cacheFormat, cacheTokens, context: contextLength } = options;
+    const engine = await openEngine(gpu, path, adapters, {
+      ...{ quantize: options.quantize, maxRows, maxStepTokens, maxWaiting, cacheFormat, cacheTokens, contextLength },
+      ...{ slots: options.maxLoras, maxRank: options.maxLoraRank, mayLoad: options.allowRuntimeLora ?? false },
+    });
     const app = createApp({
       ...{ engine, tokenizer, renderChat, modelName, apiKeys, adminKey, origins },
       hosts: [...hostsOf(host), ...(options.allowedHost ?? [])],

@@ -85,9 +85,10 @@ interface Resident {
  * A row without an adapter has the bits that the model without the pool gives it in a batch of that size. Forward only.
  */
 export class AdapterPool {
+  /** The largest rank of an adapter. */
+  readonly maxRank: number;
   readonly #gpu: Gpu;
   readonly #model: HasLinears;
-  readonly #maxRank: number;
   readonly #pageCount: number;
   readonly #dtype: PageDtype;
   readonly #pages: readonly Pages[];
@@ -121,7 +122,7 @@ export class AdapterPool {
     if (!gpu) throw new ShapeError("AdapterPool: the model must have linear layers, got none");
     this.#gpu = gpu;
     this.#model = model;
-    this.#maxRank = maxRank;
+    this.maxRank = maxRank;
     this.#pageCount = pages;
     this.#dtype = dtype;
     const stored = dtype === "f16" ? "i32" : "f32";
@@ -171,9 +172,9 @@ export class AdapterPool {
     this.#demandFree(name);
     demandMixable(name, adapter, this.#model);
     const extent = extentOf(adapter);
-    if (extent.rank > this.#maxRank)
+    if (extent.rank > this.maxRank)
       throw new ShapeError(
-        `register: the rank of "${name}" must be at most ${this.#maxRank}, got ${extent.rank}. Make the pool with a larger maxRank, or merge the adapter into a model of its own`,
+        `register: the rank of "${name}" must be at most ${this.maxRank}, got ${extent.rank}. Make the pool with a larger maxRank, or merge the adapter into a model of its own`,
       );
     if (pagesOf(extent) > this.#pageCount)
       throw new ShapeError(
@@ -287,7 +288,7 @@ export class AdapterPool {
       rows.hasGain ? (pages[rows.rank] as number) : -1,
       ...pages.slice(0, rows.rank),
     );
-    this.#gpu.write(this.#table, entry, 4 * slot * (this.#maxRank + 2));
+    this.#gpu.write(this.#table, entry, 4 * slot * (this.maxRank + 2));
     this.#loads++;
     const resident = { slot, pages, uses: 0 };
     this.#residents.set(name, resident);

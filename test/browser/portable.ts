@@ -1,4 +1,4 @@
-// Models and checkpoints kept in the browser, in Chromium alone: npm run browser:chrome. The Hub is on this machine; see host.ts.
+// Models and checkpoints kept in the browser, and a chat in a worker, in Chromium alone: npm run browser:chrome. The Hub is on this machine; see host.ts.
 import {
   type CacheProgress,
   cachedDirectory,
@@ -27,6 +27,7 @@ import {
   train,
 } from "../../src/index.ts";
 import type { ByteSource } from "../../src/io/bytes.ts";
+import { CHAT, checkChat, startChat } from "./chat.ts";
 
 declare global {
   var startHub: () => Promise<string>;
@@ -83,6 +84,7 @@ async function run(): Promise<void> {
   const open = (options: HubDirectoryOptions = {}): Promise<Directory> =>
     hubDirectory(ID, { endpoint, pieceBytes: PIECE, ...options });
 
+  await checkChat(gpu, check);
   await checkRuns(gpu, files);
 
   await globalThis.setQuota(1_000_000);
@@ -273,7 +275,8 @@ async function work(task: WorkerTask): Promise<unknown> {
   return digest(await wholeOf(await directory.open(task.wanted)));
 }
 
-if (globalThis.document === undefined)
+if (globalThis.document === undefined && self.name === CHAT) startChat();
+else if (globalThis.document === undefined)
   globalThis.onmessage = ({ data }: MessageEvent<WorkerTask>) =>
     work(data).then(
       (found) => globalThis.postMessage({ found }),

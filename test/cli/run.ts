@@ -1,5 +1,5 @@
 /** Runs the command line as a user does, in a process of its own, from the sources. */
-import { type ChildProcess, spawn } from "node:child_process";
+import { type ChildProcessWithoutNullStreams, spawn } from "node:child_process";
 
 export interface Ended {
   /** Undefined when a signal ended it. */
@@ -12,20 +12,21 @@ export interface Ended {
 const DRIVER_NOISE = /^(error: XDG_RUNTIME_DIR .*|Warning: Vulkan .*| - While .*| +at InitializeImpl .*|)$/;
 
 export interface Run {
-  readonly child: ChildProcess;
+  readonly child: ChildProcessWithoutNullStreams;
   readonly ended: Promise<Ended>;
   /** Resolves once stderr holds this text. */
   saw(text: string): Promise<void>;
 }
 
-/** With `input` that is what it reads. */
-export function start(args: readonly string[], env: Readonly<Record<string, string>> = {}, input?: string): Run {
+/** Where `isAsked`, its stdin is the test's to write and to end; else it is empty. */
+export function start(
+  args: readonly string[],
+  env: Readonly<Record<string, string>> = {},
+  { isAsked = false }: { readonly isAsked?: boolean } = {},
+): Run {
   const command = ["--import", "tsx", "--import", "./scripts/wgsl.mjs", "src/cli/main.ts", ...args];
-  const child = spawn(process.execPath, command, {
-    env: { ...process.env, ...env },
-    stdio: ["pipe", "pipe", "pipe"],
-  });
-  child.stdin.end(input);
+  const child = spawn(process.execPath, command, { env: { ...process.env, ...env }, stdio: "pipe" });
+  if (!isAsked) child.stdin.end();
   const output = { stdout: "", stderr: "" };
   child.stdout.setEncoding("utf8").on("data", (text: string) => {
     output.stdout += text;
