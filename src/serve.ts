@@ -4,6 +4,8 @@ export { AdapterPool, type PoolCounts, type PoolOptions, poolBytes } from "./lor
 export type { PlainAdapter } from "./lora/plain-adapter.ts";
 export { BatchEngine, type EngineOptions, engineCacheBytes, type ServedAdapters } from "./serve/batch-engine.ts";
 export { type BeamAnswer, type BeamSearchOptions, beamSearch } from "./serve/beam-search.ts";
+export { Chat, type ChatOptions, type ChatParts, type ChatPort, openChat, serveChat } from "./serve/chat.ts";
+export type { AdapterSource, ChatRequest } from "./serve/chat-messages.ts";
 export { constraintOf, jsonConstraint } from "./serve/constraint.ts";
 export type { Engine, EngineStats, GenerationRequest } from "./serve/engine-types.ts";
 export { QueueFull } from "./serve/errors.ts";

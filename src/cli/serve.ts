@@ -17,10 +17,12 @@ import { version } from "./version.ts";
 interface ServeArguments extends CacheArguments {
   readonly model: string;
   readonly revision?: string;
+  readonly quantize?: "int8" | "nf4";
   readonly servedModelName?: string;
   readonly chatTemplate?: string;
   readonly adapter?: readonly string[];
   readonly adapterDir?: string;
+  readonly allowRuntimeLora?: boolean;
   readonly host: string;
   readonly port: number;
   readonly allowedHost?: readonly string[];

@@ -129,7 +129,8 @@ export interface ChatPort {
 /**
  * Lets a page that has `createChat` of `lowrank/browser` at the other end use this chat. The worker's file:
  *
- *     import { httpDirectory, loadModel, openChat, openGpu, serveChat } from "lowrank";
+ *     import { httpDirectory, loadModel, openGpu } from "lowrank";
+ *     import { openChat, serveChat } from "lowrank/serve";
  *     import { loadChatTemplate } from "lowrank/data";
  *     import { loadTokenizer } from "lowrank/tokenizer";
  *

@@ -9,12 +9,11 @@ import {
   loadModel,
   loadPeft,
   memoryDirectory,
-  openChat,
   openGpu,
   Random,
   savePeft,
-  serveChat,
 } from "../../src/index.ts";
+import { openChat, serveChat } from "../../src/serve.ts";
 import { lettersTemplate, lettersTokenizer } from "../serve/letters.ts";
 
 type Check = (what: string, found: unknown, wanted: unknown) => void;
