@@ -139,6 +139,29 @@ test("without maxTokens an answer goes to the end of the context, and a stop end
   );
 });
 
+test("a conversation that goes on computes only what is new", async () => {
+  const answer = await textOf(remote.ask({ messages: QUESTION, maxTokens: 6, adapter: "plain" }));
+  expect(QUESTION_IDS.length + answer.length).toBe(34);
+  const known = (await remote.stats()).cachedPromptTokens;
+  const messages = [...QUESTION, { role: "assistant", content: answer }, { role: "user", content: "why" }];
+  await textOf(remote.ask({ messages, maxTokens: 2, adapter: "plain" }));
+  expect((await remote.stats()).cachedPromptTokens - known).toBe(32); // two pages of question and answer
+});
+
+test("calls wait for a worker that hears nothing until its model is loaded", async () => {
+  const posted: unknown[] = [];
+  const worker = Object.assign(new EventTarget(), { postMessage: (sent: unknown) => posted.push(sent) });
+  const late = createChat(worker as unknown as Worker);
+  const asked = late.adapters();
+  await new Promise((done) => setTimeout(done));
+  expect(posted).toEqual([{ chat: "hello" }]);
+  worker.dispatchEvent(new MessageEvent("message", { data: { chat: "ready" } }));
+  await new Promise((done) => setTimeout(done));
+  expect(posted.slice(1)).toEqual([{ chat: "adapters", id: 1 }]);
+  worker.dispatchEvent(new MessageEvent("message", { data: { chat: "value", id: 1, value: ["a"] } }));
+  expect(await asked).toEqual(["a"]);
+});
+
 test("an abort ends the answer with what there is, and leaving the loop frees what it had", async () => {
   const stop = new AbortController();
   const pieces: TextPiece[] = [];
