@@ -75,6 +75,8 @@ export class BatchEngine implements Engine {
   readonly #leaving = new Map<string, (() => void)[]>();
   #versions = 0;
   #isClosed = false;
+  /** Whether somebody came or something was freed since who waits was last looked at. */
+  #isChanged = false;
   #failure: unknown;
   #loop: Promise<void> | undefined;
   #steps = 0;
@@ -110,6 +112,10 @@ export class BatchEngine implements Engine {
 
   get adapters(): readonly string[] {
     return (this.#adapters?.names ?? []).filter((name) => !this.#leaving.has(name));
+  }
+
+  get failure(): unknown {
+    return this.#failure;
   }
 
   stats(): EngineStats {
@@ -166,6 +172,7 @@ export class BatchEngine implements Engine {
     else {
       signal?.addEventListener("abort", abort);
       this.#waiting.push(sequence);
+      this.#isChanged = true;
       this.#loop ??= this.#run();
     }
     return stream;
@@ -220,6 +227,14 @@ export class BatchEngine implements Engine {
       // Those who ask in the same turn share the first step.
       await Promise.resolve();
       for (this.#admit(); this.#running.length > 0; this.#admit()) await this.#advance();
+      // With nobody running, room that is missing is not ours to wait for.
+      for (const sequence of [...this.#waiting])
+        this.#end(
+          sequence,
+          new ShapeError(
+            `generate: the pool must have room for "${sequence.request.adapter}" where no request runs, got it in use by others`,
+          ),
+        );
     } catch (error) {
       this.#failure = error;
       for (const sequence of [...this.#running, ...this.#waiting]) this.#end(sequence, error);
@@ -230,27 +245,26 @@ export class BatchEngine implements Engine {
 
   /** Lets those in that fit: of those whose adapter has fewest rows, who came first. */
   #admit(): void {
-    const rowsOf = (adapter: string | undefined): number =>
-      this.#running.filter(({ request }) => request.adapter === adapter).length;
-    const refused = new Set<Sequence>();
+    if (!this.#isChanged) return;
+    this.#isChanged = false;
+    const rows = new Map<string | undefined, number>();
+    const rowsOf = ({ request }: Sequence): number => rows.get(request.adapter) ?? 0;
+    const count = (one: Sequence): Map<string | undefined, number> => rows.set(one.request.adapter, rowsOf(one) + 1);
+    this.#running.forEach(count);
+    const ready = new Set(this.#waiting);
     while (this.#rows.length > 0) {
       const [first] = this.#waiting;
-      const isFirstDue = first !== undefined && first.passed >= MOST_PASSED;
-      const ready = this.#waiting.filter((one) => !refused.has(one));
-      const next = isFirstDue
-        ? ready.find((one) => one === first)
-        : ready.reduce<Sequence | undefined>(
-            (best, one) => (best && rowsOf(best.request.adapter) <= rowsOf(one.request.adapter) ? best : one),
-            undefined,
-          );
+      if (!first) return;
+      let next: Sequence | undefined;
+      for (const one of ready) if (!next || rowsOf(one) < rowsOf(next)) next = one;
+      if (first.passed >= MOST_PASSED) next = ready.has(first) ? first : undefined;
       if (!next) return;
-      if (!this.#enter(next)) {
-        refused.add(next);
-        continue;
-      }
+      ready.delete(next);
+      if (!this.#enter(next)) continue;
       this.#waiting.splice(this.#waiting.indexOf(next), 1);
       this.#running.push(next);
-      if (next !== first && first) first.passed++;
+      count(next);
+      if (next !== first) first.passed++;
     }
   }
 
@@ -340,6 +354,7 @@ export class BatchEngine implements Engine {
       const at = list.indexOf(sequence);
       if (at >= 0) list.splice(at, 1);
     }
+    this.#isChanged = true;
     if (place) {
       delete sequence.place;
       const root = request.adapter === undefined ? "base" : this.#roots.get(request.adapter);

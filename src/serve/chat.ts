@@ -84,7 +84,8 @@ export class Chat {
     const most = maxTokens ?? room;
     const constraint = constraintOf(responseFormat, tokenizer);
     const tokens = this.#engine.generate({ ...rest, promptIds, maxTokens: most, constraint });
-    yield* textOf(tokens, { tokenizer, promptIds, stop, room: Math.min(most, room) });
+    const isDone = (): boolean => constraint?.isDone ?? false;
+    yield* textOf(tokens, { tokenizer, promptIds, stop, room: Math.min(most, room), isDone });
   }
 
   #promptIds({ messages, prompt }: ChatRequest): number[] {

@@ -44,6 +44,8 @@ export interface Engine {
   load(name: string, directory: Directory): Promise<void>;
   unload(name: string): Promise<void>;
   stats(): EngineStats;
+  /** What ended it, such as a lost device: it answers nothing any more. */
+  readonly failure?: unknown;
   /** Takes no more and lets those that run end. */
   close(): Promise<void>;
 }

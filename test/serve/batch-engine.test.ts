@@ -160,6 +160,44 @@ describe("memory", () => {
     });
   });
 
+  test("a large request that small ones pass gets its turn", async () => {
+    await withEngine({ pageTokens: 4, cacheTokens: 40, maxRows: 4 }, async (engine) => {
+      const order: string[] = [];
+      const ask = async (name: string, tokens: number): Promise<void> => {
+        await idsOf(engine, { promptIds: promptOf(2), maxTokens: tokens, logitBias: noEnd() });
+        order.push(name);
+      };
+      // Three that end at different steps: at any time one of them holds pages that the large one lacks.
+      const small = async (first: number): Promise<void> => {
+        for (let i = 0; i < 50; i++) await ask("small", i === 0 ? first : 5);
+      };
+      const all = [small(1), small(3), small(5)];
+      await new Promise((done) => setTimeout(done, 1));
+      await Promise.all([...all, ask("large", 37)]);
+      expect(order.length).toBe(151);
+      expect(order.indexOf("large")).toBeLessThan(140);
+    });
+  });
+
+  test("a failing step ends all who are there with its error, and those who come later", async () => {
+    const failing = Object.create(model) as Model;
+    let passes = 0;
+    failing.pagedLogits = (...given) => {
+      if (++passes > 1) throw new Error("the device is lost");
+      return model.pagedLogits(...given);
+    };
+    const before = model.gpu.counters().bytesLive;
+    const engine = new BatchEngine(failing, { maxRows: 1 });
+    const both = [0, 1].map(() => idsOf(engine, { promptIds: promptOf(3), maxTokens: 3 }));
+    expect(engine.failure).toBeUndefined();
+    for (const one of both) await expect(one).rejects.toThrow("the device is lost");
+    expect(engine.failure).toEqual(new Error("the device is lost"));
+    expect(() => engine.generate({ promptIds: [1], maxTokens: 1 })).toThrow("the device is lost");
+    expect(engine.stats()).toMatchObject({ running: 0, waiting: 0, kvPagesUsed: 0 });
+    await engine.close();
+    expect(model.gpu.counters().bytesLive).toBe(before);
+  });
+
   test("who leaves early frees everything at once, waiting or running", async () => {
     await withEngine({ maxRows: 1, maxStepTokens: 8 }, async (engine) => {
       const stop = new AbortController();

@@ -4,9 +4,8 @@ import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from "vitest
 import { memoryDirectory } from "../../src/io/bytes.ts";
 import { FormatError } from "../../src/io/errors.ts";
 import { diskDirectory } from "../../src/io/files.ts";
-import { attachLora } from "../../src/lora/attach.ts";
 import type { LoraConfig } from "../../src/lora/config.ts";
-import { loadPeft, savePeft } from "../../src/lora/peft.ts";
+import { loadPeft } from "../../src/lora/peft.ts";
 import { loadModel } from "../../src/models/load.ts";
 import { type Chat, openChat, serveChat } from "../../src/serve/chat.ts";
 import { createChat, type RemoteChat } from "../../src/serve/chat-client.ts";
@@ -15,14 +14,13 @@ import { generate } from "../../src/serve/generate.ts";
 import type { TextPiece } from "../../src/serve/text.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
-import { collect } from "../collect.ts";
 import { testGpu } from "../harness.ts";
+import { type AdapterFiles, randomAdapter } from "./adapters.ts";
 import { lettersTemplate, lettersTokenizer } from "./letters.ts";
 
 type Model = Awaited<ReturnType<typeof loadModel>>;
-type Files = Readonly<Record<string, Uint8Array | string>>;
 let model: Model;
-const adapters = new Map<string, Files>();
+const adapters = new Map<string, AdapterFiles>();
 const random = new Random(17);
 const CONFIGS: Readonly<Record<string, LoraConfig>> = {
   plain: { r: 3, alpha: 6, targetModules: "all-linear" },
@@ -31,17 +29,7 @@ const CONFIGS: Readonly<Record<string, LoraConfig>> = {
 
 beforeAll(async () => {
   model = await loadModel(await testGpu(), diskDirectory("test/golden/llama-default"));
-  for (const [name, config] of Object.entries(CONFIGS)) {
-    const adapter = attachLora(model, config, 3);
-    for (const parameter of adapter.parameters)
-      model.gpu.write(
-        parameter,
-        Float32Array.from({ length: parameter.size }, () => random.normal(name === "dora" ? 0.3 : 0, 0.25)),
-      );
-    const files = savePeft(adapter, "base");
-    adapters.set(name, { ...files, "adapter_model.safetensors": await collect(files["adapter_model.safetensors"]) });
-    adapter.detach();
-  }
+  for (const [name, config] of Object.entries(CONFIGS)) adapters.set(name, await randomAdapter(model, config, random));
 });
 afterAll(() => model.destroy());
 

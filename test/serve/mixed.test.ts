@@ -1,28 +1,25 @@
 // Requests with adapters of their own in one batch: each gets what it gets alone.
 import { readFileSync } from "node:fs";
 import { afterAll, beforeAll, expect, test } from "vitest";
-import { memoryDirectory } from "../../src/io/bytes.ts";
+import { type Directory, memoryDirectory } from "../../src/io/bytes.ts";
 import { diskDirectory } from "../../src/io/files.ts";
-import type { LoraAdapter } from "../../src/lora/adapter.ts";
 import { readAdapter } from "../../src/lora/adapter-file.ts";
 import { AdapterPool } from "../../src/lora/adapter-pool.ts";
-import { attachLora } from "../../src/lora/attach.ts";
 import type { LoraConfig } from "../../src/lora/config.ts";
-import { loadPeft, savePeft } from "../../src/lora/peft.ts";
+import { loadPeft } from "../../src/lora/peft.ts";
 import { loadModel } from "../../src/models/load.ts";
 import { BatchEngine } from "../../src/serve/batch-engine.ts";
 import type { GenerationRequest } from "../../src/serve/engine-types.ts";
 import { generate } from "../../src/serve/generate.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
-import { collect } from "../collect.ts";
 import { testGpu } from "../harness.ts";
 import { hasShared, shared } from "../shared.ts";
+import { randomAdapter } from "./adapters.ts";
 
 type Model = Awaited<ReturnType<typeof loadModel>>;
-type Files = ReturnType<typeof memoryDirectory>;
 let model: Model;
-const adapters = new Map<string, Files>();
+const adapters = new Map<string, Directory>();
 const random = new Random(11);
 
 const CONFIGS: Readonly<Record<string, LoraConfig>> = {
@@ -34,26 +31,10 @@ const CONFIGS: Readonly<Record<string, LoraConfig>> = {
 
 beforeAll(async () => {
   model = await loadModel(await testGpu(), diskDirectory("test/golden/llama-default"));
-  for (const [name, config] of Object.entries(CONFIGS)) {
-    const adapter = attachLora(model, config, 3);
-    for (const parameter of adapter.parameters)
-      model.gpu.write(
-        parameter,
-        Float32Array.from({ length: parameter.size }, () => random.normal(name === "dora" ? 0.3 : 0, 0.25)),
-      );
-    adapters.set(name, await filesOf(adapter));
-    adapter.detach();
-  }
+  for (const [name, config] of Object.entries(CONFIGS))
+    adapters.set(name, memoryDirectory(name, await randomAdapter(model, config, random)));
 });
 afterAll(() => model.destroy());
-
-async function filesOf(adapter: LoraAdapter): Promise<Files> {
-  const files = savePeft(adapter, "base");
-  return memoryDirectory("adapter", {
-    "adapter_config.json": files["adapter_config.json"],
-    "adapter_model.safetensors": await collect(files["adapter_model.safetensors"]),
-  });
-}
 
 async function alone({ adapter, ...request }: GenerationRequest): Promise<number[]> {
   const files = adapters.get(adapter ?? "");
@@ -138,26 +119,45 @@ test("an adapter with many requests does not keep another waiting", async () => 
   });
 });
 
-test("an adapter is unloaded when those who use it are done, and its name can be loaded again", async () => {
-  const promptIds = Array.from({ length: 20 }, (_, i) => i + 1);
-  const expected = await alone({ adapter: "wide", promptIds, maxTokens: 6 });
+test("an adapter is unloaded when those who use it are done, and what comes under its name afterwards begins anew", async () => {
+  const promptIds = Array.from({ length: 40 }, (_, i) => i + 1);
+  const [small, wide] = [
+    await alone({ adapter: "small", promptIds, maxTokens: 6 }),
+    await alone({ adapter: "wide", promptIds, maxTokens: 6 }),
+  ];
+  expect(small).not.toEqual(wide);
   await withPool(64, async (engine, pool) => {
-    const running = answer(engine, { adapter: "small", promptIds: [1, 2, 3], maxTokens: 5 });
+    const running = answer(engine, { adapter: "small", promptIds, maxTokens: 6 });
     const gone = engine.unload("small");
     expect(engine.adapters).toEqual(["wide", "stabilised", "dora"]);
     expect(() => engine.generate({ adapter: "small", promptIds: [1], maxTokens: 1 })).toThrow(
       new ShapeError('generate: the adapter must be one of wide, stabilised, dora, got "small"'),
     );
-    await running;
+    expect(await running).toEqual(small);
     await gone;
     expect(pool.names).toEqual(["wide", "stabilised", "dora"]);
     await expect(engine.unload("small")).rejects.toThrow(
       new ShapeError('unload: the adapter must be loaded, got "small"'),
     );
-    const files = adapters.get("wide");
-    if (!files) throw new Error("unreachable");
-    await pool.register("small", await readAdapter(files));
-    expect(await answer(engine, { adapter: "small", promptIds, maxTokens: 6 })).toEqual(expected);
+    // The same name and the same prompt, whose pages are there still: they are of other weights.
+    await engine.load("small", adapters.get("wide") as Directory);
+    expect(await answer(engine, { adapter: "small", promptIds, maxTokens: 6 })).toEqual(wide);
+    expect(engine.stats().cachedPromptTokens).toBe(0);
+    expect(await answer(engine, { adapter: "small", promptIds, maxTokens: 6 })).toEqual(wide);
+    expect(engine.stats().cachedPromptTokens).toBe(32);
+  });
+});
+
+test("where somebody else holds the pool a request is told, and does not wait for ever", async () => {
+  await withPool(20, async (engine, pool) => {
+    const slot = pool.acquire("wide");
+    await expect(answer(engine, { adapter: "stabilised", promptIds: [1, 2], maxTokens: 2 })).rejects.toThrow(
+      new ShapeError(
+        'generate: the pool must have room for "stabilised" where no request runs, got it in use by others',
+      ),
+    );
+    pool.release(slot as number);
+    await answer(engine, { adapter: "stabilised", promptIds: [1, 2], maxTokens: 2 });
   });
 });
 

@@ -36,6 +36,13 @@ describe("text of single bytes", () => {
     expect((await pieces(tokenizer, bytes("aé😀b"))).map(({ text }) => text)).toEqual(["a", "é", "😀", "b", ""]);
   });
 
+  test("an answer that is whole with its last token was not cut off", async () => {
+    const reasonOf = async (isDone: boolean) =>
+      (await pieces(tokenizer, bytes("{}"), { room: 2, isDone: () => isDone })).at(-1)?.finishReason;
+    expect(await reasonOf(true)).toBe("stop");
+    expect(await reasonOf(false)).toBe("length");
+  });
+
   test("gives each token once, with the place in the text where it begins", async () => {
     const tokens = (await pieces(tokenizer, bytes("é😀b"))).flatMap((piece) => piece.tokens);
     expect(tokens.map(({ id, offset }) => [id, offset])).toEqual(

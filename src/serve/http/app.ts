@@ -204,14 +204,15 @@ class Server {
   #apiError(error: unknown): ApiError {
     if (error instanceof ApiError) return error;
     if (error instanceof QueueFull) return busy("the server has too many requests waiting. Try again later");
-    // What the checks of a request let through and the engine does not: an adapter that has just gone, say.
+    // What the checks of a request let through and the engine does not.
     if (error instanceof ShapeError) return new ApiError(400, error.message);
     this.#options.onError?.(error);
     return new ApiError(500, "the server failed at this request");
   }
 
   #health(c: Context<Env>): Response {
-    return this.#isDraining ? c.json({ status: "draining" }, 503) : c.json({ status: "ok" });
+    if (this.#isDraining) return c.json({ status: "draining" }, 503);
+    return this.#served.engine.failure === undefined ? c.json({ status: "ok" }) : c.json({ status: "failed" }, 503);
   }
 
   #names(): string[] {
@@ -272,6 +273,9 @@ class Server {
     let isFirst = true;
     try {
       const { signal } = answer.controller;
+      const { adapter } = generation;
+      // It may have been unloaded since the request was read.
+      if (adapter !== undefined && !engine.adapters.includes(adapter)) throw noSuchModel(adapter);
       const tokens = engine.generate({ ...generation, signal });
       const isDone = (): boolean => generation.constraint?.isDone ?? false;
       for await (const piece of textOf(tokens, { tokenizer, promptIds, stop, room, isDone })) {

@@ -12,7 +12,7 @@ import { Fields, refused } from "./fields.ts";
 
 /** What answers. */
 export interface Served {
-  readonly engine: Pick<Engine, "contextLength" | "adapters">;
+  readonly engine: Pick<Engine, "contextLength" | "adapters" | "failure">;
   readonly tokenizer: Tokenizer & Partial<TokenBytes>;
   readonly renderChat: ChatTemplate | undefined;
   /** What the base goes by. */

@@ -576,3 +576,26 @@ test("an app needs the options that keep it safe", () => {
     new ShapeError("createApp: a host must be a name or an address, got a b"),
   );
 });
+
+test("an engine that has failed is not healthy, so that a proxy leaves it out", async () => {
+  const { engine, get } = testApp();
+  expect((await get("/health")).status).toBe(200);
+  Object.assign(engine, { failure: new Error("the device is lost") });
+  const health = await get("/health");
+  expect([health.status, await health.json()]).toEqual([503, { status: "failed" }]);
+});
+
+test("an adapter that is unloaded while its request is read is a 404, as one that never was", async () => {
+  let asked = 0;
+  class Leaving extends FakeEngine {
+    override get adapters(): string[] {
+      return ++asked === 1 ? ["pirate"] : [];
+    }
+  }
+  const { post } = testApp({ engine: new Leaving() });
+  const answer = await post("/v1/completions", { model: "pirate", prompt: "a" });
+  expect([answer.status, await answer.json()]).toEqual([
+    404,
+    { error: { message: "The model `pirate` does not exist.", type: "NotFoundError", param: "model", code: 404 } },
+  ]);
+});
