@@ -8,7 +8,7 @@ import { mkdirSync, writeFileSync } from "node:fs";
 import { dirname } from "node:path";
 import { parseArgs } from "node:util";
 import { defineKernel } from "../src/gpu/kernel.ts";
-import { type CausalModel, type Gpu, isPacked, openGpu, Random, type Tensor } from "../src/index.ts";
+import { type CausalModel, type Gpu, generate, isPacked, openGpu, Random, type Tensor } from "../src/index.ts";
 import { memoryDirectory } from "../src/io/bytes.ts";
 import { packMatrix } from "../src/kernels/pack.ts";
 import { readConfig } from "../src/models/config.ts";
@@ -20,7 +20,7 @@ import { commit } from "./page/commit.ts";
 import copySource from "./probes/copy.wgsl";
 
 const { values } = parseArgs({ options: { quick: { type: "boolean", default: false }, json: { type: "string" } } });
-const [ROWS, RANK, ROUNDS] = [32, 16, values.quick ? 1 : 3];
+const [ROWS, RANK, ROUNDS] = [32, 16, values.quick ? 1 : 5];
 const TOKENS = values.quick ? 4 : 12;
 const copy = defineKernel("copy", copySource);
 const PER_THREAD = 4;
@@ -72,6 +72,18 @@ const promptOf = (seed: number, length: number): number[] => {
   return Array.from({ length }, () => 1 + random.below(511));
 };
 
+/** What the model says alone, one sequence in a plain cache. */
+async function alone(model: CausalModel, promptIds: number[], maxTokens: number): Promise<number[]> {
+  const ids: number[] = [];
+  for await (const id of generate(model, { promptIds, maxTokens, logitBias: noEnd })) ids.push(id);
+  return ids;
+}
+
+function demandEqual(what: string, found: readonly number[] | undefined, expected: readonly number[]): void {
+  if (found?.join() !== expected.join())
+    throw new Error(`bench: ${what} must be ${expected.join()}, got ${found?.join()}`);
+}
+
 async function answer(
   engine: BatchEngine,
   promptIds: number[],
@@ -101,13 +113,10 @@ async function oneRow() {
   const model = await modelOf(gpu, 2048, 2, 256);
   const engine = new BatchEngine(model, { maxRows: 1, maxStepTokens: 64 });
   const promptIds = promptOf(1, 8);
-  const first = await answer(engine, promptIds, 2);
+  demandEqual("one row", await answer(engine, promptIds, 2 + TOKENS), await alone(model, promptIds, 2 + TOKENS));
   const stepMs: number[] = [];
   for (let i = 0; i < ROUNDS; i++) {
-    const one = await timed(async () => {
-      const ids = await answer(engine, promptIds, 2);
-      if (ids.join() !== first.join()) throw new Error("bench: an answer must repeat");
-    });
+    const one = await timed(() => answer(engine, promptIds, 2));
     const more = await timed(() => answer(engine, promptIds, 2 + TOKENS));
     stepMs.push((more - one) / TOKENS);
   }
@@ -155,10 +164,8 @@ async function manyRows() {
     Promise.all(prompts.map((ids, i) => answer(engine, ids, tokens, adapterFor(count, i))));
   for (const count of [0, 4, ROWS]) {
     const all = await batch(count, 2);
-    for (const i of [0, 5, ROWS - 1]) {
-      const alone = await answer(engine, prompts[i] as number[], 2, adapterFor(count, i));
-      if (alone.join() !== all[i]?.join()) throw new Error(`bench: row ${i} of ${count} adapters must answer as alone`);
-    }
+    for (const [i, ids] of prompts.entries())
+      demandEqual(`row ${i} of ${count} adapters`, all[i], await answer(engine, ids, 2, adapterFor(count, i)));
   }
   const ms = new Map<number, number[]>([0, 4, ROWS].map((count) => [count, []]));
   for (let i = 0; i < ROUNDS; i++)
@@ -171,9 +178,13 @@ async function manyRows() {
   const oneAdapter = pool.counts.gpuBytes / ROWS;
   pool.destroy();
   model.destroy();
+  const ratios = (count: number): number[] =>
+    (ms.get(count) ?? []).map((one, i) => (ms.get(0)?.[i] ?? Number.NaN) / one).toSorted((a, b) => a - b);
   const of = (count: number) => ({
     tokensPerSecond: (1000 * ROWS) / median(ms.get(count) ?? []),
-    overBase: median(ms.get(0) ?? []) / median(ms.get(count) ?? []),
+    overBase: median(ratios(count)),
+    least: ratios(count)[0],
+    most: ratios(count).at(-1),
     byBytes: base / (base + count * oneAdapter),
   });
   return { hidden: 2048, layers: 1, rows: ROWS, r: RANK, base: of(0), adapters4: of(4), adapters32: of(ROWS) };
@@ -183,7 +194,7 @@ async function prefix() {
   const model = await modelOf(gpu, 512, 2, 1100);
   const engine = new BatchEngine(model, { maxRows: 4, cacheTokens: 2400 });
   const [firsts, seconds, shares]: [number[], number[], number[]] = [[], [], []];
-  // The first round traces the steps.
+  // The first round traces the steps, and its answers are checked.
   for (let i = 0; i <= ROUNDS; i++) {
     const system = promptOf(90 + i, 1000);
     const ask = (seed: number) => timed(() => answer(engine, [...system, ...promptOf(seed, 20)], 1));
@@ -191,6 +202,9 @@ async function prefix() {
     const before = engine.stats().cachedPromptTokens;
     seconds[i] = await ask(300 + i);
     shares[i] = 1 - (engine.stats().cachedPromptTokens - before) / 1020;
+    if (i > 0) continue;
+    const again = [...system, ...promptOf(400, 20)];
+    demandEqual("a prompt that is known in part", await answer(engine, again, 4), await alone(model, again, 4));
   }
   await engine.close();
   model.destroy();
