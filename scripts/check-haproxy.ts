@@ -1,4 +1,5 @@
-// Tries scripts/haproxy.cfg with the haproxy that is installed (or HAPROXY=path), over three servers whose answers say who they are.
+// Tries scripts/haproxy.cfg with the haproxy that is installed (or HAPROXY=path): over three servers whose answers say who they are, and over three
+// `lowrank serve` in processes of their own, of which one is killed.
 import { execFileSync, spawn } from "node:child_process";
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { request } from "node:https";
@@ -7,6 +8,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { type Listening, listen } from "../src/cli/serve-node.ts";
 import { FakeEngine, pause, testApp } from "../test/serve/http/harness.ts";
+import { BASE, randomAdapters, startServer } from "./serving/processes.ts";
 
 const NAMES = ["one", "two", "three"];
 const ADAPTERS = Array.from({ length: 24 }, (_, i) => `adapter-${i}`);
@@ -77,17 +79,24 @@ const servers = await Promise.all(
     return { name, engine, app, listening };
   }),
 );
-const front = await freePort();
-const config = servers.reduce(
-  (text, { listening }, i) => text.replace(`127.0.0.1:${8001 + i}`, `127.0.0.1:${listening.port}`),
-  readFileSync("scripts/haproxy.cfg", "utf8")
-    .replace("bind :443", `bind 127.0.0.1:${front}`)
-    .replace("/etc/haproxy/lowrank.pem", join(home, "lowrank.pem")),
-);
-writeFileSync(join(home, "haproxy.cfg"), config);
-const haproxy = spawn(process.env.HAPROXY ?? "haproxy", ["-db", "-f", join(home, "haproxy.cfg")], {
-  stdio: ["ignore", "ignore", "inherit"],
-});
+/** HAProxy by our configuration, before servers at these ports. */
+async function startHaproxy(ports: readonly number[]): Promise<{ port: number; stop: () => void }> {
+  const port = await freePort();
+  const file = join(home, `haproxy-${port}.cfg`);
+  const shipped = readFileSync("scripts/haproxy.cfg", "utf8")
+    .replace("bind :443", `bind 127.0.0.1:${port}`)
+    .replace("/etc/haproxy/lowrank.pem", join(home, "lowrank.pem"));
+  const config = ports.reduce((text, own, i) => text.replace(`127.0.0.1:${8001 + i}`, `127.0.0.1:${own}`), shipped);
+  writeFileSync(file, config);
+  const child = spawn(process.env.HAPROXY ?? "haproxy", ["-db", "-f", file], {
+    stdio: ["ignore", "ignore", "inherit"],
+  });
+  await pause(1500);
+  return { port, stop: () => void child.kill() };
+}
+
+const haproxy = await startHaproxy(servers.map(({ listening }) => listening.port));
+const front = haproxy.port;
 
 const completion = (model: string, more: object = {}): string => JSON.stringify({ prompt: "a", ...more, model });
 const serverOf = async (model: string, more: object = {}): Promise<string> => {
@@ -102,7 +111,6 @@ const close = async ({ cutOff, close: end }: Listening): Promise<void> => {
 };
 
 try {
-  await pause(1500);
   const homes = new Map<string, string>();
   for (const model of ADAPTERS) homes.set(model, await serverOf(model));
   demand(
@@ -152,9 +160,60 @@ try {
 
   const statuses = await Promise.all(Array.from({ length: 120 }, async () => (await ask(front, "/health")).status));
   demand(statuses.includes(429), "an address that asks too often is told so");
+  await processes();
   console.log("haproxy.cfg does what it says");
 } finally {
-  haproxy.kill();
+  haproxy.stop();
   for (const { listening } of servers) await close(listening).catch(() => undefined);
   rmSync(home, { recursive: true, force: true });
+}
+
+/** Three real servers on one model with the same adapters: what each is asked shows in its own counts. */
+async function processes(): Promise<void> {
+  const names = Array.from({ length: 9 }, (_, i) => `tuned-${i}`);
+  await randomAdapters(home, names);
+  const flags = [
+    ...["--model", BASE, "--served-model-name", "base", "--allowed-host", "llm.example", "--quiet"],
+    ...names.flatMap((name) => ["--adapter", `${name}=${join(home, name)}`]),
+  ];
+  const real = await Promise.all([0, 1, 2].map(() => startServer(flags)));
+  const before = await startHaproxy(real.map(({ port }) => port));
+  try {
+    const said = async (name: string): Promise<string> => {
+      const { status, text } = await ask(
+        before.port,
+        "/v1/completions",
+        completion(name, { max_tokens: 8, temperature: 0 }),
+      );
+      if (status !== 200) throw new Error(`haproxy.cfg: ${name} must be answered, got ${status} ${text}`);
+      return (JSON.parse(text) as { choices: { text: string }[] }).choices[0]?.text ?? "";
+    };
+    const steps = async (i: number): Promise<number> => {
+      const response = await fetch(`${real[i]?.base}/metrics`);
+      return Number(/^lowrank_steps_total (\d+)$/m.exec(await response.text())?.[1]);
+    };
+    const answers = new Map<string, string>();
+    const homes = new Map<string, number>();
+    for (const name of names) {
+      const counts = await Promise.all([0, 1, 2].map(steps));
+      answers.set(name, await said(name));
+      const after = await Promise.all([0, 1, 2].map(steps));
+      homes.set(
+        name,
+        after.findIndex((count, i) => count !== counts[i]),
+      );
+    }
+    demand(new Set(homes.values()).size === 3, "adapters are spread over three processes");
+    const victim = homes.get(names[0] as string) as number;
+    real[victim]?.child.kill("SIGKILL");
+    await pause(2500);
+    for (const name of names)
+      demand(
+        (await said(name)) === answers.get(name),
+        `${name} is answered as before process ${victim + 1} was killed`,
+      );
+  } finally {
+    before.stop();
+    await Promise.all(real.map(({ stop }) => stop()));
+  }
 }

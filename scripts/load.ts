@@ -4,15 +4,13 @@
  *
  *     node --import tsx --import ./scripts/wgsl.mjs scripts/load.ts [--streams 64] [--seconds 60] [--json bench/results/serve-load.json]
  */
-import { spawn } from "node:child_process";
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { parseArgs } from "node:util";
-import { attachLora, openGpu, Random } from "../src/index.ts";
-import { loadModelFrom, savePeftTo } from "../src/node.ts";
+import { Random } from "../src/index.ts";
+import { BASE, randomAdapters, startServer } from "./serving/processes.ts";
 
-const MODEL = "demo/base";
 const RESIDENT = ["one", "two", "three", "four", "five"];
 /** Adapters that come and go, and whose weights they have by turns. */
 const VISITS = { "guest-a": ["one", "two"], "guest-b": ["three", "four"] } as const;
@@ -40,8 +38,17 @@ const folder = mkdtempSync(join(tmpdir(), "lowrank-load-"));
 const counts = { answered: 0, cutOff: 0, unknownAdapter: 0, loads: 0, unloads: 0, tokens: 0 };
 const wrong: string[] = [];
 
-await makeAdapters();
-const { base, stop } = await startServer();
+await randomAdapters(folder, RESIDENT);
+const { base, child, stop } = await startServer([
+  ...["--model", BASE, "--served-model-name", "base", "--quiet"],
+  ...RESIDENT.flatMap((name) => ["--adapter", `${name}=${join(folder, name)}`]),
+  ...["--max-queue", "1000", "--max-concurrent", "1000", "--max-loras", "4", "--max-rows", "32"],
+  ...["--api-key", KEY, "--admin-key", ADMIN_KEY, "--allow-runtime-lora", "--adapter-dir", folder],
+]);
+child.stderr?.on("data", (piece) => {
+  process.stderr.write(piece);
+  if (/^error: /m.test(String(piece))) wrong.push(`the server said: ${piece}`);
+});
 let left: Readonly<Record<string, number>> = {};
 let steps = 0;
 try {
@@ -98,7 +105,8 @@ try {
   for (const [name, value] of Object.entries(left)) if (value !== 0) wrong.push(`left over: ${name} ${value}`);
   steps = await metric("lowrank_steps_total");
 } finally {
-  await stop();
+  const code = await stop();
+  if (code !== 0) wrong.push(`the server ended with ${code}`);
   rmSync(folder, { recursive: true });
 }
 const result = {
@@ -111,62 +119,6 @@ if (values.json) {
   writeFileSync(values.json, `${JSON.stringify(result, null, 2)}\n`);
 }
 process.exit(wrong.length === 0 ? 0 : 1);
-
-async function makeAdapters(): Promise<void> {
-  const gpu = await openGpu();
-  const model = await loadModelFrom(gpu, MODEL);
-  for (const [i, name] of RESIDENT.entries()) {
-    const random = new Random(100 + i);
-    const adapter = attachLora(model, { r: 2 + 3 * i, alpha: 8, targetModules: "all-linear", useDora: i === 2 }, i);
-    for (const { B } of adapter.pairs.values())
-      gpu.write(
-        B,
-        Float32Array.from({ length: B.size }, () => random.normal(0, 0.05)),
-      );
-    await savePeftTo(adapter, join(folder, name), MODEL);
-    adapter.detach();
-  }
-  gpu.destroy();
-}
-
-async function startServer(): Promise<{ base: string; stop: () => Promise<void> }> {
-  const flags = ["--import", "tsx", "--import", "./scripts/wgsl.mjs", "src/cli/main.ts", "serve"];
-  const adapters = RESIDENT.flatMap((name) => ["--adapter", `${name}=${join(folder, name)}`]);
-  const limits = ["--max-queue", "1000", "--max-concurrent", "1000", "--max-loras", "4", "--max-rows", "32"];
-  const keys = ["--api-key", KEY, "--admin-key", ADMIN_KEY, "--allow-runtime-lora", "--adapter-dir", folder];
-  const child = spawn(process.execPath, [
-    ...flags,
-    ...["--model", MODEL, "--served-model-name", "base", "--port", "0", "--quiet"],
-    ...[...adapters, ...limits, ...keys],
-  ]);
-  const url = await new Promise<string>((resolve, reject) => {
-    let text = "";
-    const look = (piece: Buffer): void => {
-      text += String(piece);
-      const [, found] = /at (http:\/\/[\d.]+:\d+)\/v1/.exec(text) ?? [];
-      if (found) resolve(found);
-    };
-    child.stdout.on("data", look);
-    child.stderr.on("data", look);
-    child.once("exit", (code) => reject(new Error(`load: the server ended with ${code}: ${text}`)));
-  });
-  child.stderr.on("data", (piece) => {
-    process.stderr.write(piece);
-    if (/^error: /m.test(String(piece))) wrong.push(`the server said: ${piece}`);
-  });
-  return {
-    base: url,
-    stop: () =>
-      new Promise((done) => {
-        child.removeAllListeners("exit");
-        child.once("exit", (code) => {
-          if (code !== 0) wrong.push(`the server ended with ${code}`);
-          done();
-        });
-        child.kill("SIGTERM");
-      }),
-  };
-}
 
 /** A greedy answer, streamed; without text where it was cut off after so many events. */
 async function ask(model: string, prompt: string, events?: number): Promise<{ status: number; text?: string }> {

@@ -9,7 +9,7 @@ import { ShapeError } from "../tensor/errors.ts";
 import { readAll, type Shape, slice, type Tensor, tensor, view } from "../tensor/tensor.ts";
 import { type Batch, collateRounded, isPacked, largestBatch, longest } from "./batches.ts";
 import { IGNORED, type Row } from "./data.ts";
-import { Replays } from "./replays.ts";
+import { ReplayedPass } from "./replay.ts";
 
 interface HiddenOptions {
   /** Of packed rows: positions and first places of segments, each i32 [B,T]. */
@@ -166,7 +166,7 @@ interface Scored extends Inputs {
 
 /** Works out loss and hits of batch after batch, into `sums`. */
 const scoring = (model: LanguageModel, largest: Batch) =>
-  new Replays<Batch, Scored>(
+  new ReplayedPass<Batch, Scored>(
     model.gpu,
     {
       key: shapeKey,
@@ -195,19 +195,19 @@ export async function evaluate(
   { padId = 0, signal }: EvaluateOptions = {},
 ): Promise<Evaluation> {
   const most = longest(rows);
-  const replays = scoring(model, largestBatch(Math.min(batchSize, rows.length), most, isPacked(rows)));
+  const pass = scoring(model, largestBatch(Math.min(batchSize, rows.length), most, isPacked(rows)));
   let [total, hit, tokens] = [0, 0, 0];
   try {
     for (let at = 0; at < rows.length; at += batchSize) {
       signal?.throwIfAborted();
       const batch = collateRounded(rows.slice(at, at + batchSize), padId, most);
-      const [loss, hits] = await readAll(replays.run(batch).sums);
+      const [loss, hits] = await readAll(pass.run(batch).sums);
       total += loss?.[0] ?? Number.NaN;
       hit += hits?.[0] ?? Number.NaN;
       tokens += batch.tokens;
     }
   } finally {
-    replays.destroy();
+    pass.destroy();
   }
   if (tokens === 0) throw new ShapeError(`evaluate: rows must have a target token, got none in ${rows.length}`);
   const loss = total / tokens;

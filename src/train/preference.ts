@@ -8,7 +8,7 @@ import { read, type Tensor, tensor, view } from "../tensor/tensor.ts";
 import { type Batch, collate, longest, roundedLength } from "./batches.ts";
 import { IGNORED, type PreferencePair } from "./data.ts";
 import { frozen, type LanguageModel, placed } from "./loss.ts";
-import { Replays } from "./replays.ts";
+import { ReplayedPass } from "./replay.ts";
 import type { RowTask } from "./task.ts";
 
 /** A pair and what the model without the adapter makes of it: see `withReference`. */
@@ -180,7 +180,7 @@ interface Measured extends PreferenceInputs {
 
 /** Works out −log π of each row of batch after batch. */
 const measuring = (model: LanguageModel, largest: PreferenceBatch) =>
-  new Replays<PreferenceBatch, Measured>(
+  new ReplayedPass<PreferenceBatch, Measured>(
     model.gpu,
     {
       key: keyOf,
@@ -205,19 +205,19 @@ async function marginsOf(
   signal?: AbortSignal,
 ): Promise<number[]> {
   const most = longest(rows);
-  const replays = measuring(model, largestPairs(Math.min(batchSize, rows.length), most));
+  const pass = measuring(model, largestPairs(Math.min(batchSize, rows.length), most));
   const margins: number[] = [];
   try {
     for (let at = 0; at < rows.length; at += batchSize) {
       signal?.throwIfAborted();
       const pairs = collatePairs(rows.slice(at, at + batchSize), 0, most);
-      const values = await read(replays.run(pairs).losses);
+      const values = await read(pass.run(pairs).losses);
       const P = pairs.margins.length;
       margins.push(...Array.from({ length: P }, (_, p) => (values[P + p] ?? 0) - (values[p] ?? 0)));
     }
     return margins;
   } finally {
-    replays.destroy();
+    pass.destroy();
   }
 }
 
