@@ -56,6 +56,7 @@ import matmulTiled from "../../src/kernels/matmul-tiled.wgsl";
 import narrow16 from "../../src/kernels/narrow16.wgsl";
 import { pagedAttention as pagedAttentionOf, pagedWrite as pagedWriteOf } from "../../src/kernels/paged.ts";
 import pagedAttention from "../../src/kernels/paged-attention.wgsl";
+import pagedCombine from "../../src/kernels/paged-combine.wgsl";
 import pagedCopy from "../../src/kernels/paged-copy.wgsl";
 import pagedWrite from "../../src/kernels/paged-write.wgsl";
 import recordStep from "../../src/kernels/record-step.wgsl";
@@ -124,6 +125,7 @@ export const KERNELS: Readonly<Record<string, string>> = {
   "matmul-tiled": matmulTiled,
   narrow16,
   "paged-attention": pagedAttention,
+  "paged-combine": pagedCombine,
   "paged-copy": pagedCopy,
   "paged-write": pagedWrite,
   reduce,
