@@ -6,8 +6,8 @@
 // key head h / (H/G). One of no sequence (−1) gives zeros. Tokens of one sequence and of many are the same to it: it serves prefill and
 // decoding in one batch. A thread owns a tile of R rows, which share what they read: HEADS heads of one key head, each of up to R / HEADS
 // tokens. Tokens R/HEADS·i, … are cut where the sequence changes; the first of each piece has the tile, the others have nothing to do. The keys
-// of a tile are shared out to `splits` units in whole steps (arXiv:2311.01282 §3); parts/attention-team.wgsl puts WX threads to a unit,
-// 4 keys each at a time.
+// of a tile are shared out to `splits` units (arXiv:2311.01282 §3), SHARE or a multiple to each; parts/attention-team.wgsl puts WX threads
+// to a unit, 4 keys each at a time.
 
 const R: u32 = 1u;
 const HEADS: u32 = 1u;  // divides R and H/G
@@ -15,12 +15,11 @@ const WX: u32 = 1u;
 const WY: u32 = 1u;
 const WG: u32 = 32u;
 const TILE: u32 = WX * WY * R;
+const SHARE: u32 = 128u;  // a multiple of 4·WX
 override CAP: u32 = 0;
 const HIDDEN: f32 = -3e38;
 
-struct Dims {
-  n: u32, T: u32, H: u32, G: u32, D: u32, window: u32, most: u32, bits: u32, splits: u32, s: f32, c: f32,
-}  // n = splits·T·H/HEADS units
+struct Dims { T: u32, H: u32, G: u32, D: u32, window: u32, most: u32, bits: u32, splits: u32, s: f32, c: f32 }
 @group(0) @binding(0) var<uniform> d: Dims;
 @group(0) @binding(1) var<storage, read> q: array<vec4f>;
 @group(0) @binding(2) var<storage, read> k: array<Cached>;
@@ -67,14 +66,15 @@ fn places(table: u32, j: u32, last: u32) -> vec4u {
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: vec3u, @builtin(local_invocation_index) thread: u32) {
   let unit = unit_of(group.x + group.y * groups.x, thread);
-  if (unit >= d.n) { return; }
   let x = thread % WX;
   let blocks = d.H / HEADS;
   let h = unit % blocks * HEADS;
-  let t = unit / blocks % d.T;
-  let split = unit / (blocks * d.T);
+  let tiles = (d.T + R / HEADS - 1u) / (R / HEADS);
+  let within = unit / (blocks * tiles) % (R / HEADS);
+  let t = unit / blocks % tiles * (R / HEADS) + within;  // those that have a tile in any case first: threads next to each other do the same
+  let split = unit / (blocks * tiles * (R / HEADS));
+  if (t >= d.T || split >= d.splits) { return; }
   let sequence = sequences[t];
-  let within = t % (R / HEADS);
   if (within > 0u && sequences[max(t, 1u) - 1u] == sequence) { return; }
   var count = 1u;
   for (; count < min(R / HEADS - within, d.T - t); count += 1u) {
@@ -107,10 +107,9 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
   if (sequence < 0) { end = start; }
   let table = u32(sequence) * d.most;
   let head = h / (d.H / d.G) * D4;
-  let step = 4u * WX;
-  let share_of = (end - start + d.splits * step - 1u) / (d.splits * step) * step;
-  let begin = start + split * share_of;
-  for (var j0 = begin; j0 < min(begin + share_of, end); j0 += step) {
+  let keys = (end - start + d.splits * SHARE - 1u) / (d.splits * SHARE) * SHARE;
+  let begin = start + split * keys;
+  for (var j0 = begin; j0 < min(begin + keys, end); j0 += 4u * WX) {
     let j = j0 + x * 4u;
     let at = places(table, j, end - 1u) + head;
     var score: array<vec4f, R>;
@@ -147,8 +146,9 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
         if (r / HEADS < count) { mixed[r] = shrink[r] * o[row[r] + i]; }
       }
       for (var other = 0u; other < WX; other += 1u) {
-        let at4 = places(table, j0 + 4u * other, end - 1u) + head + i;
-        let value = mat4x4f(widened(v[at4.x]), widened(v[at4.y]), widened(v[at4.z]), widened(v[at4.w]));
+        var at4 = at;
+        if (WX > 1u) { at4 = places(table, j0 + 4u * other, end - 1u) + head; }
+        let value = mat4x4f(widened(v[at4.x + i]), widened(v[at4.y + i]), widened(v[at4.z + i]), widened(v[at4.w + i]));
         for (var r = 0u; r < R; r++) { mixed[r] += value * shared_at(other * R + r, score[r]); }
       }
       for (var r = 0u; r < R; r++) {

@@ -86,29 +86,22 @@ export interface PagedPlan {
   readonly splits: number;
 }
 
-/** T tokens' H query heads over G key heads, of sequences of up to `longest` keys that a token sees. */
-export interface PagedSizes {
-  readonly T: number;
-  readonly H: number;
-  readonly G: number;
-  readonly longest: number;
-}
-
-/** Where few tokens come of one sequence one after the other, and most are of different ones. */
-const DECODING = 64;
 const MOST_ROWS = 8;
-/** Workgroups that keep a GPU busy. */
-const BUSY = 1024;
-/** Keys that a workgroup takes at a time. */
-const STEP = 128;
+/** Fewer tokens are taken to be of a sequence each. */
+const PROMPT = 64;
+/** SHARE of the kernel. */
+const SHARE = 128;
 
-/** Up to 8 rows, heads first; as many splits as make 1024 workgroups, of 128 keys of the longest sequence or more each. */
-export function pagedPlan(isSoftware: boolean, { T, H, G, longest }: PagedSizes): PagedPlan {
-  const group = H / G;
-  const heads = Math.max(...[1, 2, 3, 4, 5, 6, 7, 8].filter((n) => group % n === 0));
-  const tokens = T < DECODING ? 1 : Math.floor(MOST_ROWS / heads);
-  const splits = Math.min(BUSY / (Math.ceil(T / tokens) * (H / heads)), longest / STEP);
-  return { heads, tokens, splits: Math.max(1, Math.floor(splits)) };
+/**
+ * For T tokens' H query heads over G key heads and sequences of which a token sees up to `longest` keys: tiles of up to 8 rows, heads
+ * first, and as many splits as make 1024 workgroups, of at least 128 keys of the longest sequence each. On a CPU adapter, 16 threads.
+ */
+export function pagedPlan(isSoftware: boolean, T: number, H: number, G: number, longest: number): PagedPlan {
+  const heads = Math.max(...[1, 2, 3, 4, 5, 6, 7, 8].filter((n) => (H / G) % n === 0));
+  const tokens = T < PROMPT ? 1 : Math.floor(MOST_ROWS / heads);
+  const units = Math.ceil(T / tokens) * (H / heads);
+  const splits = Math.floor(Math.min((isSoftware ? 16 : 1024) / units, longest / SHARE));
+  return { heads, tokens, splits: Math.max(1, splits) };
 }
 
 export interface PagedAttentionOptions {
@@ -146,13 +139,27 @@ export function pagedAttention(
   const { isSoftware } = gpu;
   const most = tokens.tables.shape[1] ?? 0;
   const longest = Math.min(window ?? Number.POSITIVE_INFINITY, most << bits);
-  const { heads, tokens: together, splits } = plan ?? pagedPlan(isSoftware, { T, H, G, longest });
+  const { heads, tokens: together, splits } = plan ?? pagedPlan(isSoftware, T, H, G, longest);
+  if ((H / G) % heads !== 0)
+    throw new ShapeError(`pagedAttention: plan.heads must divide ${H / G} heads of a key head, got ${heads}`);
   const o = empty(gpu, q.shape, "pagedAttention");
   const parted = splits > 1 ? empty(gpu, [splits, T, H, D + 4], "pagedAttention") : o;
   const [WX, WG] = isSoftware ? [1, 8] : [32, 32];
   const parts = [...(isSoftware ? [] : [TEAM]), ...(pages.k.dtype === "i32" ? [WIDEN] : [])];
-  const n = (splits * T * H) / heads;
-  const uniforms = { n, T, H, G, D, most, bits, window: longest, splits, s: scale ?? 1 / Math.sqrt(D), c: softCap ?? 1 };
+  const n = (splits * together * Math.ceil(T / together) * H) / heads;
+  const uniforms = {
+    n,
+    T,
+    H,
+    G,
+    D,
+    most,
+    bits,
+    window: longest,
+    splits,
+    s: scale ?? 1 / Math.sqrt(D),
+    c: softCap ?? 1,
+  };
   const buffers = { q, k: pages.k, v: pages.v, ...tokens, o: parted };
   const tuned = { R: heads * together, HEADS: heads, WX, WG, CAP: softCap ? 1 : 0 };
   attention(gpu, uniforms, buffers, [isSoftware ? n : n * WG], tuned, parts);
