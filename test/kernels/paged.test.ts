@@ -124,7 +124,6 @@ const LONG: readonly Case["sequences"][] = [
   ],
 ];
 const PLANS = [
-  [1, 1, 1],
   [1, 1, 5],
   [6, 1, 3],
   [1, 8, 1],
@@ -183,7 +182,7 @@ describe.each([true, false])("as where isSoftware is %s", (isSoftware) => {
         ] as const) {
           const [G, D] = page === 1 ? [2, 4] : [1, 12];
           const plan = { heads, tokens, splits };
-          await check({ page, H: 6 * G, G, D, sequences, half: page === 16, plan, ...options });
+          await check({ page, H: 6 * G, G, D, sequences, half: page === 32, plan, ...options });
         }
   });
 
