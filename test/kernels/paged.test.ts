@@ -1,5 +1,6 @@
 // Keys and values in pages: what is written where, and attention over them against the twin of a plain row.
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
+import { copyTo } from "../../src/kernels/copy-rows.ts";
 import { type PagedAttentionOptions, pagedAttention, pagedPlan, pagedWrite } from "../../src/kernels/paged.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
@@ -196,6 +197,45 @@ describe.each([true, false])("as where isSoftware is %s", (isSoftware) => {
     ] as const)
       await check({ page: 16, H, G, D: 4, sequences });
     await check({ page: 16, H: 4, G: 1, D: 8, sequences: [[1023, 1], [0, 1], [130, 1]] }); // biome-ignore format: a line
+  });
+
+  test("a traced call with splits is right for a sequence of any length", async () => {
+    const gpu = await testGpu();
+    const random = new Random(freshSeed());
+    const [keys, H, D, page] = [600, 2, 8, 16];
+    const [q, k, v] = [
+      randomNd([1, 1, H, D], random),
+      randomNd([1, keys, 1, D], random),
+      randomNd([1, keys, 1, D], random),
+    ];
+    const most = Math.ceil(keys / page);
+    const tables = tensor(
+      gpu,
+      Int32Array.from({ length: most }, (_, i) => most - 1 - i),
+      [1, most],
+    );
+    const ints = (list: Int32Array) => tensor(gpu, list, [list.length]);
+    const all = {
+      sequences: ints(new Int32Array(keys)),
+      positions: ints(Int32Array.from({ length: keys }, (_, i) => i)),
+      tables,
+    };
+    const pages = { k: empty(gpu, [most, page, 1, D], "test"), v: empty(gpu, [most, page, 1, D], "test") };
+    const upTo = ({ data }: Nd, n: number): Nd => nd([1, n, 1, D], data.slice(0, n * D));
+    pagedWrite(upload(gpu, nd([keys, 1, D], k.data)), upload(gpu, nd([keys, 1, D], v.data)), pages, all);
+    const one = { sequences: ints(Int32Array.of(0)), positions: ints(Int32Array.of(0)), tables };
+    const [asked, o] = [upload(gpu, nd([1, H, D], q.data)), empty(gpu, [1, H, D], "test")];
+    const workspace: GPUBuffer[] = [];
+    const options = { scale: 1, plan: { heads: 2, tokens: 1, splits: 4 } };
+    const plan = gpu.trace(() => copyTo(pagedAttention(asked, pages, one, options), o), workspace);
+    for (const length of [600, 1, 128, 129, 511, 513, 2]) {
+      gpu.write(one.positions, Int32Array.of(length - 1));
+      plan.run();
+      const expected = attentionTwin(q, upTo(k, length), upTo(v, length), 1, length);
+      expectClose(await read(o), expected.data, 1e-5, `o of ${length}`);
+    }
+    plan.destroy();
+    gpu.release(...workspace.map((buffer) => ({ buffer })));
   });
 
   test("a window, a cap and a scale do what they do to a plain row", async () => {
