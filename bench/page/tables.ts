@@ -79,6 +79,7 @@ const GROUPS: Readonly<Record<string, string>> = {
   "lora-backward": "LoRA, backward",
   "lora-step": "LoRA, forward and backward",
   "mixed-batch": "Rows with adapters of their own",
+  "paged-attention": "Attention over keys in pages",
   "mixed-places": "More adapters than places",
   "llama-step": "A training step of LoRA",
   "llama-full-step": "A training step of all weights, and of LoRA",

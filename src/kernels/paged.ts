@@ -4,6 +4,7 @@ import { ShapeError } from "../tensor/errors.ts";
 import { empty, expectDType, expectShape, type Tensor } from "../tensor/tensor.ts";
 import narrowSource from "./narrow16.wgsl";
 import attentionSource from "./paged-attention.wgsl";
+import combineSource from "./paged-combine.wgsl";
 import copySource from "./paged-copy.wgsl";
 import writeSource from "./paged-write.wgsl";
 import teamSource from "./parts/attention-team.wgsl";
@@ -12,6 +13,7 @@ import halfSource from "./parts/paged-f16.wgsl";
 const write = defineKernel("paged-write", writeSource);
 const copy = defineKernel("paged-copy", copySource);
 const attention = defineKernel("paged-attention", attentionSource);
+const combine = defineKernel("paged-combine", combineSource);
 const TEAM = definePart("attention-team", teamSource, [
   ...["tile", "rows", "unit_of", "meet", "share", "shared_at", "share_row", "row_at"],
 ]);
@@ -75,6 +77,33 @@ export function pagedCopy({ k, v }: Pages, pairs: Tensor): void {
   copy(k.gpu, { n: n * W, W }, { pairs, k, v }, [n * W]);
 }
 
+/** How attention over pages is computed. */
+export interface PagedPlan {
+  /** Query heads of a key head and tokens of a sequence, all of whose rows share what they read. */
+  readonly heads: number;
+  readonly tokens: number;
+  /** Parts of a token's keys that are worked on at the same time. */
+  readonly splits: number;
+}
+
+const MOST_ROWS = 8;
+/** Fewer tokens are taken to be of a sequence each. */
+const PROMPT = 64;
+/** SHARE of the kernel. */
+const SHARE = 128;
+
+/**
+ * For T tokens' H query heads over G key heads and sequences of which a token sees up to `longest` keys: tiles of up to 8 rows, heads
+ * first, and as many splits as make 1024 workgroups, of at least 128 keys of the longest sequence each. On a CPU adapter, 16 threads.
+ */
+export function pagedPlan(isSoftware: boolean, T: number, H: number, G: number, longest: number): PagedPlan {
+  const heads = Math.max(...[1, 2, 3, 4, 5, 6, 7, 8].filter((n) => (H / G) % n === 0));
+  const tokens = T < PROMPT ? 1 : Math.floor(MOST_ROWS / heads);
+  const units = Math.ceil(T / tokens) * (H / heads);
+  const splits = Math.floor(Math.min((isSoftware ? 16 : 1024) / units, longest / SHARE));
+  return { heads, tokens, splits: Math.max(1, splits) };
+}
+
 export interface PagedAttentionOptions {
   /** 1/√D unless given. */
   readonly scale?: number | undefined;
@@ -82,6 +111,8 @@ export interface PagedAttentionOptions {
   readonly window?: number | undefined;
   /** c > 0: a score x becomes c·tanh(x/c). */
   readonly softCap?: number | undefined;
+  /** `pagedPlan` unless given. */
+  readonly plan?: PagedPlan | undefined;
 }
 
 /**
@@ -93,7 +124,7 @@ export function pagedAttention(
   q: Tensor,
   pages: Pages,
   tokens: PagedTokens,
-  { scale, window, softCap }: PagedAttentionOptions = {},
+  { scale, window, softCap, plan }: PagedAttentionOptions = {},
 ): Tensor {
   const { gpu } = q;
   const [T = 0, H = 0, D = 0] = q.shape;
@@ -105,15 +136,35 @@ export function pagedAttention(
     throw new ShapeError(`pagedAttention: window must be a whole number of keys from 1 on, got ${window}`);
   if (softCap !== undefined && !(softCap > 0))
     throw new ShapeError(`pagedAttention: softCap must be above 0, got ${softCap}`);
-  const o = empty(gpu, q.shape, "pagedAttention");
-  const n = T * H;
-  const [WX, WG] = gpu.isSoftware ? [1, 8] : [32, 32];
-  const parts = [...(gpu.isSoftware ? [] : [TEAM]), ...(pages.k.dtype === "i32" ? [WIDEN] : [])];
+  const { isSoftware } = gpu;
   const most = tokens.tables.shape[1] ?? 0;
-  const sizes = { n, H, G, D, most, bits, window: window ?? most << bits };
-  const buffers = { q, k: pages.k, v: pages.v, ...tokens, o };
-  const threads = gpu.isSoftware ? n : n * WG;
-  const uniforms = { ...sizes, s: scale ?? 1 / Math.sqrt(D), c: softCap ?? 1 };
-  attention(gpu, uniforms, buffers, [threads], { WX, WG, CAP: softCap ? 1 : 0 }, parts);
+  const longest = Math.min(window ?? Number.POSITIVE_INFINITY, most << bits);
+  const { heads, tokens: together, splits } = plan ?? pagedPlan(isSoftware, T, H, G, longest);
+  if ((H / G) % heads !== 0)
+    throw new ShapeError(`pagedAttention: plan.heads must divide ${H / G} heads of a key head, got ${heads}`);
+  const o = empty(gpu, q.shape, "pagedAttention");
+  const parted = splits > 1 ? empty(gpu, [splits, T, H, D + 4], "pagedAttention") : o;
+  const [WX, WG] = isSoftware ? [1, 8] : [32, 32];
+  const parts = [...(isSoftware ? [] : [TEAM]), ...(pages.k.dtype === "i32" ? [WIDEN] : [])];
+  const n = (splits * together * Math.ceil(T / together) * H) / heads;
+  const uniforms = {
+    n,
+    T,
+    H,
+    G,
+    D,
+    most,
+    bits,
+    window: longest,
+    splits,
+    s: scale ?? 1 / Math.sqrt(D),
+    c: softCap ?? 1,
+  };
+  const buffers = { q, k: pages.k, v: pages.v, ...tokens, o: parted };
+  const tuned = { R: heads * together, HEADS: heads, WX, WG, CAP: softCap ? 1 : 0 };
+  attention(gpu, uniforms, buffers, [isSoftware ? n : n * WG], tuned, parts);
+  if (splits === 1) return o;
+  const vectors = (T * H * D) / 4;
+  combine(gpu, { n: vectors, D4: D / 4, splits }, { parts: parted, o }, [vectors]);
   return o;
 }

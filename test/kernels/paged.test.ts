@@ -1,6 +1,7 @@
 // Keys and values in pages: what is written where, and attention over them against the twin of a plain row.
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
-import { type PagedAttentionOptions, pagedAttention, pagedWrite } from "../../src/kernels/paged.ts";
+import { copyTo } from "../../src/kernels/copy-rows.ts";
+import { type PagedAttentionOptions, pagedAttention, pagedPlan, pagedWrite } from "../../src/kernels/paged.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { empty, read, tensor } from "../../src/tensor/tensor.ts";
@@ -107,6 +108,47 @@ const BATCHES: readonly Case["sequences"][] = [
   ],
 ];
 
+/** Tiles that are cut at the first token, in between, and not at all; ends at a split's, one before, one after, and before the last splits begin. */
+const LONG: readonly Case["sequences"][] = [
+  [[0, 1]],
+  [
+    [127, 1],
+    [0, 1],
+    [128, 1],
+    [383, 1],
+    [50, 7],
+  ],
+  [
+    [639, 2],
+    [0, 9],
+    [126, 5],
+  ],
+];
+const PLANS = [
+  [1, 1, 5],
+  [6, 1, 3],
+  [1, 8, 1],
+  [3, 3, 7],
+] as const;
+
+test("a plan has tiles of up to 8 rows, and splits where a GPU would have little to do", () => {
+  const planOf = (...sizes: [T: number, H: number, G: number, longest: number]) => {
+    const { heads, tokens, splits } = pagedPlan(false, ...sizes);
+    return [heads, tokens, splits];
+  };
+  expect(planOf(1, 32, 8, 4096)).toEqual([4, 1, 32]);
+  expect(planOf(1, 32, 8, 131_072)).toEqual([4, 1, 128]);
+  expect(planOf(1, 32, 8, 100)).toEqual([4, 1, 1]);
+  expect(planOf(32, 32, 8, 4096)).toEqual([4, 1, 4]);
+  expect(planOf(256, 32, 8, 4096)).toEqual([4, 2, 1]);
+  expect(planOf(64, 9, 3, 8192)).toEqual([3, 2, 10]);
+  expect(planOf(64, 14, 2, 100)).toEqual([7, 1, 1]);
+  expect(planOf(64, 8, 8, 100)).toEqual([1, 8, 1]);
+  expect(planOf(1, 22, 2, 100)).toEqual([1, 1, 1]);
+  expect(pagedPlan(true, 1, 9, 3, 4096)).toEqual({ heads: 3, tokens: 1, splits: 5 });
+  expect(pagedPlan(true, 8, 9, 3, 4096).splits).toBe(1);
+});
+
 describe.each([true, false])("as where isSoftware is %s", (isSoftware) => {
   let before: boolean;
   beforeEach(async () => {
@@ -127,6 +169,71 @@ describe.each([true, false])("as where isSoftware is %s", (isSoftware) => {
           [3, 1, 20],
         ] as const)
           await check({ page, H, G, D, sequences });
+  });
+
+  test("tiles and splits of any kind give the same, wherever a sequence ends or has no keys for a split", async () => {
+    for (const [heads, tokens, splits] of PLANS)
+      for (const sequences of LONG)
+        for (const [page, options] of [
+          [1, { window: 100 }],
+          [32, { window: 300, softCap: 2, scale: 0.7 }],
+          [16, {}],
+        ] as const) {
+          const [G, D] = page === 1 ? [2, 4] : [1, 12];
+          const plan = { heads, tokens, splits };
+          await check({ page, H: 6 * G, G, D, sequences, half: page === 32, plan, ...options });
+        }
+  });
+
+  test("with many tokens, and with long tables, the plan of their sizes is right too", async () => {
+    const sequences = [[5, 1], [0, 1], [200, 71], [0, 17]] as const; // biome-ignore format: a line
+    for (const [H, G] of [
+      [2, 2],
+      [7, 1],
+      [10, 1],
+      [32, 2],
+    ] as const)
+      await check({ page: 16, H, G, D: 4, sequences });
+    await check({ page: 16, H: 4, G: 1, D: 8, sequences: [[1023, 1], [0, 1], [130, 1]] }); // biome-ignore format: a line
+  });
+
+  test("a traced call with splits is right for a sequence of any length", async () => {
+    const gpu = await testGpu();
+    const random = new Random(freshSeed());
+    const [keys, H, D, page] = [600, 2, 8, 16];
+    const [q, k, v] = [
+      randomNd([1, 1, H, D], random),
+      randomNd([1, keys, 1, D], random),
+      randomNd([1, keys, 1, D], random),
+    ];
+    const most = Math.ceil(keys / page);
+    const tables = tensor(
+      gpu,
+      Int32Array.from({ length: most }, (_, i) => most - 1 - i),
+      [1, most],
+    );
+    const ints = (list: Int32Array) => tensor(gpu, list, [list.length]);
+    const all = {
+      sequences: ints(new Int32Array(keys)),
+      positions: ints(Int32Array.from({ length: keys }, (_, i) => i)),
+      tables,
+    };
+    const pages = { k: empty(gpu, [most, page, 1, D], "test"), v: empty(gpu, [most, page, 1, D], "test") };
+    const upTo = ({ data }: Nd, n: number): Nd => nd([1, n, 1, D], data.slice(0, n * D));
+    pagedWrite(upload(gpu, nd([keys, 1, D], k.data)), upload(gpu, nd([keys, 1, D], v.data)), pages, all);
+    const one = { sequences: ints(Int32Array.of(0)), positions: ints(Int32Array.of(0)), tables };
+    const [asked, o] = [upload(gpu, nd([1, H, D], q.data)), empty(gpu, [1, H, D], "test")];
+    const workspace: GPUBuffer[] = [];
+    const options = { scale: 1, plan: { heads: 2, tokens: 1, splits: 4 } };
+    const plan = gpu.trace(() => copyTo(pagedAttention(asked, pages, one, options), o), workspace);
+    for (const length of [600, 1, 128, 129, 511, 513, 2]) {
+      gpu.write(one.positions, Int32Array.of(length - 1));
+      plan.run();
+      const expected = attentionTwin(q, upTo(k, length), upTo(v, length), 1, length);
+      expectClose(await read(o), expected.data, 1e-5, `o of ${length}`);
+    }
+    plan.destroy();
+    gpu.release(...workspace.map((buffer) => ({ buffer })));
   });
 
   test("a window, a cap and a scale do what they do to a plain row", async () => {
@@ -179,6 +286,10 @@ test("shapes that do not fit are refused, with the rule and what came", async ()
     "pagedAttention: window must be a whole number of keys from 1 on, got 0",
   );
   refused(() => pagedAttention(q, pages(4), tokens, { softCap: 0 }), "pagedAttention: softCap must be above 0, got 0");
+  refused(
+    () => pagedAttention(q, pages(4), tokens, { plan: { heads: 2, tokens: 1, splits: 1 } }),
+    "pagedAttention: plan.heads must divide 1 heads of a key head, got 2",
+  );
   const two = empty(gpu, [1, 4, 2, 4], "test");
   refused(
     () => pagedAttention(empty(gpu, [1, 3, 4], "test"), { k: two, v: two }, tokens),

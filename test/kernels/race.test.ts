@@ -4,12 +4,14 @@ import type { HasBuffer } from "../../src/gpu/gpu.ts";
 import { type LowRankRows, loraShrinkRows } from "../../src/kernels/lora-rows.ts";
 import { type Layout, type MatmulOptions, matmul } from "../../src/kernels/matmul.ts";
 import type { MatmulPlan } from "../../src/kernels/matmul-plans.ts";
+import { pagedAttention } from "../../src/kernels/paged.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { expectClose, freshSeed, type Nd, nd, randomNd } from "../harness.ts";
 import { findRaces } from "../race.ts";
 import { expandTwin, type RowAdapter, shrinkTwin } from "../reference/lora-rows.ts";
 import { matmulTwin } from "../reference/matmul.ts";
+import { attentionTwin } from "../reference/model-ops.ts";
 import { type Recorded, Recorder } from "./recorder.ts";
 
 /** A Gpu that runs what it is sent in the interpreter and notes what races. */
@@ -179,6 +181,55 @@ test.each(cases)("no threads race and all of y is right: %s", (_, product) => {
   const { gpu, actual, expected } = interpret(product, seed);
   expect(gpu.races).toEqual([]);
   expectClose(actual, expected.data, 1e-5, `y (seed ${seed})`);
+});
+
+/** Products of vectors and matrices as the interpreter gets them right. */
+const byColumns = (source: string): string =>
+  source
+    .replace(
+      /(q\[[^\]]+\] \+ i\]|q\[\w+ \+ i\]) \* key\b/g,
+      "vec4f(dot($1, key[0]), dot($1, key[1]), dot($1, key[2]), dot($1, key[3]))",
+    )
+    .replace(/value \* (shared_at\(.*\));/g, "value[0] * $1.x + value[1] * $1.y + value[2] * $1.z + value[3] * $1.w;");
+
+/** Attention of tokens at 129 and 130 of one sequence, of one at 2 of another, and of none, edited. */
+function attend(edit: (source: string) => string = (source) => source) {
+  const gpu = new Interpreter((source) => edit(byColumns(source)));
+  const random = new Random(freshSeed());
+  const [keys, H, D] = [131, 2, 8];
+  const [q, k, v] = [
+    randomNd([1, 4, H, D], random),
+    randomNd([1, 192, 1, D], random),
+    randomNd([1, 192, 1, D], random),
+  ];
+  const upload = ({ data }: Nd, shape: readonly number[]) => tensor(gpu, Float32Array.from(data), shape);
+  const ints = (list: readonly number[], shape = [list.length]) => tensor(gpu, Int32Array.from(list), shape);
+  const pages = { k: upload(k, [3, 64, 1, D]), v: upload(v, [3, 64, 1, D]) };
+  const tables = ints([0, 1, 2, 2, 0, 0], [2, 3]);
+  const tokens = { sequences: ints([0, 0, 1, -1]), positions: ints([129, 130, 2, 0]), tables };
+  const plan = { heads: 2, tokens: 2, splits: 2 };
+  const o = pagedAttention(upload(q, [4, H, D]), pages, tokens, { scale: 1, plan });
+  const of = (from: number, to: number, { data }: Nd, row: number): Nd =>
+    nd([1, to - from, row / D, D], data.slice(from * row, to * row));
+  const expected = [
+    ...attentionTwin(of(0, 2, q, H * D), k, v, 1, keys).data,
+    ...attentionTwin(of(2, 3, q, H * D), of(128, 131, k, D), of(128, 131, v, D), 1, 3).data,
+    ...new Array<number>(H * D).fill(0),
+  ];
+  return { gpu, actual: gpu.values(o.buffer).slice(0, o.size), expected };
+}
+
+test("no threads race in attention over pages, and all of it is right", () => {
+  const { gpu, actual, expected } = attend();
+  expect(gpu.races).toEqual([]);
+  expectClose(actual, expected, 1e-5, "o");
+});
+
+test.each([0, 1, 2])("without barrier %i attention over pages races", (n) => {
+  let calls = 0;
+  const { gpu } = attend((source) => source.replace(/^( +)meet\(\);/gm, (call) => (calls++ === n ? "" : call)));
+  expect(calls % 3).toBe(0);
+  expect(gpu.races.join("\n")).toMatch(/Data race on '(tile|rows)'/);
 });
 
 /** Where every barrier of a text parts something. */

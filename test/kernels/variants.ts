@@ -56,6 +56,7 @@ import matmulTiled from "../../src/kernels/matmul-tiled.wgsl";
 import narrow16 from "../../src/kernels/narrow16.wgsl";
 import { pagedAttention as pagedAttentionOf, pagedWrite as pagedWriteOf } from "../../src/kernels/paged.ts";
 import pagedAttention from "../../src/kernels/paged-attention.wgsl";
+import pagedCombine from "../../src/kernels/paged-combine.wgsl";
 import pagedCopy from "../../src/kernels/paged-copy.wgsl";
 import pagedWrite from "../../src/kernels/paged-write.wgsl";
 import recordStep from "../../src/kernels/record-step.wgsl";
@@ -124,6 +125,7 @@ export const KERNELS: Readonly<Record<string, string>> = {
   "matmul-tiled": matmulTiled,
   narrow16,
   "paged-attention": pagedAttention,
+  "paged-combine": pagedCombine,
   "paged-copy": pagedCopy,
   "paged-write": pagedWrite,
   reduce,
@@ -307,7 +309,12 @@ export function otherVariants(): Variant[] {
       const k = empty(recorder, [2, 4, 1, dtype === "f32" ? 8 : 4], "variants", dtype);
       const keys = empty(recorder, [1, 1, 8], "variants");
       pagedWriteOf(keys, keys, { k, v: k }, tokens);
-      for (const softCap of [undefined, 2]) pagedAttentionOf(keys, { k, v: k }, tokens, { softCap });
+      for (const softCap of [undefined, 2])
+        for (const H of [1, 2, 3, 4, 5, 6, 7, 8])
+          for (const together of new Set([1, Math.floor(8 / H)])) {
+            const plan = { heads: H, tokens: together, splits: 2 };
+            pagedAttentionOf(empty(recorder, [1, H, 8], "variants"), { k, v: k }, tokens, { softCap, plan });
+          }
     }
     for (const D of [6, 8])
       for (const at of [0, empty(recorder, [1, 3], "variants", "i32")]) {
