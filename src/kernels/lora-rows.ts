@@ -1,12 +1,14 @@
-import { defineKernel, definePart, type Part } from "../gpu/kernel.ts";
+import { defineKernel, definePart, type Part, type Tuned } from "../gpu/kernel.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { blockRows, dims2, empty, expectDType, expectShape, slice, type Tensor } from "../tensor/tensor.ts";
+import expandSource from "./lora-expand-rows.wgsl";
 import shrinkSource from "./lora-shrink-rows.wgsl";
 import rowsSource from "./parts/lora-rows.wgsl";
 import pagesF16Source from "./parts/pages-f16.wgsl";
 import raggedXSource from "./parts/ragged-x.wgsl";
 
 const shrink = defineKernel("lora-shrink-rows", shrinkSource);
+const expand = defineKernel("lora-expand-rows", expandSource);
 const ROWS = definePart("lora-rows", rowsSource);
 const PAGES_F16 = definePart("pages-f16", pagesF16Source);
 /** Of products too: x whose rows are not a multiple of 4 elements. */
@@ -73,6 +75,24 @@ const pageParts = (pages: Tensor): readonly Part[] => (dtypeOf(pages) === "f16" 
 
 /** What a product takes to add it. */
 export const lowRankRowParts = ({ b }: LowRankRows): readonly Part[] => [ROWS, ...pageParts(b)];
+
+/** What a kernel does to finished elements. */
+export interface Epilogue {
+  readonly parts: readonly Part[];
+  readonly tuned: Tuned;
+  readonly reads: Readonly<Record<string, Tensor>>;
+}
+
+/** Fours of a row that a workgroup of `loraExpandRows` makes at most: TN × its threads. */
+const EXPAND = { TN: 8, WG: 4 };
+
+/** Adds them to a finished product y [M,N] in place, N a multiple of 4. What an epilogue reads comes with its parts. */
+export function loraExpandRows(y: Tensor, { u, b }: LowRankRows, { parts, tuned, reads }: Epilogue): void {
+  const N = y.shape.at(-1) ?? 0;
+  const threads = [Math.ceil(N / 4 / EXPAND.TN), y.size / N] as const;
+  const uniforms = { N, low: (u.shape.at(-1) ?? 0) / 2 };
+  expand(y.gpu, uniforms, { u, b, y, ...reads }, threads, { ...EXPAND, ...tuned }, [...pageParts(b), ...parts]);
+}
 
 /** Throws ShapeError unless u and b are for a product [M,N]. */
 export function checkLowRankRows(op: string, { u, b }: LowRankRows, M: number, N: number): void {

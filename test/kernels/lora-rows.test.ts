@@ -157,13 +157,14 @@ async function check({
   gpu.release(...ys);
 }
 
-/** Rows 1, below and above a tile; columns and k ragged or not, k above and below what a workgroup takes at a time. */
+/** Rows 1, below and above a tile; columns and k ragged or not, columns and k above and below what a workgroup takes at a time. */
 const SIZES: [number, number, number][] = [
   [1, 8, 12],
   [3, 5, 7],
   [7, 12, 16],
   [17, 13, 68],
   [9, 20, 301],
+  [5, 268, 20],
 ];
 
 test.each(PLANS)("rows by their own adapters, by %s, equal the f64 twin at every size", async (_, plan, tolerance) => {
@@ -171,7 +172,7 @@ test.each(PLANS)("rows by their own adapters, by %s, equal the f64 twin at every
 });
 
 test.each(PLANS)("bias, activation and residual come after a row's own terms, by %s", async (_, plan, tolerance) => {
-  await check({ sizes: [9, 13, 20], finish: true, tolerance, options: plan ? { plan } : {} });
+  for (const N of [13, 132]) await check({ sizes: [9, N, 20], finish: true, tolerance, options: plan ? { plan } : {} });
 });
 
 test.each(PLANS)("pages in f16 give what their rounded values do, by %s", async (_, plan, tolerance) => {

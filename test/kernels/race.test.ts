@@ -10,7 +10,7 @@ import { expectClose, freshSeed, type Nd, nd, randomNd } from "../harness.ts";
 import { findRaces } from "../race.ts";
 import { expandTwin, type RowAdapter, shrinkTwin } from "../reference/lora-rows.ts";
 import { matmulTwin } from "../reference/matmul.ts";
-import { type Recorded, Recorder } from "./recorder.ts";
+import { type Recorded, Recorder, type RecorderSettings } from "./recorder.ts";
 
 /** A Gpu that runs what it is sent in the interpreter and notes what races. */
 class Interpreter extends Recorder {
@@ -18,8 +18,8 @@ class Interpreter extends Recorder {
   readonly #edit: (source: string) => string;
   readonly #data = new Map<GPUBuffer, Float32Array>();
 
-  constructor(edit: (source: string) => string) {
-    super();
+  constructor(edit: (source: string) => string, settings: RecorderSettings) {
+    super(settings);
     this.#edit = edit;
   }
 
@@ -58,7 +58,8 @@ class Interpreter extends Recorder {
 
 interface Product {
   readonly layout: Layout;
-  readonly plan: MatmulPlan;
+  /** Without one: a CPU adapter's default. */
+  readonly plan?: MatmulPlan;
   readonly sizes: readonly [M: number, N: number, K: number, R?: number];
   readonly finish?: boolean;
   /** Each row by an adapter of its own, or none. */
@@ -92,11 +93,13 @@ const PRODUCTS: Product[] = [
     { layout: "nt", plan, sizes: [4, 8, 20], byRows: true },
     { layout: "nt", plan, sizes: [3, 7, 18], byRows: true, finish: true },
   ]),
+  { layout: "nt", sizes: [5, 136, 8], byRows: true },
+  { layout: "nt", sizes: [2, 136, 8], byRows: true, finish: true },
 ];
 const cases = PRODUCTS.map((product): [string, Product] => {
   const { layout, plan, sizes, finish, byRows } = product;
   return [
-    `${plan.name}${plan.splits > 1 ? " with k split" : ""}, ${layout} ${sizes}${byRows ? ", by rows" : ""}${finish ? ", finished" : ""}`,
+    `${plan?.name ?? "software"}${(plan?.splits ?? 1) > 1 ? " with k split" : ""}, ${layout} ${sizes}${byRows ? ", by rows" : ""}${finish ? ", finished" : ""}`,
     product,
   ];
 });
@@ -141,7 +144,7 @@ function interpret(
   seed: number,
   edit: (source: string) => string = (source) => source,
 ): { gpu: Interpreter; actual: Float32Array; expected: Nd } {
-  const gpu = new Interpreter(edit);
+  const gpu = new Interpreter(edit, { isSoftware: !plan });
   const random = new Random(seed);
   const x = randomNd(layout === "tn" ? [K, M] : [M, K], random);
   const w = randomNd(layout === "nt" ? [N, K] : [K, N], random);
@@ -159,7 +162,7 @@ function interpret(
   );
   const slots = Array.from({ length: M }, (_, t) => ((t + 2) % 4) - 1);
   const options: MatmulOptions = {
-    ...{ plan, scale: 0.5 },
+    ...{ scale: 0.5, ...(plan && { plan }) },
     ...(R > 0 && { lowRank: { u: upload(u), b: upload(b), scale: 2 } }),
     ...(byRows && { lowRankRows: rowsOf(gpu, upload(x), adapters, slots, N) }),
     ...(finish && { bias: upload(bias), residual: upload(residual) }),

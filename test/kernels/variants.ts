@@ -45,6 +45,7 @@ import { linearCrossEntropy as linearCrossEntropyOf } from "../../src/kernels/li
 import { loraDy as loraDyOf, loraDyPlans } from "../../src/kernels/lora-dy.ts";
 import loraDy from "../../src/kernels/lora-dy.wgsl";
 import loraDySums from "../../src/kernels/lora-dy-sums.wgsl";
+import loraExpandRowsSource from "../../src/kernels/lora-expand-rows.wgsl";
 import { loraShrinkRows } from "../../src/kernels/lora-rows.ts";
 import loraShrinkRowsSource from "../../src/kernels/lora-shrink-rows.wgsl";
 import { type Layout, type LowRank, type MatmulOptions, matmul } from "../../src/kernels/matmul.ts";
@@ -117,6 +118,7 @@ export const KERNELS: Readonly<Record<string, string>> = {
   "layer-norm-backward-weight": layerNormBackwardWeight,
   "lora-dy": loraDy,
   "lora-dy-sums": loraDySums,
+  "lora-expand-rows": loraExpandRowsSource,
   "lora-shrink-rows": loraShrinkRowsSource,
   "matmul-registers": matmulRegisters,
   "matmul-rows": matmulRows,
@@ -288,7 +290,11 @@ export function otherVariants(): Variant[] {
       ] as const) {
         const [x, a] = [empty(recorder, [2, K], "variants"), empty(recorder, [3, 2, words], "variants", dtype)];
         const [table, slots] = [empty(recorder, [2, 6], "variants", "i32"), empty(recorder, [2], "variants", "i32")];
-        loraShrinkRows(x, a, table, slots);
+        const [u] = loraShrinkRows(x, a, table, slots);
+        if (recorder === onGpu || K !== 8) continue;
+        const rows = { lowRankRows: { u: u as Tensor, b: empty(recorder, [3, words], "variants", dtype) } };
+        for (const options of [rows, { ...rows, bias: empty(recorder, [8], "variants") }])
+          matmul(x, empty(recorder, [8, 8], "variants"), "nt", options);
       }
   for (const recorder of [onGpu, onCpu]) {
     for (const T of [1, 3])
