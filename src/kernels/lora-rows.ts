@@ -6,10 +6,14 @@ import shrinkSource from "./lora-shrink-rows.wgsl";
 import rowsSource from "./parts/lora-rows.wgsl";
 import pagesF16Source from "./parts/pages-f16.wgsl";
 import raggedXSource from "./parts/ragged-x.wgsl";
+import unitPartSource from "./parts/row-units.wgsl";
+import unitsSource from "./row-units.wgsl";
 
 const shrink = defineKernel("lora-shrink-rows", shrinkSource);
 const expand = defineKernel("lora-expand-rows", expandSource);
+const mark = defineKernel("row-units", unitsSource);
 const ROWS = definePart("lora-rows", rowsSource);
+const UNITS = definePart("row-units", unitPartSource);
 const PAGES_F16 = definePart("pages-f16", pagesF16Source);
 /** Of products too: x whose rows are not a multiple of 4 elements. */
 export const RAGGED_X: Part = definePart("ragged-x", raggedXSource);
@@ -20,6 +24,8 @@ export interface LowRankRows {
   readonly u: Tensor;
   /** [pages, 4·⌈N/4⌉] in f32, or [pages, 2·⌈N/4⌉] words (i32) of two f16: page p has a row of s·Bᵀ, or DoRA's m/‖W + s·B·A‖ − 1. */
   readonly b: Tensor;
+  /** Of `rowUnits`, for CPU adapters. */
+  readonly units?: Tensor | undefined;
 }
 
 /** Words of a page's row of so many elements: whole fours, as f32 or packed f16. */
@@ -42,6 +48,7 @@ export function loraShrinkRows(
   a: Tensor,
   table: Tensor,
   slots: Tensor,
+  units?: Tensor,
   { TJ, WG }: ShrinkPlan = SHRINKS[x.gpu.isSoftware ? "software" : "hardware"],
 ): Tensor[] {
   const { gpu } = x;
@@ -58,8 +65,32 @@ export function loraShrinkRows(
   const P = G === 1 ? M : blockRows(M, 2 * (1 + R));
   const u = empty(gpu, [G, P, 2 * (1 + R)], "loraShrinkRows");
   const parts = [...(K % 4 === 0 ? [] : [RAGGED_X]), ...pageParts(a)];
-  shrink(gpu, { M, K, G, R, P }, { x, a, table, slots, u }, [M * WG, Math.ceil(R / TJ), G], { TJ, WG }, parts);
+  for (const { TM, unitParts, reads } of rowTiles("loraShrinkRows", units, M)) {
+    const threads = [M * WG, Math.ceil(R / TJ), G] as const;
+    shrink(gpu, { M, K, G, R, P }, { x, a, table, slots, u, ...reads }, threads, { TM, TJ, WG }, [
+      ...parts,
+      ...unitParts,
+    ]);
+  }
   return Array.from({ length: G }, (_, g) => slice(u, g * P * 2 * (1 + R), [M, 2 * (1 + R)]));
+}
+
+/**
+ * [M+1,4] i32: which rows `loraShrinkRows` and a product compute together, so that they read an adapter's pages once. Of M slots. A row has the
+ * same bits whatever others there are.
+ */
+export function rowUnits(slots: Tensor): Tensor {
+  const made = empty(slots.gpu, [slots.size + 1, 4], "rowUnits", "i32");
+  mark(slots.gpu, { M: slots.size }, { slots, units: made }, [1]);
+  return made;
+}
+
+/** The dispatches that take all rows: each alone, or with units those that are alone and those that are not. */
+function rowTiles(op: string, units: Tensor | undefined, M: number) {
+  if (!units) return [{ TM: 1, unitParts: [], reads: {} }];
+  expectDType(op, "units", units, "i32");
+  expectShape(op, "units must be [M+1,4]", units, [M + 1, 4]);
+  return [1, 4].map((TM) => ({ TM, unitParts: [UNITS], reads: { units } }));
 }
 
 /** Values of a row that a workgroup makes, and its threads. */
@@ -83,15 +114,23 @@ export interface Epilogue {
   readonly reads: Readonly<Record<string, Tensor>>;
 }
 
-/** Fours of a row that a workgroup of `loraExpandRows` makes at most: TN × its threads. */
-const EXPAND = { TN: 8, WG: 4 };
-
-/** Adds them to a finished product y [M,N] in place, N a multiple of 4. What an epilogue reads comes with its parts. */
-export function loraExpandRows(y: Tensor, { u, b }: LowRankRows, { parts, tuned, reads }: Epilogue): void {
+/** Adds them to a finished product y [M,N] in place, N a multiple of 4, where a CPU adapter would gather for an epilogue of the product. */
+export function loraExpandRows(y: Tensor, { u, b, units }: LowRankRows, { parts, tuned, reads }: Epilogue): void {
   const N = y.shape.at(-1) ?? 0;
-  const threads = [Math.ceil(N / 4 / EXPAND.TN), y.size / N] as const;
-  const uniforms = { N, low: (u.shape.at(-1) ?? 0) / 2 };
-  expand(y.gpu, uniforms, { u, b, y, ...reads }, threads, { ...EXPAND, ...tuned }, [...pageParts(b), ...parts]);
+  const M = y.size / N;
+  const uniforms = { M, N, low: (u.shape.at(-1) ?? 0) / 2 };
+  for (const { TM, unitParts, reads: unitReads } of rowTiles("loraExpandRows", units, M)) {
+    const TN = TM > 1 ? 4 : 8;
+    const all = [...pageParts(b), ...unitParts, ...parts];
+    expand(
+      y.gpu,
+      uniforms,
+      { u, b, y, ...unitReads, ...reads },
+      [N / 4 / TN, units ? Math.ceil(M / 16) : M],
+      { TM, TN, ...tuned },
+      all,
+    );
+  }
 }
 
 /** Throws ShapeError unless u and b are for a product [M,N]. */
