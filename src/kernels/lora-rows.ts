@@ -11,7 +11,7 @@ import unitsSource from "./row-units.wgsl";
 
 const shrink = defineKernel("lora-shrink-rows", shrinkSource);
 const expand = defineKernel("lora-expand-rows", expandSource);
-const mark = defineKernel("row-units", unitsSource);
+const findUnits = defineKernel("row-units", unitsSource);
 const ROWS = definePart("lora-rows", rowsSource);
 const UNITS = definePart("row-units", unitPartSource);
 const PAGES_F16 = definePart("pages-f16", pagesF16Source);
@@ -35,7 +35,8 @@ export const pageWords = (elements: number, dtype: "f32" | "f16"): number =>
 const dtypeOf = ({ dtype }: Tensor): "f32" | "f16" => (dtype === "i32" ? "f16" : "f32");
 
 /**
- * u[g,t,j] = Σ_k a[page_j,g,k]·x[t,k]: each row of x by A of its own adapter, for G modules that read the same x, in one dispatch.
+ * u[g,t,j] = Σ_k a[page_j,g,k]·x[t,k]: each row of x by A of its own adapter, for G modules that read the same x, in one dispatch (two with
+ * units, which do not change a bit).
  *
  * x [...,K]   a [pages,G,4·⌈K/4⌉] f32, zeros from K on, or packed f16 (i32, half as many words)   table [slots,R+2] i32: rank, the page of
  * DoRA's gain or −1, pages   slots [M] i32, −1: none   →   for each module u [M,2·(1+R)], which has what `LowRankRows` needs of the rows.
@@ -67,10 +68,8 @@ export function loraShrinkRows(
   const parts = [...(K % 4 === 0 ? [] : [RAGGED_X]), ...pageParts(a)];
   for (const { TM, unitParts, reads } of rowTiles("loraShrinkRows", units, M)) {
     const threads = [M * WG, Math.ceil(R / TJ), G] as const;
-    shrink(gpu, { M, K, G, R, P }, { x, a, table, slots, u, ...reads }, threads, { TM, TJ, WG }, [
-      ...parts,
-      ...unitParts,
-    ]);
+    const buffers = { x, a, table, slots, u, ...reads };
+    shrink(gpu, { M, K, G, R, P }, buffers, threads, { TM, TJ, WG }, [...parts, ...unitParts]);
   }
   return Array.from({ length: G }, (_, g) => slice(u, g * P * 2 * (1 + R), [M, 2 * (1 + R)]));
 }
@@ -81,7 +80,7 @@ export function loraShrinkRows(
  */
 export function rowUnits(slots: Tensor): Tensor {
   const made = empty(slots.gpu, [slots.size + 1, 4], "rowUnits", "i32");
-  mark(slots.gpu, { M: slots.size }, { slots, units: made }, [1]);
+  findUnits(slots.gpu, { M: slots.size }, { slots, units: made }, [1]);
   return made;
 }
 
@@ -114,6 +113,9 @@ export interface Epilogue {
   readonly reads: Readonly<Record<string, Tensor>>;
 }
 
+/** Rows to a loop of a workgroup's, where it takes units: those of the other kind it goes through for nothing, so there are few. */
+const ROWS_LOOPED = 16;
+
 /** Adds them to a finished product y [M,N] in place, N a multiple of 4, where a CPU adapter would gather for an epilogue of the product. */
 export function loraExpandRows(y: Tensor, { u, b, units }: LowRankRows, { parts, tuned, reads }: Epilogue): void {
   const N = y.shape.at(-1) ?? 0;
@@ -121,15 +123,9 @@ export function loraExpandRows(y: Tensor, { u, b, units }: LowRankRows, { parts,
   const uniforms = { M, N, low: (u.shape.at(-1) ?? 0) / 2 };
   for (const { TM, unitParts, reads: unitReads } of rowTiles("loraExpandRows", units, M)) {
     const TN = TM > 1 ? 4 : 8;
-    const all = [...pageParts(b), ...unitParts, ...parts];
-    expand(
-      y.gpu,
-      uniforms,
-      { u, b, y, ...unitReads, ...reads },
-      [N / 4 / TN, units ? Math.ceil(M / 16) : M],
-      { TM, TN, ...tuned },
-      all,
-    );
+    const threads = [N / 4 / TN, units ? Math.ceil(M / ROWS_LOOPED) : M] as const;
+    const buffers = { u, b, y, ...unitReads, ...reads };
+    expand(y.gpu, uniforms, buffers, threads, { TM, TN, ...tuned }, [...pageParts(b), ...unitParts, ...parts]);
   }
 }
 

@@ -87,7 +87,7 @@ export interface MatmulOptions {
 
 /**
  * y = act(scale·op(x)·op(w) + lowRank.scale·u·b + bias) + residual, one dispatch (two where k is split; several, by rows, where it takes
- * long). With `lowRankRows` what is added to the product, and its factor, are each row's own.
+ * long). With `lowRankRows` what is added to the product, and its factor, are each row's own: part of it, or on CPU adapters a pass after it.
  *
  * "nn": x [M,K], w [K,N]. "nt": x [M,K], w [N,K]. "tn": x [K,M], w [K,N]. All give y [M,N]. Further leading axes are batches:
  * those of x and w must be equal, or w has none and serves every batch (x's are then rows of one product). A low-rank term
