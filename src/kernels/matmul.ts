@@ -4,7 +4,14 @@ import { ShapeError } from "../tensor/errors.ts";
 import { isPacked, type PackedMatrix } from "../tensor/packed.ts";
 import { empty, expectDType, expectShape, rowsOf, type Shape, type Tensor, view } from "../tensor/tensor.ts";
 import { narrow16 } from "./cast.ts";
-import { checkLowRankRows, type LowRankRows, lowRankRowParts, RAGGED_X } from "./lora-rows.ts";
+import {
+  checkLowRankRows,
+  type Epilogue,
+  type LowRankRows,
+  loraExpandRows,
+  lowRankRowParts,
+  RAGGED_X,
+} from "./lora-rows.ts";
 import { defaultPlan, type MatmulPlan, type MatmulShape, plans, shapeClass, suits, unitsTile } from "./matmul-plans.ts";
 import registersSource from "./matmul-registers.wgsl";
 import rowsSource from "./matmul-rows.wgsl";
@@ -80,7 +87,7 @@ export interface MatmulOptions {
 
 /**
  * y = act(scale·op(x)·op(w) + lowRank.scale·u·b + bias) + residual, one dispatch (two where k is split; several, by rows, where it takes
- * long). With `lowRankRows` what is added to the product, and its factor, are each row's own.
+ * long). With `lowRankRows` what is added to the product, and its factor, are each row's own: part of it, or on CPU adapters a pass after it.
  *
  * "nn": x [M,K], w [K,N]. "nt": x [M,K], w [N,K]. "tn": x [K,M], w [K,N]. All give y [M,N]. Further leading axes are batches:
  * those of x and w must be equal, or w has none and serves every batch (x's are then rows of one product). A low-rank term
@@ -95,7 +102,7 @@ export function matmul(
   options: MatmulOptions = {},
 ): Tensor {
   const { gpu } = x;
-  const { lowRank, lowRankRows, blocked = false } = options;
+  const { scale = 1, lowRank, lowRankRows, blocked = false } = options;
   const { M, N, K, batch, shape } = sizes(blocked && layout === "tn" ? joined(x, w) : x.shape, w, layout);
   const R = lowRank?.u.shape.at(-1) ?? 0;
   expectDType("matmul", "x", x, "f32");
@@ -126,6 +133,11 @@ export function matmul(
   } else if (options.out) expectShape("matmul", "out must have the shape of y", options.out, shape);
   const y = options.out ?? empty(gpu, shape, "matmul");
   if (y.size === 0) return y;
+  if (lowRankRows && gpu.isSoftware && !options.plan && !blocked && N % 4 === 0) {
+    matmul(x, w, layout, { scale, out: y });
+    loraExpandRows(y, lowRankRows, epilogueOf(options, x));
+    return y;
+  }
   if (isPacked(w) && !options.plan && isWidenedFirst(w, M)) {
     gpu.scope(() => void matmul(x, unpackMatrix(w), layout, { ...options, out: y }));
     return y;
@@ -186,6 +198,17 @@ function choosePlan(gpu: Gpu, product: MatmulShape): MatmulPlan {
   return tuned && suits(tuned, product) ? tuned : defaultPlan(gpu, product);
 }
 
+/** What is done to finished elements: parts of a kernel, their constants, and what they read (x where nothing is). */
+function epilogueOf({ bias, activation, residual }: MatmulOptions, x: Tensor): Epilogue {
+  const reads = { bias: bias ?? x, residual: residual ?? x };
+  if (!bias && !activation && !residual) return { parts: [], tuned: {}, reads };
+  const tuned = {
+    ...{ BIAS: bias ? 1 : 0, RESIDUAL: residual ? 1 : 0 },
+    ...{ ACT: activation ? 1 : 0, OP: activation ? ACTIVATIONS[activation] : 0 },
+  };
+  return { parts: EPILOGUE, tuned, reads };
+}
+
 /** Encodes the product by a plan into y. */
 function run(
   gpu: Gpu,
@@ -194,8 +217,9 @@ function run(
   x: Tensor,
   w: Tensor | PackedMatrix,
   y: Tensor,
-  { scale = 1, lowRank, lowRankRows, bias, activation, residual, blocked }: MatmulOptions,
+  options: MatmulOptions,
 ): void {
+  const { scale = 1, lowRank, lowRankRows, blocked } = options;
   const { u, b } = lowRankRows ?? lowRank ?? { u: x, b: x };
   const { tuned } = plan;
   const [X_T, W_T] = [layout === "tn" ? 1 : 0, layout === "nt" ? 1 : 0];
@@ -218,17 +242,12 @@ function run(
   };
   const weight = packed ? weightParts(packed) : [];
   const levels = packed?.format === "nf4" ? [NF4_LEVELS] : [];
-  const hasEpilogue = Boolean(bias || activation || residual);
+  const epilogue = epilogueOf(options, x);
   const finish = {
-    parts: [...(lowRankRows ? lowRankRowParts(lowRankRows) : []), ...(hasEpilogue ? EPILOGUE : [])],
-    tuned: hasEpilogue
-      ? {
-          ...{ BIAS: bias ? 1 : 0, RESIDUAL: residual ? 1 : 0 },
-          ...{ ACT: activation ? 1 : 0, OP: activation ? ACTIVATIONS[activation] : 0 },
-        }
-      : {},
+    parts: [...(lowRankRows ? lowRankRowParts(lowRankRows) : []), ...epilogue.parts],
+    tuned: epilogue.tuned,
   };
-  const rest = { u, b, bias: bias ?? x, residual: residual ?? x };
+  const rest = { u, b, ...epilogue.reads };
   const buffers: Record<string, HasBuffer> = {
     ...{ x, w: packed?.words ?? (w as Tensor), y, scales: packed?.scales ?? x },
     ...rest,

@@ -2,7 +2,7 @@
 import { matmul as product } from "../autograd/basic-ops.ts";
 import type { Gpu } from "../gpu/gpu.ts";
 import { doraNorms } from "../kernels/dora.ts";
-import { loraShrinkRows, pageWords } from "../kernels/lora-rows.ts";
+import { loraShrinkRows, pageWords, rowUnits } from "../kernels/lora-rows.ts";
 import { matmul } from "../kernels/matmul.ts";
 import { type LinearAdapter, linear } from "../nn/linear.ts";
 import { ShapeError } from "../tensor/errors.ts";
@@ -67,6 +67,12 @@ interface Pages {
   readonly b: readonly Tensor[];
 }
 
+/** Of a pass: slots [M], and which of them are computed together. */
+interface Rows {
+  readonly slots: Tensor;
+  readonly units: Tensor | undefined;
+}
+
 interface Resident {
   readonly slot: number;
   /** By rank, then the gain's. */
@@ -105,7 +111,7 @@ export class AdapterPool {
   /** ‖W‖² of the rows of layers that DoRA was on. */
   readonly #squares = new Map<string, Tensor>();
   #isEnabled = false;
-  #rows: Tensor | undefined;
+  #rows: Rows | undefined;
   #loads = 0;
   #evictions = 0;
 
@@ -355,17 +361,19 @@ export class AdapterPool {
         `during: the pool must be enabled and idle, got it ${this.#rows ? "within another pass" : "disabled"}`,
       );
     expectDType("during", "slots", slots, "i32");
-    this.#rows = view(slots, [slots.size]);
+    const units = this.#gpu.isSoftware && slots.size > 1 ? rowUnits(slots) : undefined;
+    this.#rows = { slots: view(slots, [slots.size]), units };
     try {
       return run();
     } finally {
       this.#rows = undefined;
+      if (units) this.#gpu.release(units);
     }
   }
 
   #adaptersOf({ group: { modules }, a, b }: Pages): (readonly [string, LinearAdapter])[] {
     const layers = modules.map(({ layer }) => layer);
-    const shrunk = (x: Tensor, slots: Tensor): Tensor[] => {
+    const shrunk = (x: Tensor, { slots, units }: Rows): Tensor[] => {
       const [M] = dims2("AdapterPool", "x", x);
       if (M !== slots.size)
         throw new ShapeError(`AdapterPool: each row of x needs a slot, got ${slots.size} slots and x [${x.shape}]`);
@@ -373,10 +381,13 @@ export class AdapterPool {
         throw new ShapeError(
           "AdapterPool: a pool is for inference, got an x that requires a gradient. Train by attachLora",
         );
-      return loraShrinkRows(x, a, this.#table, slots);
+      return loraShrinkRows(x, a, this.#table, slots, units);
     };
     const expanded = (x: Tensor, g: number, u: Tensor, W = layers[g]?.weight, bias = layers[g]?.bias): Tensor =>
-      matmul(x, W as Tensor, "nt", { lowRankRows: { u, b: b[g] as Tensor }, ...(bias && { bias }) });
+      matmul(x, W as Tensor, "nt", {
+        lowRankRows: { u, b: b[g] as Tensor, units: this.#rows?.units },
+        ...(bias && { bias }),
+      });
     const apply = (x: Tensor): Tensor[] => {
       const rows = this.#rows;
       if (!rows) return layers.map((layer) => linear(layer, x));

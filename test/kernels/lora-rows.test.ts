@@ -1,7 +1,7 @@
 import { expect, test } from "vitest";
 import type { Gpu } from "../../src/gpu/gpu.ts";
 import { encodeFloats } from "../../src/io/dtype.ts";
-import { loraShrinkRows, pageWords, SHRINKS, type ShrinkPlan } from "../../src/kernels/lora-rows.ts";
+import { loraShrinkRows, pageWords, rowUnits, SHRINKS, type ShrinkPlan } from "../../src/kernels/lora-rows.ts";
 import { type MatmulOptions, matmul } from "../../src/kernels/matmul.ts";
 import type { MatmulPlan } from "../../src/kernels/matmul-plans.ts";
 import { packMatrix } from "../../src/kernels/pack.ts";
@@ -102,6 +102,8 @@ interface Check {
   readonly options?: MatmulOptions;
   readonly finish?: boolean;
   readonly tolerance?: number;
+  /** Rows of one adapter together. */
+  readonly together?: boolean;
 }
 
 /** A mixed batch through G modules: all of it against the twin. */
@@ -113,6 +115,7 @@ async function check({
   finish = false,
   shrink,
   tolerance = 2e-5,
+  together = false,
 }: Check): Promise<void> {
   const seed = freshSeed();
   const random = new Random(seed);
@@ -125,13 +128,15 @@ async function check({
   const { adapters, ys } = gpu.scope(() => {
     const pool = paged(gpu, RANKS, [G, N, K], 17, dtype, random);
     const input = upload(gpu, x);
-    const us = loraShrinkRows(input, pool.a, pool.table, tensor(gpu, Int32Array.from(slotOf), [M]), shrink);
+    const slots = tensor(gpu, Int32Array.from(slotOf), [M]);
+    const units = together ? rowUnits(slots) : undefined;
+    const us = loraShrinkRows(input, pool.a, pool.table, slots, units, shrink);
     return {
       adapters: slotOf.map((slot) => pool.adapters[slot]),
       ys: us.map((u, g) =>
         matmul(input, upload(gpu, ws[g] as Nd), "nt", {
           ...options,
-          lowRankRows: { u, b: pool.bs[g] as Tensor },
+          lowRankRows: { u, b: pool.bs[g] as Tensor, units },
           ...(finish && { bias: upload(gpu, bias), residual: upload(gpu, residual), activation: "silu" }),
         }),
       ),
@@ -157,13 +162,14 @@ async function check({
   gpu.release(...ys);
 }
 
-/** Rows 1, below and above a tile; columns and k ragged or not, k above and below what a workgroup takes at a time. */
+/** Rows 1, below and above a tile; columns and k ragged or not, columns and k above and below what a workgroup takes at a time. */
 const SIZES: [number, number, number][] = [
   [1, 8, 12],
   [3, 5, 7],
   [7, 12, 16],
   [17, 13, 68],
   [9, 20, 301],
+  [5, 268, 20],
 ];
 
 test.each(PLANS)("rows by their own adapters, by %s, equal the f64 twin at every size", async (_, plan, tolerance) => {
@@ -171,7 +177,7 @@ test.each(PLANS)("rows by their own adapters, by %s, equal the f64 twin at every
 });
 
 test.each(PLANS)("bias, activation and residual come after a row's own terms, by %s", async (_, plan, tolerance) => {
-  await check({ sizes: [9, 13, 20], finish: true, tolerance, options: plan ? { plan } : {} });
+  for (const N of [13, 132]) await check({ sizes: [9, N, 20], finish: true, tolerance, options: plan ? { plan } : {} });
 });
 
 test.each(PLANS)("pages in f16 give what their rounded values do, by %s", async (_, plan, tolerance) => {
@@ -186,6 +192,69 @@ test.each(["hardware", "software"] as const)(
   "one module, and three, are shrunk from one reading on %s",
   async (kind) => {
     for (const G of [1, 3]) for (const K of [20, 301]) await check({ sizes: [6, 9, K], G, shrink: SHRINKS[kind] });
+  },
+);
+
+/** Units of one row and of several, as `row-units.wgsl` finds them. */
+function unitsTwin(slots: readonly number[]): [single: number[][], several: number[][]] {
+  const open = new Map<string, number[]>();
+  const units: number[][] = [];
+  for (const [t, slot] of slots.entries()) {
+    const key = `${Math.floor(t / 32)} ${slot}`;
+    const unit = open.get(key);
+    if (unit && unit.length < 4) unit.push(t);
+    else {
+      const made = [t];
+      open.set(key, made);
+      units.push(made);
+    }
+  }
+  return [units.filter(({ length }) => length === 1), units.filter(({ length }) => length > 1)];
+}
+
+test.each([1, 2, 31, 32, 33, 70])("rows of one slot, four at most of 32, are a unit: %d rows", async (M) => {
+  const gpu = await testGpu();
+  const seed = freshSeed();
+  const random = new Random(seed);
+  for (const slotCount of [1, 3, 40]) {
+    const slots = Array.from({ length: M }, () => Math.floor(random.uniform() * slotCount) - 1);
+    const units = gpu.scope(() => rowUnits(tensor(gpu, Int32Array.from(slots), [M])));
+    const values = [...((await read(units)) as unknown as Int32Array)];
+    const found = Array.from({ length: M + 1 }, (_, i) => values.slice(4 * i, 4 * i + 4));
+    const [single, several] = unitsTwin(slots);
+    const padded = (rows: readonly number[]): number[] => [...rows, -1, -1, -1].slice(0, 4);
+    expect(found[0], `of ${slots} (seed ${seed})`).toEqual([single.length, several.length, 0, 0]);
+    expect(found.slice(1, 1 + single.length)).toEqual(single.map(padded));
+    expect(found.slice(M + 1 - several.length)).toEqual(several.map(padded).toReversed());
+    gpu.release(units);
+  }
+});
+
+test("rows of one adapter that are computed together equal the f64 twin at every size", async () => {
+  for (const sizes of [...SIZES, [70, 132, 20]] as const) await check({ sizes, together: true });
+  for (const dtype of ["f32", "f16"] as const)
+    await check({ sizes: [37, 140, 44], G: 3, finish: true, dtype, together: true });
+});
+
+test.each(["f32", "f16"] as const)(
+  "a row has the same bits alone and beside others of its adapter, %s",
+  async (dtype) => {
+    const gpu = await testGpu();
+    const random = new Random(freshSeed());
+    const [M, N, K] = [70, 132, 20];
+    const slotOf = Array.from({ length: M }, () => Math.floor(random.uniform() * (RANKS.length + 1)) - 1);
+    const [together, alone] = gpu.scope(() => {
+      const pool = paged(gpu, RANKS, [1, N, K], 17, dtype, random);
+      const [x, w] = [upload(gpu, randomNd([M, K], random)), upload(gpu, randomNd([N, K], random))];
+      const slots = tensor(gpu, Int32Array.from(slotOf), [M]);
+      const [one, other] = [rowUnits(slots), undefined].map((units) => {
+        const [u] = loraShrinkRows(x, pool.a, pool.table, slots, units);
+        return matmul(x, w, "nt", { lowRankRows: { u: u as Tensor, b: pool.bs[0] as Tensor, units } });
+      }) as [Tensor, Tensor];
+      return [one, other] as const;
+    });
+    expect(await read(together)).toEqual(await read(alone));
+    gpu.release(together, alone);
   },
 );
 
@@ -275,6 +344,9 @@ test("shapes that do not fit are refused", async () => {
     );
     expect(shrinks(x, a, table, t([2], "i32"))).toThrow(
       new ShapeError("loraShrinkRows: slots must be [M] = [3], got [2]"),
+    );
+    expect(() => loraShrinkRows(x, a, table, slots, t([3, 4], "i32"))).toThrow(
+      new ShapeError("loraShrinkRows: units must be [M+1,4] = [4,4], got [3,4]"),
     );
     expect(shrinks(x, a, table, t([3]))).toThrow(new ShapeError("loraShrinkRows: slots must be i32, got f32"));
     const rows = { u: t([3, 10]), b: t([9, 8]) };

@@ -1,7 +1,7 @@
 // Products run by an interpreter that reports data races, as `matmul` would send them to a device.
 import { expect, test } from "vitest";
 import type { HasBuffer } from "../../src/gpu/gpu.ts";
-import { type LowRankRows, loraShrinkRows } from "../../src/kernels/lora-rows.ts";
+import { type LowRankRows, loraShrinkRows, rowUnits } from "../../src/kernels/lora-rows.ts";
 import { type Layout, type MatmulOptions, matmul } from "../../src/kernels/matmul.ts";
 import type { MatmulPlan } from "../../src/kernels/matmul-plans.ts";
 import { pagedAttention } from "../../src/kernels/paged.ts";
@@ -12,7 +12,7 @@ import { findRaces } from "../race.ts";
 import { expandTwin, type RowAdapter, shrinkTwin } from "../reference/lora-rows.ts";
 import { matmulTwin } from "../reference/matmul.ts";
 import { attentionTwin } from "../reference/model-ops.ts";
-import { type Recorded, Recorder } from "./recorder.ts";
+import { type Recorded, Recorder, type RecorderSettings } from "./recorder.ts";
 
 /** A Gpu that runs what it is sent in the interpreter and notes what races. */
 class Interpreter extends Recorder {
@@ -20,8 +20,8 @@ class Interpreter extends Recorder {
   readonly #edit: (source: string) => string;
   readonly #data = new Map<GPUBuffer, Float32Array>();
 
-  constructor(edit: (source: string) => string) {
-    super();
+  constructor(edit: (source: string) => string, settings: RecorderSettings) {
+    super(settings);
     this.#edit = edit;
   }
 
@@ -60,7 +60,8 @@ class Interpreter extends Recorder {
 
 interface Product {
   readonly layout: Layout;
-  readonly plan: MatmulPlan;
+  /** Without one: a CPU adapter's default. */
+  readonly plan?: MatmulPlan;
   readonly sizes: readonly [M: number, N: number, K: number, R?: number];
   readonly finish?: boolean;
   /** Each row by an adapter of its own, or none. */
@@ -94,11 +95,13 @@ const PRODUCTS: Product[] = [
     { layout: "nt", plan, sizes: [4, 8, 20], byRows: true },
     { layout: "nt", plan, sizes: [3, 7, 18], byRows: true, finish: true },
   ]),
+  { layout: "nt", sizes: [9, 68, 8], byRows: true },
+  { layout: "nt", sizes: [2, 136, 8], byRows: true, finish: true },
 ];
 const cases = PRODUCTS.map((product): [string, Product] => {
   const { layout, plan, sizes, finish, byRows } = product;
   return [
-    `${plan.name}${plan.splits > 1 ? " with k split" : ""}, ${layout} ${sizes}${byRows ? ", by rows" : ""}${finish ? ", finished" : ""}`,
+    `${plan?.name ?? "software"}${(plan?.splits ?? 1) > 1 ? " with k split" : ""}, ${layout} ${sizes}${byRows ? ", by rows" : ""}${finish ? ", finished" : ""}`,
     product,
   ];
 });
@@ -127,14 +130,17 @@ function rowsOf(
       b.set(B.data.subarray(j * N, (j + 1) * N), next * fourN);
     }
   });
+  const chosen = tensor(gpu, Int32Array.from(slots), [slots.length]);
+  const units = gpu.isSoftware ? rowUnits(chosen) : undefined;
   const [u] = loraShrinkRows(
     x,
     tensor(gpu, a, [pages, 1, fourK]),
     tensor(gpu, table, [adapters.length, R + 2]),
-    tensor(gpu, Int32Array.from(slots), [slots.length]),
+    chosen,
+    units,
     { TJ: 4, WG: 4 },
   );
-  return { u: u as Tensor, b: tensor(gpu, b, [pages, fourN]) };
+  return { u: u as Tensor, b: tensor(gpu, b, [pages, fourN]), units };
 }
 
 /** Runs a product in the interpreter, each text edited. */
@@ -143,7 +149,7 @@ function interpret(
   seed: number,
   edit: (source: string) => string = (source) => source,
 ): { gpu: Interpreter; actual: Float32Array; expected: Nd } {
-  const gpu = new Interpreter(edit);
+  const gpu = new Interpreter(edit, { isSoftware: !plan });
   const random = new Random(seed);
   const x = randomNd(layout === "tn" ? [K, M] : [M, K], random);
   const w = randomNd(layout === "nt" ? [N, K] : [K, N], random);
@@ -161,7 +167,7 @@ function interpret(
   );
   const slots = Array.from({ length: M }, (_, t) => ((t + 2) % 4) - 1);
   const options: MatmulOptions = {
-    ...{ plan, scale: 0.5 },
+    ...{ scale: 0.5, ...(plan && { plan }) },
     ...(R > 0 && { lowRank: { u: upload(u), b: upload(b), scale: 2 } }),
     ...(byRows && { lowRankRows: rowsOf(gpu, upload(x), adapters, slots, N) }),
     ...(finish && { bias: upload(bias), residual: upload(residual) }),

@@ -45,7 +45,8 @@ import { linearCrossEntropy as linearCrossEntropyOf } from "../../src/kernels/li
 import { loraDy as loraDyOf, loraDyPlans } from "../../src/kernels/lora-dy.ts";
 import loraDy from "../../src/kernels/lora-dy.wgsl";
 import loraDySums from "../../src/kernels/lora-dy-sums.wgsl";
-import { loraShrinkRows } from "../../src/kernels/lora-rows.ts";
+import loraExpandRowsSource from "../../src/kernels/lora-expand-rows.wgsl";
+import { loraShrinkRows, rowUnits } from "../../src/kernels/lora-rows.ts";
 import loraShrinkRowsSource from "../../src/kernels/lora-shrink-rows.wgsl";
 import { type Layout, type LowRank, type MatmulOptions, matmul } from "../../src/kernels/matmul.ts";
 import { type MatmulPlan, type MatmulShape, plans } from "../../src/kernels/matmul-plans.ts";
@@ -73,6 +74,7 @@ import rmsNormBackward from "../../src/kernels/rms-norm-backward.wgsl";
 import rmsNormBackwardWeight from "../../src/kernels/rms-norm-backward-weight.wgsl";
 import { rope as ropeOf } from "../../src/kernels/rope.ts";
 import rope from "../../src/kernels/rope.wgsl";
+import rowUnitsSource from "../../src/kernels/row-units.wgsl";
 import softCapSource from "../../src/kernels/soft-cap.wgsl";
 import softmax from "../../src/kernels/softmax.wgsl";
 import softmaxBackward from "../../src/kernels/softmax-backward.wgsl";
@@ -118,6 +120,7 @@ export const KERNELS: Readonly<Record<string, string>> = {
   "layer-norm-backward-weight": layerNormBackwardWeight,
   "lora-dy": loraDy,
   "lora-dy-sums": loraDySums,
+  "lora-expand-rows": loraExpandRowsSource,
   "lora-shrink-rows": loraShrinkRowsSource,
   "matmul-registers": matmulRegisters,
   "matmul-rows": matmulRows,
@@ -134,6 +137,7 @@ export const KERNELS: Readonly<Record<string, string>> = {
   "rms-norm-backward": rmsNormBackward,
   "rms-norm-backward-weight": rmsNormBackwardWeight,
   rope,
+  "row-units": rowUnitsSource,
   "soft-cap": softCapSource,
   softmax,
   "softmax-backward": softmaxBackward,
@@ -290,7 +294,13 @@ export function otherVariants(): Variant[] {
       ] as const) {
         const [x, a] = [empty(recorder, [2, K], "variants"), empty(recorder, [3, 2, words], "variants", dtype)];
         const [table, slots] = [empty(recorder, [2, 6], "variants", "i32"), empty(recorder, [2], "variants", "i32")];
-        loraShrinkRows(x, a, table, slots);
+        for (const units of recorder === onGpu ? [undefined] : [undefined, rowUnits(slots)]) {
+          const [u] = loraShrinkRows(x, a, table, slots, units);
+          if (recorder === onGpu || K !== 8) continue;
+          const lowRankRows = { u: u as Tensor, b: empty(recorder, [3, words], "variants", dtype), units };
+          for (const bias of [undefined, empty(recorder, [8], "variants")])
+            matmul(x, empty(recorder, [8, 8], "variants"), "nt", { lowRankRows, ...(bias && { bias }) });
+        }
       }
   for (const recorder of [onGpu, onCpu]) {
     for (const T of [1, 3])
