@@ -200,7 +200,7 @@ const byColumns = (source: string): string =>
 
 /** Attention of tokens at 129 and 130 of one sequence, of one at 2 of another, and of none, edited. */
 function attend(edit: (source: string) => string = (source) => source) {
-  const gpu = new Interpreter((source) => edit(byColumns(source)));
+  const gpu = new Interpreter((source) => edit(byColumns(source)), {});
   const random = new Random(freshSeed());
   const [keys, H, D] = [131, 2, 8];
   const [q, k, v] = [
