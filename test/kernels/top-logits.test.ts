@@ -27,7 +27,7 @@ async function check(rows: readonly Float32Array[], temperatures: readonly numbe
   const gpu = await testGpu();
   const V = rows[0]?.length ?? 0;
   const all = new Float32Array(rows.length * V);
-  rows.forEach((row, i) => all.set(row, i * V));
+  for (const [i, row] of rows.entries()) all.set(row, i * V);
   const [x, t] = [tensor(gpu, all, [rows.length, V]), tensor(gpu, temperatures, [rows.length])];
   const y = topLogits(x, t);
   expect(y.shape).toEqual([rows.length, 2 * TOP + 2]);
