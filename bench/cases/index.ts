@@ -7,6 +7,7 @@ import { togetherOverApart } from "./lanes.ts";
 import { type LoraSizes, loraBackward, loraForward, loraStep } from "./lora.ts";
 import { LAYOUTS, linear, square } from "./matmul.ts";
 import { fewPlaces, mixedBatch } from "./mixed.ts";
+import { nextToken } from "./next-token.ts";
 import { doraOverLora, llamaStep, loraOverFull, nf4OverF16 } from "./step.ts";
 import type { StepSizes } from "./step-work.ts";
 import { weightFormats } from "./weights.ts";
@@ -66,6 +67,9 @@ export function contests({ quick, full, isSoftware }: Scope): SizedContest[] {
     ...loraSizes.filter(({ r }) => patient || r === 16).map(loraStep),
     mixedBatch({ hidden: 2048, inside: 8192, rows: 32, r: 16 }),
     fewPlaces({ hidden: 512, inside: 2048, rows: 32, r: 8 }),
+    ...[32_000, ...(patient ? [152_064] : [])].flatMap((V) =>
+      [1, ...(patient ? [32] : [])].map((N) => nextToken(N, V)),
+    ),
     ...[1024, ...(patient ? [4096] : [])].flatMap((n) => [addition(n, n), rowSum(n, n)]),
     llamaStep({ layers: 4, hidden: 256, inside: 688, heads: 8, kvHeads: 4, vocab: 1024, T: 256, r: 8 }),
     loraOverFull({ layers: 2, hidden: 512, inside: 1376, heads: 8, kvHeads: 4, vocab: 1024, T: 256, r: 8 }),
@@ -100,6 +104,7 @@ function quickContests(): SizedContest[] {
     loraStep(sizes),
     mixedBatch({ hidden: 64, inside: 96, rows: 8, r: 4 }),
     fewPlaces({ hidden: 64, inside: 96, rows: 8, r: 4 }, 50),
+    nextToken(2, 1500),
     addition(256, 256),
     rowSum(256, 256),
     llamaStep(tiny),

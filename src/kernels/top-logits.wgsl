@@ -89,7 +89,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
   }
   workgroupBarrier();
   var most = 0u;
-  for (var block = 0u; block < CHUNK; block += 2u * TOP) { most = max(most, max(keys[block], keys[block + 2u * TOP - 1u])); }
+  for (var block = 0u; block < CHUNK / TOP; block += 2u) { most = max(most, max(keys[block * TOP], keys[block * TOP + 2u * TOP - 1u])); }
   var sum = vec2f();
   if (FIRST == 0u && thread < CHUNK / TOP && start + thread * TOP < d.count) {
     let source = (lists + thread) * WORDS;
