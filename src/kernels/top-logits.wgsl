@@ -89,7 +89,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
   }
   workgroupBarrier();
   var most = 0u;
-  for (var block = 0u; block < CHUNK / TOP; block += 2u) { most = max(most, max(keys[block * TOP], keys[block * TOP + 2u * TOP - 1u])); }
+  for (var part = 0u; part < CHUNK / TOP; part += 2u) { most = max(most, max(keys[part * TOP], keys[part * TOP + 2u * TOP - 1u])); }
   var sum = vec2f();
   if (FIRST == 0u && thread < CHUNK / TOP && start + thread * TOP < d.count) {
     let source = (lists + thread) * WORDS;
@@ -105,10 +105,10 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
     for (var stride = TOP / 2u; stride > 0u; stride /= 2u) {
       workgroupBarrier();
       for (var pair = thread; pair < CHUNK / gap * TOP / 4u; pair += WG) {
-        let block = pair / (TOP / 2u);
+        let part = pair / (TOP / 2u);
         let within = pair % (TOP / 2u);
-        let a = block * 2u * gap + 2u * within - (within & (stride - 1u));
-        order(a, a + stride, block % 2u != 0u);
+        let a = part * 2u * gap + 2u * within - (within & (stride - 1u));
+        order(a, a + stride, part % 2u != 0u);
       }
     }
   }
