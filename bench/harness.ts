@@ -17,6 +17,8 @@ export interface Case {
   readonly bytes: number;
   /** Encodes one run and returns its results by name. Runs in a scope: what it does not return goes back to the pool. */
   readonly run: () => Readonly<Record<string, Tensor>>;
+  /** What the host does after a run, waited for before the next one. Throws where it is wrong. */
+  readonly after?: () => Promise<void>;
   /** The f64 value of one element of one result. */
   readonly check: (result: string, element: number) => number;
   /** Of |got − f64| / (1 + |f64|); 10⁻⁴ unless given, which suits f32 arithmetic. */
@@ -176,12 +178,14 @@ export async function measure(
 async function enter(gpu: Gpu, what: string, one: Case): Promise<Entrant> {
   const { name, flops, bytes } = one;
   const { dispatches, resultSizes } = await checkCase(gpu, what, one);
+  await one.after?.();
   const step = (): void => void one.run();
   const batch = async (n: number): Promise<void> => {
     // Submitted in eighths, so that the device need not wait until all is encoded.
     const portion = Math.ceil(n / 8);
     for (let i = 1; i <= n; i++) {
       gpu.scope(step);
+      await one.after?.();
       if (i % portion === 0) gpu.flush();
     }
     await gpu.finish();

@@ -7,6 +7,7 @@ import { togetherOverApart } from "./lanes.ts";
 import { type LoraSizes, loraBackward, loraForward, loraStep } from "./lora.ts";
 import { LAYOUTS, linear, square } from "./matmul.ts";
 import { fewPlaces, mixedBatch } from "./mixed.ts";
+import { nextToken } from "./next-token.ts";
 import { pagedContest } from "./paged.ts";
 import { doraOverLora, llamaStep, loraOverFull, nf4OverF16 } from "./step.ts";
 import type { StepSizes } from "./step-work.ts";
@@ -75,6 +76,9 @@ export function contests({ quick, full, isSoftware }: Scope): SizedContest[] {
         ...(patient || D === 64 ? [{ T: 32, before: 4095, isDecoding: true }] : []),
       ].map((batch) => pagedContest({ ...batch, H: 32, G: 8, D })),
     ),
+    ...[32_000, ...(patient ? [152_064] : [])].flatMap((V) =>
+      [1, ...(patient ? [32] : [])].map((N) => nextToken(N, V)),
+    ),
     ...[1024, ...(patient ? [4096] : [])].flatMap((n) => [addition(n, n), rowSum(n, n)]),
     llamaStep({ layers: 4, hidden: 256, inside: 688, heads: 8, kvHeads: 4, vocab: 1024, T: 256, r: 8 }),
     loraOverFull({ layers: 2, hidden: 512, inside: 1376, heads: 8, kvHeads: 4, vocab: 1024, T: 256, r: 8 }),
@@ -111,6 +115,7 @@ function quickContests(): SizedContest[] {
     fewPlaces({ hidden: 64, inside: 96, rows: 8, r: 4 }, 50),
     pagedContest({ T: 70, before: 30, isDecoding: false, H: 6, G: 2, D: 8 }),
     pagedContest({ T: 1, before: 300, isDecoding: true, H: 6, G: 2, D: 8 }),
+    nextToken(2, 1500),
     addition(256, 256),
     rowSum(256, 256),
     llamaStep(tiny),

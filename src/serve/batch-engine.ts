@@ -9,8 +9,15 @@ import type { Engine, EngineStats, GenerationRequest } from "./engine-types.ts";
 import { QueueFull } from "./errors.ts";
 import { checkPrompt } from "./generate.ts";
 import { type Lease, PagePool } from "./page-pool.ts";
-import { cacheBytes, type PagedModel, PagedStep, type RowAdapters, type StepToken } from "./paged-step.ts";
-import { type SampledToken, Sampler } from "./sampling.ts";
+import {
+  type AskedRow,
+  cacheBytes,
+  type PagedModel,
+  PagedStep,
+  type RowAdapters,
+  type StepToken,
+} from "./paged-step.ts";
+import { type RowChoices, type SampledToken, Sampler } from "./sampling.ts";
 
 /** Adapters by name, of which some are resident: see `AdapterPool`. */
 export interface ServedAdapters extends RowAdapters {
@@ -38,6 +45,8 @@ export interface EngineOptions {
   readonly cacheFormat?: "f32" | "f16";
   /** Tokens of a page, a power of two; 16 unless given. */
   readonly pageTokens?: number;
+  /** Who finds the likeliest tokens: see `CacheSettings`. */
+  readonly choices?: "device" | "host" | undefined;
 }
 
 /** How often a waiting request may be passed before those behind it have to wait, too. */
@@ -88,7 +97,7 @@ export class BatchEngine implements Engine {
   constructor(model: PagedModel, options: EngineOptions = {}) {
     const { adapters, maxRows = 32, maxStepTokens = 256, maxWaiting = 256, pageTokens = 16 } = options;
     const { contextLength = model.config.contextLength, cacheFormat = "f32" } = options;
-    const { cacheTokens = 4 * contextLength } = options;
+    const { cacheTokens = 4 * contextLength, choices } = options;
     for (const [name, value] of Object.entries({ maxRows, maxStepTokens, contextLength, cacheTokens }))
       if (!Number.isInteger(value) || value < 1)
         throw new ShapeError(`BatchEngine: ${name} must be a whole number of at least 1, got ${value}`);
@@ -104,7 +113,14 @@ export class BatchEngine implements Engine {
     this.contextLength = contextLength;
     this.#options = { maxRows, maxStepTokens, maxWaiting };
     this.#adapters = adapters;
-    const settings = { tokens: cacheTokens, pageTokens, sequences: maxRows, contextLength, format: cacheFormat };
+    const settings = {
+      tokens: cacheTokens,
+      pageTokens,
+      sequences: maxRows,
+      contextLength,
+      format: cacheFormat,
+      choices,
+    };
     this.#step = new PagedStep(model, settings, adapters);
     this.#pool = new PagePool(this.#step.pages, pageTokens);
     this.#rows = Array.from({ length: maxRows }, (_, i) => maxRows - 1 - i);
@@ -292,7 +308,7 @@ export class BatchEngine implements Engine {
   async #advance(): Promise<void> {
     let room = this.#options.maxStepTokens;
     const tokens: StepToken[] = [];
-    const rows: number[] = [];
+    const rows: AskedRow[] = [];
     const asked: Sequence[] = [];
     const took = new Map<Sequence, number>();
     const isAnswering = ({ ids, computed }: Sequence): boolean => ids.length - computed === 1;
@@ -307,38 +323,45 @@ export class BatchEngine implements Engine {
         tokens.push({ id: ids[at] as number, position: at, sequence: place.row, slot: place.slot });
       took.set(sequence, count);
       if (computed + count < ids.length) continue;
-      rows.push(tokens.length - 1);
+      const { sampler, request } = sequence;
+      const isWhole = sampler.needsRow(request.logprobs);
+      rows.push({ at: tokens.length - 1, temperature: sampler.temperature, isWhole });
       asked.push(sequence);
     }
-    const logits = await this.#step.run(tokens, rows);
+    const choices = await this.#step.choices(tokens, rows);
     this.#steps++;
     for (const [sequence, count] of took) sequence.computed += count;
-    asked.forEach((sequence, i) => {
-      // One that was dropped meanwhile has no place any more.
-      if (sequence.place) this.#deliver(sequence, logits[i] as Float32Array);
+    const undecided = [...asked.keys()].filter((i) => !this.#deliver(asked[i] as Sequence, choices[i] as RowChoices));
+    const whole = await this.#step.readRows(undecided);
+    undecided.forEach((i, n) => {
+      this.#deliver(asked[i] as Sequence, { ...(choices[i] as RowChoices), row: whole[n] as Float32Array });
     });
     if (rows.length === 0) await new Promise((done) => setTimeout(done)); // nothing was read back: let others run
   }
 
-  #deliver(sequence: Sequence, logits: Float32Array): void {
+  /** False where the token cannot be told without the whole row. */
+  #deliver(sequence: Sequence, choices: RowChoices): boolean {
     const { ids, request, sampler, stream, limit, place } = sequence;
-    if (ids.length === request.promptIds.length && place)
+    if (!place) return true; // dropped meanwhile
+    if (ids.length === request.promptIds.length)
       this.#pool.remember(this.#rootOf(request.adapter), ids, place.lease.pages);
-    let token: SampledToken;
+    let token: SampledToken | undefined;
     try {
-      token = sampler.next(logits, request.logprobs);
+      token = sampler.next(choices, request.logprobs);
     } catch (error) {
       this.#end(sequence, error); // of its constraint: the others go on
-      return;
+      return true;
     }
+    if (!token) return false;
     if (this.model.config.eosIds.includes(token.id)) {
       this.#end(sequence);
-      return;
+      return true;
     }
     ids.push(token.id);
     this.#generatedTokens++;
     stream.push(token);
     if (ids.length >= limit || request.constraint?.isDone) this.#end(sequence);
+    return true;
   }
 
   #end(sequence: Sequence, error?: unknown): void {

@@ -1,7 +1,7 @@
 import type { Gpu } from "../gpu/gpu.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { readAll, type Tensor, tensor } from "../tensor/tensor.ts";
-import { type SampledToken, Sampler, type SamplingOptions } from "./sampling.ts";
+import { choicesOf, type SampledToken, Sampler, type SamplingOptions } from "./sampling.ts";
 
 /** What generation needs of a model. `C` is the model's own cache. */
 export interface Generator<C> {
@@ -69,7 +69,7 @@ export async function* generateTokens<C extends KeyValueCache>(
       const logits = lastLogits(model, Int32Array.from(next), cache);
       const [values = new Float32Array()] = await readAll([logits]);
       gpu.release(logits);
-      const token = sampler.next(values, logprobs);
+      const token = sampler.next(choicesOf(values, sampler.temperature), logprobs) as SampledToken; // the row is there
       if (config.eosIds.includes(token.id)) return;
       yield token;
       if (sampling.constraint?.isDone) return;

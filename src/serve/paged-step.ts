@@ -3,9 +3,11 @@ import type { Gpu } from "../gpu/gpu.ts";
 import type { Plan } from "../gpu/plan.ts";
 import { copyTo } from "../kernels/copy-rows.ts";
 import { pagedCopy } from "../kernels/paged.ts";
+import { TOP, topLogits } from "../kernels/top-logits.ts";
 import type { PagedRow } from "../models/causal.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { empty, slice, type Tensor, tensor, VIEW_ALIGNMENT, view } from "../tensor/tensor.ts";
+import { choicesOf, type RowChoices } from "./sampling.ts";
 
 /** What generation for many needs of a model. */
 export interface PagedModel {
@@ -37,6 +39,21 @@ export interface CacheSettings {
   readonly contextLength: number;
   /** How keys and values are kept. */
   readonly format: "f32" | "f16";
+  /**
+   * Who finds the likeliest tokens of a row. Unless given the host on software adapters, which read rows back for the price of a copy and take 40
+   * times as long as the host to find them; else the device.
+   */
+  readonly choices?: "device" | "host" | undefined;
+}
+
+/** A row of a pass whose next token is asked for. */
+export interface AskedRow {
+  /** Among the tokens of the pass. */
+  readonly at: number;
+  /** Of `RowChoices.heatedRest`, above 0. */
+  readonly temperature: number;
+  /** Whether all its logits are wanted. */
+  readonly isWhole: boolean;
 }
 
 /** One token of a pass. */
@@ -75,6 +92,9 @@ export class PagedStep {
   readonly #most: number;
   readonly #plans = new Map<string, { readonly plan: Plan; readonly inputs: Tensor; readonly logits: Tensor }>();
   readonly #workspace: GPUBuffer[] = [];
+  readonly #choices: "device" | "host";
+  /** The logits of the last pass. */
+  #logits: Tensor | undefined;
 
   /** Throws ShapeError for settings out of range, GpuError where the cache does not fit. */
   constructor(model: PagedModel, settings: CacheSettings, adapters?: RowAdapters) {
@@ -85,6 +105,7 @@ export class PagedStep {
       throw new ShapeError(`cache: pageTokens must be a power of two, got ${pageTokens}`);
     this.#model = model;
     this.#adapters = adapters;
+    this.#choices = settings.choices ?? (gpu.isSoftware ? "host" : "device");
     this.#contextLength = contextLength;
     this.pages = Math.ceil(tokens / pageTokens);
     this.#most = Math.ceil(contextLength / pageTokens);
@@ -134,7 +155,62 @@ export class PagedStep {
    * sequence must be in order and follow what its cache has.
    */
   async run(tokens: readonly StepToken[], rows: readonly number[]): Promise<Float32Array[]> {
+    this.#pass(tokens, rows);
+    return this.readRows([...rows.keys()]);
+  }
+
+  /** A pass as `run`, of whose rows only what a choice mostly takes comes back: in one readback. */
+  async choices(tokens: readonly StepToken[], asked: readonly AskedRow[]): Promise<RowChoices[]> {
     const { gpu, config } = this.#model;
+    const logits = this.#pass(
+      tokens,
+      asked.map(({ at }) => at),
+    );
+    const [N, V] = [asked.length, config.vocabSize];
+    if (N === 0) return [];
+    if (this.#choices === "host") {
+      const rows = await this.readRows([...asked.keys()]);
+      return rows.map((row, i) => choicesOf(row, asked[i]?.temperature ?? 1));
+    }
+    const temperatures = tensor(
+      gpu,
+      asked.map(({ temperature }) => temperature),
+      [N],
+    );
+    const lists = topLogits(slice(logits, 0, [N, V]), temperatures);
+    const whole = [...asked.keys()].filter((i) => asked[i]?.isWhole);
+    const reading = gpu.read([lists, ...whole.map((i) => this.#row(i))]);
+    gpu.release(temperatures, lists);
+    const [words = new ArrayBuffer(0), ...rows] = await reading;
+    return asked.map((_, i) => {
+      const at = i * 4 * (lists.shape[1] ?? 0);
+      const count = Math.min(TOP, V);
+      const [rest = Number.NaN, heatedRest = Number.NaN] = new Float32Array(words, at + 8 * TOP, 2);
+      const row = rows[whole.indexOf(i)];
+      return {
+        ids: new Int32Array(words, at, count),
+        logits: new Float32Array(words, at + 4 * TOP, count),
+        ...{ rest, heatedRest, isAll: V <= TOP },
+        ...(row && { row: new Float32Array(row) }),
+      };
+    });
+  }
+
+  /** All logits [V] of some rows of the last pass, by their places among those that it was asked for. */
+  async readRows(rows: readonly number[]): Promise<Float32Array[]> {
+    if (rows.length === 0) return [];
+    const read = await this.#model.gpu.read(rows.map((i) => this.#row(i)));
+    return read.map((bytes) => new Float32Array(bytes));
+  }
+
+  #row(i: number): { buffer: GPUBuffer; offsetBytes: number; sizeBytes: number } {
+    const sizeBytes = 4 * this.#model.config.vocabSize;
+    return { buffer: (this.#logits as Tensor).buffer, offsetBytes: i * sizeBytes, sizeBytes };
+  }
+
+  /** Encodes a pass, whose logits come first in what is returned. */
+  #pass(tokens: readonly StepToken[], rows: readonly number[]): Tensor {
+    const { gpu } = this.#model;
     const [T, N] = [rounded(tokens.length), rounded(Math.max(1, rows.length))];
     const { plan, inputs, logits } = this.#planFor(T, N);
     const width = inputs.shape[1] ?? 0;
@@ -166,10 +242,8 @@ export class PagedStep {
     put(4, rows, 0);
     gpu.write(inputs, values);
     plan.run();
-    const V = config.vocabSize;
-    if (rows.length === 0) return [];
-    const [bytes = new ArrayBuffer(0)] = await gpu.read([slice(logits, 0, [rows.length, V])]);
-    return rows.map((_, i) => new Float32Array(bytes, 4 * i * V, V));
+    this.#logits = logits;
+    return logits;
   }
 
   destroy(): void {

@@ -1,4 +1,5 @@
 /** From logits to the next token. */
+import { TOP } from "../kernels/top-logits.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { Random } from "../tensor/random.ts";
 
@@ -64,103 +65,247 @@ function checkSampling(options: SamplingOptions): void {
   }
 }
 
-/** Draws the tokens of one answer, one after the other; the same seed draws the same. */
+/**
+ * What is known of a row of logits before it is read back: of its tokens those that come first by logit and, of equals, by id, at most TOP.
+ *
+ * A NaN counts as −∞. Sums are of exp(x − m), m the greatest logit.
+ */
+export interface RowChoices {
+  readonly ids: Int32Array;
+  readonly logits: Float32Array;
+  /** Σ exp(x − m) over all others. */
+  readonly rest: number;
+  /** Σ exp((x − m) / temperature) over all others. */
+  readonly heatedRest: number;
+  /** Whether there are no others. */
+  readonly isAll: boolean;
+  /** All logits [V], where they were read. */
+  readonly row?: Float32Array;
+}
+
+/** The choices of a row that is on the host. */
+export function choicesOf(row: Float32Array, temperature: number): RowChoices {
+  const values = row.map((x) => (Number.isNaN(x) ? Number.NEGATIVE_INFINITY : x));
+  const ids = Int32Array.from(largest(values, TOP));
+  const logits = Float32Array.from(ids, (id) => values[id] as number);
+  const others = values.length > TOP ? values : new Float32Array();
+  const most = logits[0] as number;
+  for (const id of ids) others[id] = Number.NEGATIVE_INFINITY;
+  const rest = sum(weightsOf(others, most, 1));
+  const heatedRest = temperature === 1 ? rest : sum(weightsOf(others, most, temperature));
+  return { ids, logits, rest, heatedRest, isAll: others.length === 0, row };
+}
+
+function rowOf({ ids, logits }: RowChoices): Float32Array {
+  const row = new Float32Array(ids.length);
+  ids.forEach((id, i) => {
+    row[id] = logits[i] as number;
+  });
+  return row;
+}
+
+/** exp((x − most) / temperature) of each. */
+function weightsOf(logits: Float32Array | Float64Array, most: number, temperature: number): Float64Array {
+  const weights = new Float64Array(logits.length);
+  for (let i = 0; i < weights.length; i++) {
+    const logit = logits[i] as number;
+    weights[i] = logit === Number.NEGATIVE_INFINITY ? 0 : logit === most ? 1 : Math.exp((logit - most) / temperature);
+  }
+  return weights;
+}
+
+/**
+ * Draws the tokens of one answer, one after the other; the same seed draws the same.
+ *
+ * A draw walks along the row's choices and then along all others by id, so that it is the same whether the row was read back or not.
+ */
 export class Sampler {
+  /** What `RowChoices.heatedRest` is to be for: the options' own, or 1 where nothing is drawn. */
+  readonly temperature: number;
   readonly #options: SamplingOptions;
   readonly #random: Random;
   readonly #prompt: ReadonlySet<number>;
   /** How often the answer has each token. */
   readonly #counts = new Map<number, number>();
-
   readonly #eosIds: readonly number[];
+  /** Whether logits are changed, and whether they may be raised. */
+  readonly #changes: boolean;
+  readonly #raises: boolean;
+  /** Drawn for the token that is being chosen, and how many of them were used in this attempt. */
+  readonly #uniforms: number[] = [];
+  #used = 0;
 
   /** A constraint knows nothing of `eosIds`: they are allowed where the answer may end. Throws ShapeError for settings out of range. */
   constructor(promptIds: readonly number[], options: SamplingOptions = {}, eosIds: readonly number[] = []) {
     checkSampling(options);
+    const { repetitionPenalty = 1, presencePenalty = 0, frequencyPenalty = 0, logitBias = new Map() } = options;
+    const biases = [...logitBias.values()];
+    this.#changes = repetitionPenalty !== 1 || presencePenalty !== 0 || frequencyPenalty !== 0 || biases.length > 0;
+    this.#raises =
+      repetitionPenalty < 1 || presencePenalty < 0 || frequencyPenalty < 0 || biases.some((bias) => !(bias <= 0));
+    this.temperature = options.temperature || 1;
     this.#options = options;
     this.#eosIds = eosIds;
     this.#random = new Random(options.seed ?? 0);
     this.#prompt = new Set(promptIds);
   }
 
+  /** Whether the next token cannot be told without its whole row: worth to know before anything is read. */
+  needsRow(top = 0): boolean {
+    const { temperature = 0, topK } = this.#options;
+    const isOfFew = temperature === 0 || (topK === undefined ? !this.#changes : topK < TOP);
+    return this.#raises || top > TOP || !isOfFew;
+  }
+
   /**
-   * The next token by its logits [V], and the `top` likeliest ones with their log-probabilities. With a constraint: the likeliest that is allowed,
-   * or one drawn from what the options leave, given that it is allowed; where none of these is, from what they leave of those that are.
+   * The next token, and the `top` likeliest ones with their log-probabilities; undefined where it takes the whole row and `choices` has none: to be
+   * asked again then. With a constraint: the likeliest that is allowed, or one drawn from what the options leave, given that it is allowed; where
+   * none of these is, from what they leave of those that are.
    *
    * Throws ShapeError where the constraint allows no token.
    */
-  next(logits: Float32Array, top = 0): SampledToken {
-    const { temperature = 0, constraint } = this.#options;
-    const changed = this.#penalised(logits);
-    const allows = (one: number): boolean =>
-      !constraint || (this.#eosIds.includes(one) ? constraint.mayEnd : constraint.allows(one));
-    const id = temperature === 0 ? argmax(changed, allows) : this.#drawAllowed(changed, allows);
-    if (id === undefined)
+  next(choices: RowChoices, top = 0): SampledToken | undefined {
+    const { row = choices.isAll ? rowOf(choices) : undefined } = choices;
+    if (top > TOP && !row) return undefined;
+    const known = this.#likeliest(choices);
+    const id = (known && this.#choose(known)) ?? (row && this.#chooseOfAll(row, choices));
+    if (id === undefined) {
+      if (!row) return undefined;
       throw new ShapeError(
         "generate: the constraint must allow a token of the vocabulary, got none that it allows here. Take a model whose tokens can write any text",
       );
-    if (!this.#eosIds.includes(id)) constraint?.accept(id);
-    this.#counts.set(id, (this.#counts.get(id) ?? 0) + 1);
-    const total = logSumExp(logits);
-    const scored = (one: number): ScoredToken => ({ id: one, logprob: (logits[one] ?? Number.NaN) - total });
-    return { ...scored(id), top: top === 0 ? [] : largest(logits, top).map(scored) };
-  }
-
-  #penalised(logits: Float32Array): Float32Array | Float64Array {
-    const { repetitionPenalty = 1, presencePenalty = 0, frequencyPenalty = 0, logitBias = new Map() } = this.#options;
-    if (repetitionPenalty === 1 && presencePenalty === 0 && frequencyPenalty === 0 && logitBias.size === 0)
-      return logits;
-    const changed = new Float64Array(logits);
-    const change = (id: number, by: (logit: number) => number): void => {
-      if (id < changed.length) changed[id] = by(changed[id] ?? 0);
-    };
-    if (repetitionPenalty !== 1)
-      for (const id of new Set([...this.#prompt, ...this.#counts.keys()]))
-        change(id, (logit) => (logit > 0 ? logit / repetitionPenalty : logit * repetitionPenalty));
-    for (const [id, count] of this.#counts) change(id, (logit) => logit - presencePenalty - count * frequencyPenalty);
-    for (const [id, bias] of logitBias) change(id, (logit) => logit + bias);
-    return changed;
-  }
-
-  #drawAllowed(logits: Float32Array | Float64Array, allows: (id: number) => boolean): number | undefined {
-    let choices = candidates(logits, this.#options);
-    // Those refused are struck out, which changes nothing of how the others share; where that would take long, all are looked at.
-    for (let n = 0; n < MOST_REFUSED && choices.ids.length > 0; n++) {
-      const id = this.#draw(choices);
-      if (allows(id)) return id;
-      choices = keep(choices, (one, weight) => one !== id && weight > 0);
     }
-    choices = keep(choices, allows);
-    if (choices.ids.length > 0) return this.#draw(choices);
-    const allowed = logits.map((logit, id) => (allows(id) ? logit : Number.NEGATIVE_INFINITY));
+    this.#uniforms.length = 0;
+    if (!this.#eosIds.includes(id)) this.#options.constraint?.accept(id);
+    this.#counts.set(id, (this.#counts.get(id) ?? 0) + 1);
+    const { ids, logits, rest } = choices;
+    const most = logits[0] as number;
+    const total = most + Math.log(sum(weightsOf(logits, most, 1)) + rest);
+    const scored = (one: number): ScoredToken => {
+      const at = ids.indexOf(one);
+      return { id: one, logprob: ((at < 0 ? row?.[one] : logits[at]) ?? Number.NaN) - total };
+    };
+    const listed = top > TOP && row ? largest(row, top) : [...ids.subarray(0, top)];
+    return { ...scored(id), top: listed.map(scored) };
+  }
+
+  readonly #allows = (id: number): boolean => {
+    const { constraint } = this.#options;
+    return !constraint || (this.#eosIds.includes(id) ? constraint.mayEnd : constraint.allows(id));
+  };
+
+  /** The first of the row as the options change it: nothing that is not in it would come before its last. */
+  #likeliest({ ids, logits, heatedRest, isAll }: RowChoices): Ranked | undefined {
+    if (!this.#changes) return { ids, logits, rest: heatedRest, isAll };
+    if (this.#raises && !isAll) return undefined;
+    const changed = Float64Array.from(logits, (logit, i) => this.#change(ids[i] as number, logit));
+    const [lastId, floor] = [ids.at(-1) as number, logits.at(-1) as number];
+    const order = Array.from(ids.keys()).sort((a, b) => {
+      const [one, other] = [changed[a] as number, changed[b] as number];
+      return one === other ? (ids[a] as number) - (ids[b] as number) : other - one;
+    });
+    // What was lowered below the last one's own logit may come after one of the others.
+    const kept = order.filter((i) => {
+      const logit = changed[i] as number;
+      return isAll || logit > floor || (logit === floor && (ids[i] as number) <= lastId);
+    });
+    return {
+      ids: Int32Array.from(kept, (i) => ids[i] as number),
+      logits: Float64Array.from(kept, (i) => changed[i] as number),
+      rest: isAll ? 0 : Number.NaN,
+      isAll,
+    };
+  }
+
+  #change(id: number, logit: number): number {
+    const { repetitionPenalty = 1, presencePenalty = 0, frequencyPenalty = 0, logitBias } = this.#options;
+    const count = this.#counts.get(id) ?? 0;
+    let changed = logit;
+    if (count > 0 || this.#prompt.has(id))
+      changed = changed > 0 ? changed / repetitionPenalty : changed * repetitionPenalty;
+    if (count > 0) changed -= presencePenalty + count * frequencyPenalty;
+    return changed + (logitBias?.get(id) ?? 0);
+  }
+
+  #chooseOfAll(row: Float32Array, { ids }: RowChoices): number | undefined {
+    const values = Float64Array.from(row);
+    for (let id = 0; id < values.length; id++) if (Number.isNaN(values[id])) values[id] = Number.NEGATIVE_INFINITY;
+    if (this.#changes)
+      for (const id of new Set([...this.#prompt, ...this.#counts.keys(), ...(this.#options.logitBias?.keys() ?? [])]))
+        if (id < values.length) values[id] = this.#change(id, values[id] as number);
+    if (this.temperature !== this.#options.temperature) return argmax(values, this.#allows);
+    const id = this.#choose(ranked(values, this.#changes ? largest(values, TOP) : ids));
+    if (id !== undefined || !this.#options.constraint) return id;
+    const allowed = values.map((logit, one) => (this.#allows(one) ? logit : Number.NEGATIVE_INFINITY));
     return allowed.some((logit) => logit > Number.NEGATIVE_INFINITY)
-      ? this.#draw(candidates(allowed, this.#options))
+      ? this.#draw(left(ranked(allowed, largest(allowed, TOP)), this.#options) as Choices)
       : undefined;
   }
 
-  #draw({ ids, weights }: Choices): number {
-    let left = this.#random.uniform() * sum(weights);
+  /** One of these, or undefined where it is none of them. */
+  #choose(all: Ranked): number | undefined {
+    if (this.temperature !== this.#options.temperature) return all.ids.find(this.#allows);
+    this.#used = 0;
+    let choices = left(all, this.#options);
+    // Those refused are struck out, which changes nothing of how the others share; where that would take long, all are looked at.
+    for (let n = 0; n < MOST_REFUSED && choices && choices.ids.length > 0; n++) {
+      const id = this.#draw(choices);
+      if (id === undefined || this.#allows(id)) return id;
+      choices = keep(choices, (one, weight) => one !== id && weight > 0);
+    }
+    if (!choices?.isAll) return undefined;
+    choices = keep(choices, this.#allows);
+    return choices.ids.length > 0 ? this.#draw(choices) : undefined;
+  }
+
+  /** One of these, or undefined where it is none of them. */
+  #draw({ ids, weights, rest, isAll }: Choices): number | undefined {
+    const uniform = this.#uniforms[this.#used] ?? this.#random.uniform();
+    this.#uniforms[this.#used++] = uniform;
+    let place = uniform * (sum(weights) + rest);
     let best = 0;
     for (let i = 0; i < weights.length; i++) {
       const weight = weights[i] as number;
-      left -= weight;
-      if (left < 0) return ids[i] as number;
+      place -= weight;
+      if (place < 0) return ids[i];
       if (weight > (weights[best] as number)) best = i;
     }
-    return ids[best] as number;
+    return isAll ? ids[best] : undefined;
   }
 }
 
 const MOST_REFUSED = 8;
 
-/** Tokens by id: flat, as there may be 150,000 of them for each row and step. */
-interface Choices {
+/** Tokens of a row, flat, as there may be 150,000 of them for each row and step: the likeliest, sorted, and after TOP of them any that there are. */
+interface Ranked {
   readonly ids: Int32Array;
+  readonly logits: Float32Array | Float64Array;
+  /** What exp((x − m) / temperature) of all others is together, m the greatest logit; NaN where that is not known. */
+  readonly rest: number;
+  /** Whether there are no others. */
+  readonly isAll: boolean;
+}
+
+/** Tokens in the order in which a draw walks along them. */
+interface Choices extends Omit<Ranked, "logits"> {
   /** In proportion to their probabilities. */
   readonly weights: Float64Array;
 }
 
-function keep({ ids, weights }: Choices, holds: (id: number, weight: number) => boolean): Choices {
+/** All tokens: the first ones, then the others by id. */
+function ranked(values: Float64Array, first: ArrayLike<number>): Ranked {
+  const [ids, isFirst] = [new Int32Array(values.length), new Uint8Array(values.length)];
+  ids.set(first);
+  for (let i = 0; i < first.length; i++) isFirst[first[i] as number] = 1;
+  let n = first.length;
+  for (let id = 0; id < ids.length; id++) if (isFirst[id] === 0) ids[n++] = id;
+  const logits = new Float64Array(ids.length);
+  for (let i = 0; i < ids.length; i++) logits[i] = values[ids[i] as number] as number;
+  return { ids, logits, rest: 0, isAll: true };
+}
+
+function keep(choices: Choices, holds: (id: number, weight: number) => boolean): Choices {
+  const { ids, weights } = choices;
   const kept = { ids: new Int32Array(ids.length), weights: new Float64Array(ids.length) };
   let n = 0;
   for (let i = 0; i < ids.length; i++) {
@@ -169,7 +314,7 @@ function keep({ ids, weights }: Choices, holds: (id: number, weight: number) => 
     kept.weights[n] = weights[i] as number;
     n++;
   }
-  return { ids: kept.ids.subarray(0, n), weights: kept.weights.subarray(0, n) };
+  return { ...choices, ids: kept.ids.subarray(0, n), weights: kept.weights.subarray(0, n) };
 }
 
 function sum(values: Float64Array): number {
@@ -178,32 +323,38 @@ function sum(values: Float64Array): number {
   return total;
 }
 
-function greatest(values: Float32Array | Float64Array): number {
-  let most = Number.NEGATIVE_INFINITY;
-  for (let i = 0; i < values.length; i++) most = Math.max(most, values[i] as number);
-  return most;
-}
-
-/** The tokens that may be drawn, by temperature, then top-k, top-p and min-p, each of what the one before left. Ties with the last one stay. */
-function candidates(
-  logits: Float32Array | Float64Array,
+/**
+ * What may be drawn, by temperature, then top-k, top-p and min-p, each of what the one before left. Ties with the last of top-k stay. Undefined
+ * where that takes more than these tokens.
+ */
+function left(
+  { ids, logits, rest, isAll }: Ranked,
   { temperature = 1, topK, topP = 1, minP = 0 }: SamplingOptions,
-): Choices {
-  const most = greatest(logits);
-  const least = topK !== undefined && topK < logits.length ? logits[largest(logits, topK).at(-1) ?? 0] : undefined;
-  let choices: Choices = { ids: new Int32Array(logits.length), weights: Float64Array.from(logits) };
-  for (let id = 0; id < logits.length; id++) choices.ids[id] = id;
-  if (least !== undefined) choices = keep(choices, (_, logit) => logit >= least);
-  choices = { ...choices, weights: choices.weights.map((logit) => Math.exp((logit - most) / temperature)) };
-  if (topP < 1) choices = nucleus(choices, topP);
-  return minP > 0 ? keep(choices, (_, weight) => weight >= minP) : choices; // the likeliest has weight 1
+): Choices | undefined {
+  if (ids.length === 0) return undefined;
+  let choices: Choices = { ids, weights: weightsOf(logits, logits[0] as number, temperature), rest, isAll };
+  if (topK !== undefined && (!isAll || topK < ids.length)) {
+    const least = logits[topK <= TOP ? topK - 1 : (largest(logits, topK).at(-1) as number)];
+    if (least === undefined || (!isAll && least === logits.at(-1))) return undefined;
+    let n = 0;
+    choices = { ...keep(choices, () => (logits[n++] as number) >= least), rest: 0, isAll: true };
+  }
+  if (Number.isNaN(choices.rest)) return undefined;
+  if (topP < 1) {
+    const closed = nucleus(choices, topP);
+    if (!closed) return undefined;
+    choices = closed;
+  }
+  if (minP === 0) return choices; // the likeliest has weight 1
+  if (!choices.isAll && (choices.weights.at(-1) as number) >= minP) return undefined;
+  return { ...keep(choices, (_, weight) => weight >= minP), rest: 0, isAll: true };
 }
 
-/** The likeliest choices up to the first with which they have the share p. */
-function nucleus(choices: Choices, p: number): Choices {
-  const total = sum(choices.weights);
+/** The likeliest choices up to the first with which they have the share p; undefined where these are too few. */
+function nucleus(choices: Choices, p: number): Choices | undefined {
+  const total = sum(choices.weights) + choices.rest;
   // All that are below this together have less than 1 − p: none of them is in the nucleus, and the others are few.
-  const floor = ((1 - p) * total) / choices.ids.length;
+  const floor = choices.isAll ? ((1 - p) * total) / choices.ids.length : 0;
   const likely = keep(choices, (_, weight) => weight >= floor);
   const order = Array.from(likely.ids.keys()).sort(
     (a, b) => (likely.weights[b] as number) - (likely.weights[a] as number),
@@ -213,8 +364,9 @@ function nucleus(choices: Choices, p: number): Choices {
     mass += likely.weights[i] as number;
     return mass >= p * total;
   });
+  if (end < 0 && !choices.isAll) return undefined;
   const inside = new Set((end < 0 ? order : order.slice(0, end + 1)).map((i) => likely.ids[i]));
-  return keep(likely, (id) => inside.has(id));
+  return { ...keep(likely, (id) => inside.has(id)), rest: 0, isAll: true };
 }
 
 /** Index of the largest value that is allowed; the first of equals. Asks only of those above all that were allowed before. */
@@ -241,8 +393,6 @@ export function largest(values: Float32Array | Float64Array, n: number): number[
 }
 
 export function logSumExp(values: Float32Array): number {
-  const most = greatest(values);
-  let total = 0;
-  for (let i = 0; i < values.length; i++) total += Math.exp((values[i] as number) - most);
-  return most + Math.log(total);
+  const most = values.reduce((a, b) => Math.max(a, b), Number.NEGATIVE_INFINITY);
+  return most + Math.log(sum(weightsOf(values, most, 1)));
 }

@@ -80,6 +80,8 @@ import softmax from "../../src/kernels/softmax.wgsl";
 import softmaxBackward from "../../src/kernels/softmax-backward.wgsl";
 import squareSums from "../../src/kernels/square-sums.wgsl";
 import tokenHits from "../../src/kernels/token-hits.wgsl";
+import { topLogits as topLogitsOf } from "../../src/kernels/top-logits.ts";
+import topLogits from "../../src/kernels/top-logits.wgsl";
 import transpose from "../../src/kernels/transpose.wgsl";
 import unary from "../../src/kernels/unary.wgsl";
 import { unpackMatrix, withPlainScales } from "../../src/kernels/unpack.ts";
@@ -143,6 +145,7 @@ export const KERNELS: Readonly<Record<string, string>> = {
   "softmax-backward": softmaxBackward,
   "square-sums": squareSums,
   "token-hits": tokenHits,
+  "top-logits": topLogits,
   transpose,
   unary,
   unpack,
@@ -285,6 +288,7 @@ export function otherVariants(): Variant[] {
           ...([empty(onGpu, [2, columns], "variants"), empty(onGpu, [columns, rank], "variants")] as const),
           ...([empty(onGpu, [2, rank], "variants"), 1, plan] as const),
         );
+  topLogitsOf(empty(onGpu, [2, 1025], "variants"), empty(onGpu, [2], "variants"));
   const onCpu = new Recorder({ isSoftware: true });
   for (const recorder of [onGpu, onCpu])
     for (const K of [8, 7])

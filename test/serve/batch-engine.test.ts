@@ -1,5 +1,8 @@
 // Generation for many: what each gets is what it would get alone, whoever else is there.
-import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { mkdtemp, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
 import { diskDirectory } from "../../src/io/files.ts";
 import { loadModel } from "../../src/models/load.ts";
 import { BatchEngine, type EngineOptions } from "../../src/serve/batch-engine.ts";
@@ -9,6 +12,7 @@ import { generate, generateTokens } from "../../src/serve/generate.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { testGpu } from "../harness.ts";
+import { writeTinyModel } from "../tiny-model.ts";
 
 type Model = Awaited<ReturnType<typeof loadModel>>;
 let model: Model;
@@ -17,9 +21,13 @@ beforeAll(async () => {
 });
 afterAll(() => model.destroy());
 
-async function withEngine<T>(options: EngineOptions, run: (engine: BatchEngine) => Promise<T>): Promise<T> {
+async function withEngine<T>(
+  options: EngineOptions,
+  run: (engine: BatchEngine) => Promise<T>,
+  on: Model = model,
+): Promise<T> {
   const before = model.gpu.counters();
-  const engine = new BatchEngine(model, options);
+  const engine = new BatchEngine(on, options);
   try {
     return await run(engine);
   } finally {
@@ -218,6 +226,79 @@ describe("memory", () => {
       for await (const _ of running) rest++;
       expect(rest, "what was sampled before it left").toBeLessThanOrEqual(1);
     });
+  });
+});
+
+describe("with more words than the likeliest that are listed", () => {
+  let home = "";
+  let wide: Model;
+  beforeAll(async () => {
+    home = await mkdtemp(join(tmpdir(), "lowrank-choices-"));
+    await writeTinyModel(home, { config: { vocab_size: 300 } });
+    wide = await loadModel(await testGpu(), diskDirectory(home));
+  });
+  afterAll(async () => {
+    wide.destroy();
+    await rm(home, { recursive: true });
+  });
+
+  test("the device's choices give the answers of the host's; a step reads once, and once more for all whose rows are needed", async () => {
+    const all = [
+      {},
+      { temperature: 0.8 },
+      { temperature: 1, topK: 7 },
+      { temperature: 2, topP: 0.999 },
+      { temperature: 2, minP: 1e-9 },
+      { temperature: 1, presencePenalty: 0.5 },
+      { temperature: 1, frequencyPenalty: -0.5 },
+    ].map((options, seed) => ({
+      ...{ promptIds: [5, 100, 250, 7, 31], maxTokens: 10, seed, logprobs: 2 },
+      ...options,
+    }));
+    const answersOf = (choices: "device" | "host", requests: readonly GenerationRequest[]) =>
+      withEngine(
+        { choices },
+        async (engine) => {
+          const before = wide.gpu.counters().readbacks;
+          const answers = await Promise.all(requests.map((request) => idsOf(engine, request)));
+          return { answers, reads: wide.gpu.counters().readbacks - before, steps: engine.stats().steps };
+        },
+        wide,
+      );
+    const found = await answersOf("device", all);
+    expect(found.answers).toEqual((await answersOf("host", all)).answers);
+    expect(found.reads).toBeGreaterThan(found.steps);
+    expect(found.reads).toBeLessThanOrEqual(2 * found.steps);
+    for (const requests of [all.slice(0, 1), all.slice(2, 3), all.slice(5)]) {
+      const { reads, steps } = await answersOf("device", requests);
+      expect(reads, "what is known up front comes with the choices").toBe(steps);
+    }
+  });
+
+  test("one that is dropped while its row is read ends, and those beside it go on", async () => {
+    const request = { promptIds: [5, 100, 250, 7, 31], maxTokens: 6, temperature: 2, topP: 0.9999, seed: 3 };
+    const rowBytes = 4 * wide.config.vocabSize;
+    await withEngine(
+      { choices: "device" },
+      async (engine) => {
+        const expected = await idsOf(engine, request);
+        const controller = new AbortController();
+        const own = wide.gpu.read.bind(wide.gpu);
+        let rows = 0;
+        const spy = vi.spyOn(wide.gpu, "read").mockImplementation((sources) => {
+          if (sources[0]?.sizeBytes !== rowBytes) return own(sources);
+          rows += sources.length;
+          const reading = own(sources);
+          if (rows > 2) controller.abort();
+          return reading;
+        });
+        const dropped = idsOf(engine, { ...request, signal: controller.signal });
+        expect(await idsOf(engine, request)).toEqual(expected);
+        expect((await dropped).length).toBeLessThan(expected.length);
+        spy.mockRestore();
+      },
+      wide,
+    );
   });
 });
 

@@ -4,6 +4,7 @@ import { Sampler, type SamplingOptions } from "../../src/serve/sampling.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { expectClose, freshSeed } from "../harness.ts";
+import { nextOf } from "./next-of.ts";
 
 const golden = JSON.parse(readFileSync("test/golden/sampling.json", "utf8")) as {
   prompt: number[];
@@ -21,7 +22,7 @@ describe("sampling", () => {
       const seed = freshSeed();
       const counts = new Float64Array(logits.length);
       for (let i = 0; i < DRAWS; i++) {
-        const { id } = new Sampler(golden.prompt, { ...settings, seed: seed + i }).next(logits);
+        const { id } = nextOf(new Sampler(golden.prompt, { ...settings, seed: seed + i }), logits);
         counts[id] = (counts[id] ?? 0) + 1;
       }
       for (const [id, p] of probabilities.entries()) {
@@ -37,7 +38,7 @@ describe("sampling", () => {
 
   test("says what the model thought of a token, whatever was done to the logits, and of the likeliest ones", () => {
     const sampler = new Sampler(golden.prompt, { temperature: 2, seed: 4, logitBias: new Map([[5, 100]]) });
-    const { id, logprob, top } = sampler.next(logits, 3);
+    const { id, logprob, top } = nextOf(sampler, logits, 3);
     expect(id).toBe(5);
     expectClose([logprob], [golden.log_softmax[5] ?? 0], 1e-6);
     const order = golden.log_softmax
@@ -55,7 +56,7 @@ describe("sampling", () => {
     const flat = Float32Array.of(3, 2.5, 2.2, 0);
     const draw = (options: SamplingOptions, n: number): number[] => {
       const sampler = new Sampler([0, 0, 0], options);
-      return Array.from({ length: n }, () => sampler.next(flat).id);
+      return Array.from({ length: n }, () => nextOf(sampler, flat).id);
     };
     expect(draw({}, 3)).toEqual([0, 0, 0]);
     expect(draw({ presencePenalty: 0.6 }, 4)).toEqual([0, 1, 0, 0]); // 2.4, then 1.9: after that both have paid
@@ -69,7 +70,7 @@ describe("sampling", () => {
     const values = Float32Array.from({ length: 50 }, () => random.normal(0, 3));
     const best = values.indexOf(Math.max(...values));
     for (const options of [{ topK: 1 }, { topP: 1e-9 }, { minP: 1 }, { temperature: 1e-6 }])
-      expect(new Sampler([], { temperature: 1, ...options, seed: random.uint32() }).next(values).id).toBe(best);
+      expect(nextOf(new Sampler([], { temperature: 1, ...options, seed: random.uint32() }), values).id).toBe(best);
   });
 
   test("refuses settings out of range", () => {
