@@ -99,40 +99,47 @@ const usageOf = (promptTokens: number, count: number): Usage => ({
 const shown = (tokens: readonly TextToken[], length: number): TextToken[] =>
   tokens.filter(({ offset }) => offset < length);
 
+/** A piece of one of the choices. */
+export type Indexed = readonly [index: number, piece: TextPiece];
+
 /** The answer in one object. */
-export async function wholeAnswer(pieces: AsyncIterable<TextPiece>, options: AnswerOptions): Promise<object> {
+export async function wholeAnswer(pieces: AsyncIterable<Indexed>, options: AnswerOptions): Promise<object> {
   const { style, head, promptTokens, texts } = options;
-  let text = "";
-  let reason: TextPiece["finishReason"];
-  const tokens: TextToken[] = [];
-  for await (const piece of pieces) {
-    text += piece.text;
-    tokens.push(...piece.tokens);
-    reason = piece.finishReason;
+  const choices: { text: string; reason: TextPiece["finishReason"]; readonly tokens: TextToken[] }[] = [];
+  for await (const [index, piece] of pieces) {
+    const choice = choices[index] ?? { text: "", reason: undefined, tokens: [] };
+    choices[index] = choice;
+    choice.text += piece.text;
+    choice.tokens.push(...piece.tokens);
+    choice.reason = piece.finishReason;
   }
-  const logprobs = texts ? style.logprobs(shown(tokens, text.length), texts) : null;
-  const choice = { index: 0, ...style.wholeText(text), logprobs, finish_reason: reason };
-  return { object: style.whole, ...head, choices: [choice], usage: usageOf(promptTokens, tokens.length) };
+  const said = choices.map(({ text, reason, tokens }, index) => {
+    const logprobs = texts ? style.logprobs(shown(tokens, text.length), texts) : null;
+    return { index, ...style.wholeText(text), logprobs, finish_reason: reason };
+  });
+  const count = choices.reduce((sum, { tokens }) => sum + tokens.length, 0);
+  return { object: style.whole, ...head, choices: said, usage: usageOf(promptTokens, count) };
 }
 
-/** The answer in chunks: with the text, then the reason of its end, then the counts where they are asked for. */
+/** The answer in chunks: of each choice the text, then the reason of its end; then the counts where they are asked for. */
 export async function* answerChunks(
-  pieces: AsyncIterable<TextPiece>,
+  pieces: AsyncIterable<Indexed>,
   { style, head, promptTokens, texts, includeUsage }: AnswerOptions & { readonly includeUsage: boolean },
 ): AsyncGenerator<object, void, undefined> {
   const chunk = (choices: readonly object[], usage: Usage | null = null): object => ({
     ...{ object: style.chunk, ...head, choices },
     ...(includeUsage && { usage }),
   });
-  const choice = (what: object, tokens: readonly TextToken[] = [], reason: string | null = null): object[] => {
-    const logprobs = texts && tokens.length > 0 ? style.logprobs(tokens, texts) : null;
-    return [{ index: 0, ...what, logprobs, finish_reason: reason }];
-  };
-  let [length, count, hasBegun] = [0, 0, false];
-  for await (const { text, tokens, finishReason } of pieces) {
-    if (!hasBegun && style.beginning) yield chunk(choice(style.beginning));
-    hasBegun = true;
-    length += text.length;
+  const lengths: number[] = [];
+  let count = 0;
+  for await (const [index, { text, tokens, finishReason }] of pieces) {
+    const choice = (what: object, its: readonly TextToken[] = [], reason: string | null = null): object[] => {
+      const logprobs = texts && its.length > 0 ? style.logprobs(its, texts) : null;
+      return [{ index, ...what, logprobs, finish_reason: reason }];
+    };
+    if (lengths[index] === undefined && style.beginning) yield chunk(choice(style.beginning));
+    const length = (lengths[index] ?? 0) + text.length;
+    lengths[index] = length;
     count += tokens.length;
     if (text !== "") yield chunk(choice(style.moreText(text), shown(tokens, length)));
     if (finishReason) yield chunk(choice(style.moreText(undefined), [], finishReason));

@@ -4,7 +4,7 @@ import { secureHeaders } from "hono/secure-headers";
 import type { ChatTemplate } from "../../io/chat-template.ts";
 import type { TokenBytes, Tokenizer } from "../../io/tokenizer.ts";
 import { ShapeError } from "../../tensor/errors.ts";
-import type { Engine } from "../engine-types.ts";
+import type { Engine, GenerationRequest } from "../engine-types.ts";
 import { QueueFull } from "../errors.ts";
 import { type TextPiece, textOf } from "../text.ts";
 import { type FindAdapter, RuntimeAdapters } from "./adapters.ts";
@@ -14,6 +14,7 @@ import {
   answerChunks,
   chatStyle,
   completionStyle,
+  type Indexed,
   TokenTexts,
   wholeAnswer,
 } from "./answers.ts";
@@ -22,6 +23,7 @@ import { ApiError } from "./errors.ts";
 import { eventStream } from "./event-stream.ts";
 import type { Fields } from "./fields.ts";
 import { busy, demandHost, exactHosts, exactOrigins, Gate, Keys } from "./guards.ts";
+import { merged } from "./merged.ts";
 import { Metrics } from "./metrics.ts";
 import { type Asked, askedChat, askedCompletion, noSuchModel, type Served } from "./requests.ts";
 
@@ -246,7 +248,7 @@ class Server {
           model: asked.model,
           system_fingerprint: this.#options.fingerprint ?? "lowrank",
         },
-        promptTokens: asked.generation.promptIds.length,
+        promptTokens: asked.generations[0].promptIds.length,
         texts: asked.hasLogprobs ? this.#texts : undefined,
       };
       const pieces = this.#pieces(asked, answer);
@@ -265,30 +267,40 @@ class Server {
   }
 
   /** The text of an answer as it comes. Ends the answer with it. */
-  async *#pieces({ generation, stop }: Asked, answer: Answer): AsyncGenerator<TextPiece, void, undefined> {
-    const { engine, tokenizer } = this.#options;
-    const { promptIds, maxTokens } = generation;
-    const room = Math.min(maxTokens, engine.contextLength - promptIds.length);
+  async *#pieces({ generations, stop }: Asked, answer: Answer): AsyncGenerator<Indexed, void, undefined> {
     const start = this.#clock();
     let isFirst = true;
+    const { controller } = answer;
     try {
-      const { signal } = answer.controller;
-      const { adapter } = generation;
-      // It may have been unloaded since the request was read.
-      if (adapter !== undefined && !engine.adapters.includes(adapter)) throw noSuchModel(adapter);
-      const tokens = engine.generate({ ...generation, signal });
-      const isDone = (): boolean => generation.constraint?.isDone ?? false;
-      for await (const piece of textOf(tokens, { tokenizer, promptIds, stop, room, isDone })) {
-        if (signal.aborted) break;
+      const choices = generations.map((generation) => this.#choice(generation, stop, controller.signal));
+      for await (const piece of merged(choices, () => controller.abort())) {
         if (isFirst) this.#metrics.firstText.observe((this.#clock() - start) / 1000);
         isFirst = false;
         yield piece;
       }
-      if (signal.aborted) throw unavailable();
       this.#metrics.whole.observe((this.#clock() - start) / 1000);
     } finally {
       answer.end();
     }
+  }
+
+  async *#choice(
+    generation: GenerationRequest,
+    stop: readonly string[],
+    signal: AbortSignal,
+  ): AsyncGenerator<TextPiece, void, undefined> {
+    const { engine, tokenizer } = this.#options;
+    const { adapter, promptIds, maxTokens } = generation;
+    const room = Math.min(maxTokens, engine.contextLength - promptIds.length);
+    // It may have been unloaded since the request was read.
+    if (adapter !== undefined && !engine.adapters.includes(adapter)) throw noSuchModel(adapter);
+    const tokens = engine.generate({ ...generation, signal });
+    const isDone = (): boolean => generation.constraint?.isDone ?? false;
+    for await (const piece of textOf(tokens, { tokenizer, promptIds, stop, room, isDone })) {
+      if (signal.aborted) break;
+      yield piece;
+    }
+    if (signal.aborted) throw unavailable();
   }
 
   /** An answer for this key, which ends early where its client goes away. Throws a 429. */

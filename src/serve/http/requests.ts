@@ -29,7 +29,8 @@ export interface PromptLimits {
 export interface Asked {
   /** As the client named it. */
   readonly model: string;
-  readonly generation: GenerationRequest;
+  /** One for each choice: the same but for the seed, each beside the one before, and for what goes along with an answer. */
+  readonly generations: readonly [GenerationRequest, ...GenerationRequest[]];
   readonly stop: readonly string[];
   readonly stream: boolean;
   /** Whether a stream ends with the counts of tokens. */
@@ -56,10 +57,10 @@ export function askedChat(fields: Fields, served: Served): Asked {
   return {
     ...rest(fields, unknown),
     model,
-    generation: {
-      ...{ adapter, promptIds, maxTokens: maxTokens ?? most, ...samplingOf(fields, served.tokenizer) },
+    generations: choicesOf(fields, served.tokenizer, {
+      ...{ adapter, promptIds, maxTokens: maxTokens ?? most },
       ...(wantsLogprobs && { logprobs: top ?? 0 }),
-    },
+    }),
     hasLogprobs: wantsLogprobs,
     unknown: [...fields.unknown(), ...unknown],
   };
@@ -75,10 +76,10 @@ export function askedCompletion(fields: Fields, served: Served): Asked {
   return {
     ...rest(fields, unknown),
     model,
-    generation: {
-      ...{ adapter, promptIds, maxTokens, ...samplingOf(fields, served.tokenizer) },
+    generations: choicesOf(fields, served.tokenizer, {
+      ...{ adapter, promptIds, maxTokens },
       ...(logprobs !== undefined && { logprobs }),
-    },
+    }),
     hasLogprobs: logprobs !== undefined,
     unknown: [...fields.unknown(), ...unknown],
   };
@@ -98,7 +99,6 @@ export const noSuchModel = (model: string): ApiError =>
 const UNSUPPORTED: Readonly<Record<string, (value: unknown) => boolean>> = {
   ...{ tools: isEmpty, functions: isEmpty },
   ...{ tool_choice: (value) => value === "none" || value === "auto", function_call: (value) => value === "none" },
-  ...{ n: (value) => value === 1, best_of: (value) => value === 1 },
   modalities: (value) => JSON.stringify(value) === '["text"]',
   ...{ echo: (value) => value === false, suffix: (value) => value === "" },
   ...{ audio: never, prediction: never, web_search_options: never },
@@ -118,8 +118,7 @@ const SILENT = [
 function rest(fields: Fields, unknown: string[]): Pick<Asked, "stop" | "stream" | "includeUsage"> {
   for (const [field, isHarmless] of Object.entries(UNSUPPORTED)) {
     const value = fields.any(field);
-    if (value !== undefined && !isHarmless(value))
-      throw fields.refuse(field, field === "n" || field === "best_of" ? "1" : "left out: it is not supported");
+    if (value !== undefined && !isHarmless(value)) throw fields.refuse(field, "left out: it is not supported");
   }
   for (const field of SILENT) fields.any(field);
   const stream = fields.flag("stream") ?? false;
@@ -139,8 +138,28 @@ function stopsOf(fields: Fields): readonly string[] {
   return stops as string[];
 }
 
+const MOST_CHOICES = 16;
+
+/** As many as `n` says. */
+function choicesOf(
+  fields: Fields,
+  tokenizer: Served["tokenizer"],
+  request: Omit<GenerationRequest, keyof SamplingOptions>,
+): [GenerationRequest, ...GenerationRequest[]] {
+  const n = fields.whole("n", 1, MOST_CHOICES) ?? 1;
+  const best = fields.any("best_of");
+  if (best !== undefined && best !== n) throw fields.refuse("best_of", `left out, or n = ${n}`);
+  const first = { ...request, ...samplingOf(fields, tokenizer) };
+  const { seed } = first;
+  const others = Array.from({ length: n - 1 }, (_, i) => {
+    const constraint = formatOf(fields, tokenizer);
+    return { ...first, seed: seed > 0 ? seed - i - 1 : seed + i + 1, ...(constraint && { constraint }) };
+  });
+  return [first, ...others];
+}
+
 /** OpenAI's defaults: a temperature of 1 and another answer each time. */
-function samplingOf(fields: Fields, tokenizer: Served["tokenizer"]): SamplingOptions {
+function samplingOf(fields: Fields, tokenizer: Served["tokenizer"]): SamplingOptions & { readonly seed: number } {
   const topK = fields.whole("top_k", -1, 2 ** 31);
   const topP = fields.number("top_p", "a number above 0 and at most 1", (x) => x > 0 && x <= 1);
   const minP = fields.range("min_p", 0, 1);

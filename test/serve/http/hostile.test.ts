@@ -159,8 +159,9 @@ const cases: Case[] = [
   ...Object.entries(OUT_OF_RANGE).flatMap(([name, values]) =>
     [...values, ...NO_NUMBERS].map((value) => field(COMPLETION, { [name]: value })),
   ),
-  ...[0, -1, 2, 1.5, "1", 1e6].map((n) => field(COMPLETION, { n })),
-  ...[0, 2, "1"].map((best) => field(COMPLETION, { best_of: best })),
+  ...[0, -1, 17, 1.5, "1", "2", 1e6, 1e9, true, [2], {}].map((n) => field(COMPLETION, { n })),
+  ...[0, 2, "1", 17].map((best) => field(COMPLETION, { best_of: best })),
+  field(COMPLETION, { n: 2, best_of: 3 }, "best_of"),
   ...[-1, 21, 1.5, "5"].map((top) => field(CHAT, { top_logprobs: top, logprobs: true }, "top_logprobs")),
   ...[field(CHAT, { top_logprobs: 2 }), field(CHAT, { logprobs: 3 }), field(CHAT, { logprobs: "true" })],
   ...[201, 0, -5, "7"].map((most) => field(CHAT, { max_completion_tokens: most })),

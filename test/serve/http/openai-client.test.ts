@@ -2,7 +2,8 @@
 import OpenAI, { APIError, AuthenticationError, BadRequestError, NotFoundError, RateLimitError } from "openai";
 import { afterAll, beforeAll, beforeEach, expect, test } from "vitest";
 import { type Listening, listen } from "../../../src/cli/serve-node.ts";
-import { API_KEY, FakeEngine, type TestApp, testApp, until } from "./harness.ts";
+import type { GenerationRequest } from "../../../src/serve/engine-types.ts";
+import { API_KEY, FakeEngine, pause, type TestApp, testApp, until } from "./harness.ts";
 
 let server: Listening;
 let served: TestApp;
@@ -311,4 +312,83 @@ test("a client that goes away ends its answer, streamed or whole", async () => {
     expect(lastRequest().signal?.aborted).toBe(true);
     await asked;
   }
+});
+
+/** An answer for each seed. */
+const bySeed = ({ seed }: GenerationRequest): string[] => ["seed", ` ${seed}`];
+
+test("several choices are drawn with seeds beside each other, and the prompt is counted once", async () => {
+  engine.reply = bySeed;
+  const answer = await client.completions.create({
+    model: "base",
+    prompt: "Hi",
+    n: 3,
+    best_of: 3,
+    seed: 7,
+    logprobs: 0,
+  });
+  expect(answer.choices.map(({ index, text, finish_reason }) => [index, text, finish_reason])).toEqual([
+    [0, "seed 7", "stop"],
+    [1, "seed 6", "stop"],
+    [2, "seed 5", "stop"],
+  ]);
+  expect(answer.choices.map(({ logprobs }) => logprobs?.tokens?.length)).toEqual([6, 6, 6]);
+  expect(answer.usage).toEqual({ prompt_tokens: 3, completion_tokens: 18, total_tokens: 21 });
+  const negative = await client.completions.create({ model: "base", prompt: "Hi", n: 2, seed: -7 });
+  expect(negative.choices.map(({ text }) => text)).toEqual(["seed -7", "seed -6"]);
+});
+
+test("chunks of a stream say which choice they are of, each of which begins and ends once", async () => {
+  engine.reply = bySeed;
+  const stream = await client.chat.completions.create({
+    ...{ model: "base", messages: [...messages], n: 3, seed: 7, stream: true, stream_options: { include_usage: true } },
+  });
+  const [texts, roles, ends] = [
+    ["", "", ""],
+    [0, 0, 0],
+    [0, 0, 0],
+  ];
+  let usage: OpenAI.CompletionUsage | null | undefined;
+  for await (const chunk of stream) {
+    usage = chunk.usage;
+    for (const { index, delta, finish_reason } of chunk.choices) {
+      texts[index] += delta.content ?? "";
+      roles[index] = (roles[index] ?? 0) + (delta.role ? 1 : 0);
+      ends[index] = (ends[index] ?? 0) + (finish_reason ? 1 : 0);
+    }
+  }
+  expect({ texts, roles, ends }).toEqual({ texts: ["seed 7", "seed 6", "seed 5"], roles: [1, 1, 1], ends: [1, 1, 1] });
+  expect(usage?.completion_tokens).toBe(18);
+});
+
+test("whoever goes away from several choices ends all of them", async () => {
+  engine.reply = async function* ({ signal }) {
+    while (!signal?.aborted) {
+      yield "more ";
+      await pause(5);
+    }
+  };
+  const leave = new AbortController();
+  const body = { model: "base", prompt: "Hi", n: 3, stream: true } as const;
+  const stream = await client.completions.create(body, { signal: leave.signal });
+  const reading = (async () => {
+    for await (const _ of stream);
+  })();
+  await until(() => engine.running === 3, "three choices are being made");
+  leave.abort();
+  await reading.catch(() => undefined);
+  await until(() => engine.running === 0, "all have ended");
+});
+
+test("a choice that fails ends the others", async () => {
+  engine.reply = async function* ({ seed, signal }) {
+    if (seed === 5) throw new Error("broken");
+    while (!signal?.aborted) {
+      yield "more ";
+      await pause(5);
+    }
+  };
+  const asked = client.completions.create({ model: "base", prompt: "Hi", n: 3, seed: 7, max_tokens: 190 });
+  await expect(asked).rejects.toThrow("500 the server failed at this request");
+  await until(() => engine.running === 0, "all have ended");
 });

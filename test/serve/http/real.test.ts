@@ -128,3 +128,42 @@ test("a schema that cannot be kept to is a 400 that names its place", async () =
   await expect(refused).rejects.toThrow(BadRequestError);
   await expect(refused).rejects.toMatchObject({ param: "response_format", message: expect.stringContaining("email") });
 });
+
+test("choices of one prompt differ when drawn and not when greedy, and the prompt's pages are computed once", async () => {
+  const prompt = Array.from({ length: 40 }, (_, i) => 3 + (i % 50));
+  const before = engine.stats();
+  const { choices } = await client.completions.create({
+    ...{ model: "loud", prompt, n: 4, temperature: 1, seed: 1, max_tokens: MAX_TOKENS },
+  });
+  expect(new Set(choices.map(({ text }) => text)).size).toBe(4);
+  const after = engine.stats();
+  expect(after.promptTokens - before.promptTokens).toBe(4 * 40);
+  expect(after.cachedPromptTokens - before.cachedPromptTokens, "two pages for each of the others").toBe(3 * 32);
+  const greedy = await client.completions.create({
+    ...{ model: "loud", prompt: "Once upon", n: 3, temperature: 0, max_tokens: MAX_TOKENS },
+  });
+  expect(greedy.choices.map(({ text }) => text)).toEqual(
+    Array.from({ length: 3 }, () => expected.get("loud Once upon")),
+  );
+  const schema = {
+    type: "object",
+    properties: { age: { type: "integer", minimum: 0, maximum: 99 } },
+    required: ["age"],
+  };
+  const people = await client.chat.completions.create({
+    ...{
+      model: "base",
+      messages: [{ role: "user", content: "Who?" }],
+      max_tokens: 60,
+      temperature: 1.5,
+      seed: 3,
+      n: 3,
+    },
+    response_format: {
+      type: "json_schema",
+      json_schema: { name: "person", schema: { ...schema, additionalProperties: false }, strict: true },
+    },
+  });
+  for (const { message } of people.choices) expect(JSON.parse(message.content ?? "")).toHaveProperty("age");
+  expect(engine.stats()).toMatchObject({ running: 0, waiting: 0, kvPagesUsed: 0 });
+});
