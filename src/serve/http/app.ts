@@ -248,7 +248,7 @@ class Server {
           model: asked.model,
           system_fingerprint: this.#options.fingerprint ?? "lowrank",
         },
-        promptTokens: asked.generations[0].promptIds.length,
+        promptTokens: asked.generations.reduce((sum, [one]) => sum + (one?.promptIds.length ?? 0), 0),
         texts: asked.hasLogprobs ? this.#texts : undefined,
       };
       const pieces = this.#pieces(asked, answer);
@@ -272,8 +272,8 @@ class Server {
     let isFirst = true;
     const { controller } = answer;
     try {
-      const choices = generations.map((generation) => this.#choice(generation, stop, controller.signal));
-      for await (const piece of merged(choices, () => controller.abort())) {
+      const groups = generations.map((of) => of.map((one) => this.#choice(one, stop, controller.signal)));
+      for await (const piece of merged(groups, () => controller.abort())) {
         if (isFirst) this.#metrics.firstText.observe((this.#clock() - start) / 1000);
         isFirst = false;
         yield piece;

@@ -29,8 +29,8 @@ export interface PromptLimits {
 export interface Asked {
   /** As the client named it. */
   readonly model: string;
-  /** One for each choice: the same but for the seed, each beside the one before, and for what goes along with an answer. */
-  readonly generations: readonly [GenerationRequest, ...GenerationRequest[]];
+  /** For each prompt, its choices: the same but for the seed, each beside the one before, and for what goes along with an answer. */
+  readonly generations: readonly (readonly GenerationRequest[])[];
   readonly stop: readonly string[];
   readonly stream: boolean;
   /** Whether a stream ends with the counts of tokens. */
@@ -57,8 +57,8 @@ export function askedChat(fields: Fields, served: Served): Asked {
   return {
     ...rest(fields, unknown),
     model,
-    generations: choicesOf(fields, served.tokenizer, {
-      ...{ adapter, promptIds, maxTokens: maxTokens ?? most },
+    generations: choicesOf(fields, served.tokenizer, [promptIds], {
+      ...{ adapter, maxTokens: maxTokens ?? most },
       ...(wantsLogprobs && { logprobs: top ?? 0 }),
     }),
     hasLogprobs: wantsLogprobs,
@@ -69,15 +69,15 @@ export function askedChat(fields: Fields, served: Served): Asked {
 /** `POST /v1/completions`. Throws an ApiError that names field, rule and value. */
 export function askedCompletion(fields: Fields, served: Served): Asked {
   const { model, adapter } = modelOf(fields, served);
-  const promptIds = promptOf(fields, served);
+  const prompts = promptsOf(fields, served);
   const logprobs = fields.whole("logprobs", 0, 5);
   const maxTokens = fields.whole("max_tokens", 1, served.limits.maxTokens) ?? Math.min(16, served.limits.maxTokens);
   const unknown: string[] = [];
   return {
     ...rest(fields, unknown),
     model,
-    generations: choicesOf(fields, served.tokenizer, {
-      ...{ adapter, promptIds, maxTokens },
+    generations: choicesOf(fields, served.tokenizer, prompts, {
+      ...{ adapter, maxTokens },
       ...(logprobs !== undefined && { logprobs }),
     }),
     hasLogprobs: logprobs !== undefined,
@@ -140,22 +140,23 @@ function stopsOf(fields: Fields): readonly string[] {
 
 const MOST_CHOICES = 16;
 
-/** As many as `n` says. */
+/** As many to each prompt as `n` says. */
 function choicesOf(
   fields: Fields,
   tokenizer: Served["tokenizer"],
-  request: Omit<GenerationRequest, keyof SamplingOptions>,
-): [GenerationRequest, ...GenerationRequest[]] {
-  const n = fields.whole("n", 1, MOST_CHOICES) ?? 1;
+  prompts: readonly (readonly number[])[],
+  request: Omit<GenerationRequest, keyof SamplingOptions | "promptIds">,
+): GenerationRequest[][] {
+  const n = fields.whole("n", 1, Math.floor(MOST_CHOICES / prompts.length)) ?? 1;
   const best = fields.any("best_of");
   if (best !== undefined && best !== n) throw fields.refuse("best_of", `left out, or n = ${n}`);
-  const first = { ...request, ...samplingOf(fields, tokenizer) };
-  const { seed } = first;
-  const others = Array.from({ length: n - 1 }, (_, i) => {
-    const constraint = formatOf(fields, tokenizer);
-    return { ...first, seed: seed > 0 ? seed - i - 1 : seed + i + 1, ...(constraint && { constraint }) };
-  });
-  return [first, ...others];
+  const { seed, ...sampling } = samplingOf(fields, tokenizer);
+  return prompts.map((promptIds) =>
+    Array.from({ length: n }, (_, i) => ({
+      ...{ ...request, promptIds, ...sampling, seed: seed > 0 ? seed - i : seed + i },
+      constraint: formatOf(fields, tokenizer),
+    })),
+  );
 }
 
 /** OpenAI's defaults: a temperature of 1 and another answer each time. */
@@ -168,7 +169,6 @@ function samplingOf(fields: Fields, tokenizer: Served["tokenizer"]): SamplingOpt
   const presencePenalty = fields.range("presence_penalty", -2, 2);
   const frequencyPenalty = fields.range("frequency_penalty", -2, 2);
   const logitBias = biasOf(fields.object("logit_bias"), tokenizer.vocabSize);
-  const constraint = formatOf(fields, tokenizer);
   return {
     temperature: fields.range("temperature", 0, 2) ?? 1,
     seed: fields.whole("seed", Number.MIN_SAFE_INTEGER, Number.MAX_SAFE_INTEGER) ?? freshSeed(),
@@ -179,7 +179,6 @@ function samplingOf(fields: Fields, tokenizer: Served["tokenizer"]): SamplingOpt
     ...(presencePenalty !== undefined && { presencePenalty }),
     ...(frequencyPenalty !== undefined && { frequencyPenalty }),
     ...(logitBias && { logitBias }),
-    ...(constraint && { constraint }),
   };
 }
 
@@ -267,12 +266,16 @@ function rendered(messages: readonly Message[], template: ChatTemplate | undefin
   }
 }
 
-function promptOf(fields: Fields, served: Served): readonly number[] {
-  const rule = "a text, a list of token ids, or a list of one of them";
+/** Of a text, a list of ids, or a list of either. */
+function promptsOf(fields: Fields, served: Served): readonly (readonly number[])[] {
   const value = fields.any("prompt");
-  const [only] = Array.isArray(value) ? value : [];
-  const isWrapped = Array.isArray(value) && value.length === 1 && typeof only !== "number";
-  const prompt: unknown = isWrapped ? only : value;
+  if (!Array.isArray(value) || typeof value[0] === "number") return [promptOf(value, fields, served)];
+  if (value.length > MOST_CHOICES) throw fields.refuse("prompt", `of at most ${MOST_CHOICES} texts or lists`);
+  return value.length === 0 ? [promptOf(value, fields, served)] : value.map((one) => promptOf(one, fields, served));
+}
+
+function promptOf(prompt: unknown, fields: Fields, served: Served): readonly number[] {
+  const rule = "a text, a list of token ids, or a list of texts or of such lists";
   if (typeof prompt === "string") return encoded(prompt, "prompt", served, true);
   if (!Array.isArray(prompt) || prompt.length === 0) throw fields.refuse("prompt", rule);
   const { vocabSize } = served.tokenizer;

@@ -338,6 +338,30 @@ test("several choices are drawn with seeds beside each other, and the prompt is 
   expect(negative.choices.map(({ text }) => text)).toEqual(["seed -7", "seed -6"]);
 });
 
+test("several prompts have their choices one after the other, and are all counted", async () => {
+  engine.reply = ({ promptIds, seed }) => [`${promptIds.length} `, `${seed}`];
+  const prompt = ["Hi", "Hello"];
+  const answer = await client.completions.create({ model: "base", prompt, n: 2, seed: 7 });
+  const texts = ["3 7", "3 6", "6 7", "6 6"];
+  expect(answer.choices.map(({ index, text }) => [index, text])).toEqual(texts.map((text, i) => [i, text]));
+  expect(answer.usage).toEqual({ prompt_tokens: 9, completion_tokens: 12, total_tokens: 21 });
+  const streamed = ["", "", "", ""];
+  for await (const { choices } of await client.completions.create({
+    ...{
+      model: "base",
+      prompt: [
+        [1, 2, 3],
+        [1, 2, 3, 4, 5, 6],
+      ],
+      n: 2,
+      seed: 7,
+      stream: true,
+    },
+  }))
+    for (const { index, text } of choices) streamed[index] += text;
+  expect(streamed).toEqual(texts);
+});
+
 test("chunks of a stream say which choice they are of, each of which begins and ends once", async () => {
   engine.reply = bySeed;
   const stream = await client.chat.completions.create({
