@@ -122,5 +122,8 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
     y[to + thread] = ids[thread];
     y[to + TOP + thread] = bits_of(max(keys[thread], LOWEST));
   }
-  if (thread < 2u) { y[to + 2u * TOP + thread] = bitcast<u32>(sums[0][thread]); }
+  if (thread == 0u) {
+    y[to + 2u * TOP] = bitcast<u32>(sums[0].x);
+    y[to + 2u * TOP + 1u] = bitcast<u32>(sums[0].y);
+  }
 }

@@ -5,6 +5,7 @@ import { type LowRankRows, loraShrinkRows, rowUnits } from "../../src/kernels/lo
 import { type Layout, type MatmulOptions, matmul } from "../../src/kernels/matmul.ts";
 import type { MatmulPlan } from "../../src/kernels/matmul-plans.ts";
 import { pagedAttention } from "../../src/kernels/paged.ts";
+import { topLogits } from "../../src/kernels/top-logits.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { expectClose, freshSeed, type Nd, nd, randomNd } from "../harness.ts";
@@ -273,4 +274,37 @@ test("a barrier in a function of the kernel's own parts what it should, at the s
   expect(races).toEqual([]);
   expect([...(outputs.y ?? [])]).toEqual([3, 2, 1, 0]);
   expect(findRaces({ ...check, source: source.replace("workgroupBarrier();", "") }).races.length).toBeGreaterThan(0);
+});
+
+/** `top-logits` in small, which the interpreter can run: 4 of 16, by 4 threads. */
+const SMALL: Readonly<Record<string, number>> = { WG: 4, TOP: 4, CHUNK: 16, WORDS: 10 };
+
+/** The likeliest of a row, edited. */
+function likeliest(edit: (source: string) => string = (source) => source) {
+  const small = (source: string): string =>
+    source.replace(
+      /^const (WG|TOP|CHUNK|WORDS): u32 = \d+u;/gm,
+      (_, name: string) => `const ${name}: u32 = ${SMALL[name]}u;`,
+    );
+  const gpu = new Interpreter((source) => edit(small(source)), {});
+  const random = new Random(freshSeed());
+  const row = Float32Array.from({ length: 14 }, () => random.normal());
+  const y = topLogits(tensor(gpu, row, [1, row.length]), tensor(gpu, [1], [1]));
+  const order = [...row.keys()].sort((a, b) => (row[b] as number) - (row[a] as number));
+  return { gpu, ids: [...new Int32Array(gpu.values(y.buffer).buffer, 0, 4)], expected: order.slice(0, 4) };
+}
+
+test("no threads race in listing the likeliest of a row", () => {
+  const { gpu, ids, expected } = likeliest();
+  expect(gpu.races).toEqual([]);
+  expect(ids).toEqual(expected);
+});
+
+test.each([0, 1, 2, 3, 4])("without its barrier %i listing the likeliest races", (n) => {
+  let calls = 0;
+  const { gpu } = likeliest((source) =>
+    source.replaceAll("workgroupBarrier();", (call) => (calls++ % 5 === n ? "" : call)),
+  );
+  expect(calls).toBe(5);
+  expect(gpu.races.join("\n")).toMatch(/Data race on '(keys|ids|sums)'/);
 });
