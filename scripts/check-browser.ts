@@ -3,7 +3,7 @@ import { gzipSync } from "node:zlib";
 import { build } from "esbuild";
 
 /** kB, by gzip, of each entry alone. */
-const BUDGETS_KB = { index: 118, serve: 60, browser: 8 };
+const BUDGETS_KB = { index: 120, serve: 60, browser: 8 };
 
 const kb = (bytes: number): string => (bytes / 1000).toFixed(1);
 
