@@ -63,7 +63,7 @@ export function gaussianProcess(
 
 /** Priors that are tried before the best one is refined, and rounds of refining. */
 const TRIES = 40;
-const ROUNDS = 3;
+const ROUNDS = 6;
 
 /** The process whose prior makes the values likeliest, of random ones and then of steps from the best along each of its numbers. */
 export function fitGaussianProcess(
