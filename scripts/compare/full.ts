@@ -28,7 +28,7 @@ const BASE = "demo/base";
 const DOMAINS = { pirate: pirateTales, letter: letters, notice: notices };
 const SEEDS = [1, 2, 3];
 /** Pirate tales go on to be learned where the loss of the others has long stood still. */
-const STEPS = { pirate: 1000, letter: 300, notice: 300 };
+const STEPS = { pirate: 1000, letter: 300, notice: 500 };
 const EVALUATE_EVERY = 100;
 const PATIENCE = 3;
 const BATCH = 4;
