@@ -81,7 +81,9 @@ export function serveCommand(): Command {
       whole("serve", "--max-lora-rank <n>", "largest rank of an adapter (default: that of --adapter, or 16)", 1),
     )
     .addOption(whole("serve", "--max-queue <n>", "requests that may wait; more are told to come again (429)", 0, 64))
-    .addOption(whole("serve", "--max-concurrent <n>", "requests at a time for one key", 1, 64))
+    .addOption(
+      whole("serve", "--max-concurrent <n>", "answers at a time for one key; each choice of a request counts", 1, 64),
+    )
     .addOption(whole("serve", "--max-connections <n>", "connections at a time (in Node)", 1, 1024))
     .addOption(whole("serve", "--max-tokens <n>", "most that a request may ask for (default: the model's context)", 1))
     .addOption(

@@ -36,7 +36,7 @@ export interface ServeLimits {
   readonly promptTokens: number;
   /** Largest `max_tokens`; the context. */
   readonly maxTokens: number;
-  /** Answers at a time for one key; 64. Without keys all count as one. */
+  /** Answers at a time for one key, each choice of a request one; 64. Without keys all count as one key. */
   readonly concurrentPerKey: number;
   /** A quiet stream gets a comment as often; 15 seconds. */
   readonly keepAliveMs: number;
@@ -238,6 +238,7 @@ class Server {
     const answer = this.#begin(c.get("key"), c.req.raw.signal);
     try {
       const asked = read(await readFields(c.req.raw, this.#limits), this.#served);
+      answer.widen(asked.generations.flat().length);
       const warnings = warningsOf(asked.unknown);
       if (warnings !== undefined) c.header("Warnings", warnings);
       const options: AnswerOptions = {
@@ -305,7 +306,7 @@ class Server {
 
   /** An answer for this key, which ends early where its client goes away. Throws a 429. */
   #begin(key: number, gone: AbortSignal): Answer {
-    const leave = this.#gate.enter(key);
+    const leaving = [this.#gate.enter(key)];
     const controller = new AbortController();
     const stop = (): void => {
       if (controller.signal.aborted || !this.#answers.has(controller)) return;
@@ -316,11 +317,12 @@ class Server {
     this.#answers.add(controller);
     const end = (): void => {
       gone.removeEventListener("abort", stop);
-      leave();
+      for (const leave of leaving) leave();
       this.#answers.delete(controller);
       if (this.#answers.size === 0) this.#onIdle();
     };
-    return { controller, stop, end, isStreamed: false };
+    const widen = (count: number): void => void leaving.push(this.#gate.enter(key, count - 1));
+    return { controller, widen, stop, end, isStreamed: false };
   }
 
   async drain(deadlineMs: number): Promise<void> {
@@ -338,6 +340,8 @@ class Server {
 
 interface Answer {
   readonly controller: AbortController;
+  /** It is of so many, each of which counts. Throws a 429. */
+  widen(count: number): void;
   /** Ends it early: nobody waits. */
   stop(): void;
   /** It has ended. */

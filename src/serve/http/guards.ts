@@ -79,14 +79,15 @@ export class Gate {
     this.#most = mostPerKey;
   }
 
-  /** Gives what has to be called when it has ended; calling it again does nothing. Throws a 429. */
-  enter(key: number): () => void {
-    const count = this.#running.get(key) ?? 0;
-    if (count >= this.#most) throw busy(`a key must have at most ${this.#most} requests at a time, got one more`);
-    this.#running.set(key, count + 1);
+  /** For so many answers; gives what has to be called when they have ended. Calling it again does nothing. Throws a 429. */
+  enter(key: number, count = 1): () => void {
+    const running = this.#running.get(key) ?? 0;
+    if (running + count > this.#most)
+      throw busy(`a key must have at most ${this.#most} answers at a time, got ${running} and ${count} more`);
+    this.#running.set(key, running + count);
     let isIn = true;
     return () => {
-      if (isIn) this.#running.set(key, (this.#running.get(key) ?? 1) - 1);
+      if (isIn) this.#running.set(key, (this.#running.get(key) ?? count) - count);
       isIn = false;
     };
   }

@@ -221,7 +221,7 @@ describe("limits", () => {
     await until(() => engine.running === 2, "two are running");
     const third = await ask(API_KEY);
     expect([third.status, third.headers.get("retry-after")]).toEqual([429, "1"]);
-    expect((await errorOf(third)).message).toBe("a key must have at most 2 requests at a time, got one more");
+    expect((await errorOf(third)).message).toBe("a key must have at most 2 answers at a time, got 2 and 1 more");
     const other = ask("another");
     await until(() => engine.running === 3, "another key has its own");
     end();
@@ -230,6 +230,19 @@ describe("limits", () => {
       expect((await ask(API_KEY)).status, "a place is given back").toBe(200);
       expect((await (await ask(API_KEY, true)).text()).endsWith("data: [DONE]\n\n")).toBe(true);
       expect((await post("/v1/completions", { model: "x" }, bearer(API_KEY))).status).toBe(404);
+    }
+  });
+
+  test("each choice counts, and all are given back", async () => {
+    const { post } = testApp({ limits: { concurrentPerKey: 4 } });
+    for (let i = 0; i < 5; i++) {
+      const many = await post("/v1/completions", { ...completion, prompt: ["a", "b"], n: 3 });
+      expect(many.status).toBe(429);
+      expect((await errorOf(many)).message).toBe("a key must have at most 4 answers at a time, got 1 and 5 more");
+      for (const stream of [false, true]) {
+        const response = await post("/v1/completions", { ...completion, n: 4, stream });
+        expect(response.status, await response.text()).toBe(200);
+      }
     }
   });
 
