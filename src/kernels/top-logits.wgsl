@@ -9,7 +9,7 @@
 const WG: u32 = 256u;
 const TOP: u32 = 64u;
 const CHUNK: u32 = 1024u;
-const WORDS: u32 = 130u;
+const WORDS: u32 = 2u * TOP + 2u;
 const NONE: u32 = 0xffffffffu;
 const LOWEST: u32 = 0x007fffffu;  // the key of −∞
 const HIGHEST: u32 = 0xff800000u;  // of ∞

@@ -276,28 +276,30 @@ test("a barrier in a function of the kernel's own parts what it should, at the s
   expect(findRaces({ ...check, source: source.replace("workgroupBarrier();", "") }).races.length).toBeGreaterThan(0);
 });
 
-/** `top-logits` in small, which the interpreter can run: 4 of 16, by 4 threads. */
-const SMALL: Readonly<Record<string, number>> = { WG: 4, TOP: 4, CHUNK: 16, WORDS: 10 };
-
-/** The likeliest of a row, edited. */
+/** The likeliest of a row as a list of 4, of chunks of 16 in two passes, edited. */
 function likeliest(edit: (source: string) => string = (source) => source) {
-  const small = (source: string): string =>
-    source.replace(
-      /^const (WG|TOP|CHUNK|WORDS): u32 = \d+u;/gm,
-      (_, name: string) => `const ${name}: u32 = ${SMALL[name]}u;`,
-    );
-  const gpu = new Interpreter((source) => edit(small(source)), {});
+  const gpu = new Interpreter(edit, {});
   const random = new Random(freshSeed());
-  const row = Float32Array.from({ length: 14 }, () => random.normal());
-  const y = topLogits(tensor(gpu, row, [1, row.length]), tensor(gpu, [1], [1]));
+  const row = Float32Array.from({ length: 30 }, () => random.normal());
+  const y = topLogits(tensor(gpu, row, [1, row.length]), tensor(gpu, [0.5], [1]), { TOP: 4, CHUNK: 16, WG: 4 });
+  const values = gpu.values(y.buffer);
   const order = [...row.keys()].sort((a, b) => (row[b] as number) - (row[a] as number));
-  return { gpu, ids: [...new Int32Array(gpu.values(y.buffer).buffer, 0, 4)], expected: order.slice(0, 4) };
+  const logits = order.map((id) => row[id] as number);
+  const rest = (temperature: number): number =>
+    logits.slice(4).reduce((sum, x) => sum + Math.exp((x - (logits[0] as number)) / temperature), 0);
+  return {
+    gpu,
+    ids: [...new Int32Array(values.buffer, 0, 4)],
+    values: values.slice(4, 10),
+    expected: { ids: order.slice(0, 4), values: [...logits.slice(0, 4), rest(1), rest(0.5)] },
+  };
 }
 
-test("no threads race in listing the likeliest of a row", () => {
-  const { gpu, ids, expected } = likeliest();
+test("no threads race in listing the likeliest of a row, and all of the list is right", () => {
+  const { gpu, ids, values, expected } = likeliest();
   expect(gpu.races).toEqual([]);
-  expect(ids).toEqual(expected);
+  expect(ids).toEqual(expected.ids);
+  expectClose(values, expected.values, 1e-6, "logits and sums");
 });
 
 test.each([0, 1, 2, 3, 4])("without its barrier %i listing the likeliest races", (n) => {
@@ -305,6 +307,6 @@ test.each([0, 1, 2, 3, 4])("without its barrier %i listing the likeliest races",
   const { gpu } = likeliest((source) =>
     source.replaceAll("workgroupBarrier();", (call) => (calls++ % 5 === n ? "" : call)),
   );
-  expect(calls).toBe(5);
+  expect(calls).toBe(10);
   expect(gpu.races.join("\n")).toMatch(/Data race on '(keys|ids|sums)'/);
 });
