@@ -20,7 +20,7 @@ import { writeTinyModel } from "../tiny-model.ts";
 import { randomAdapter } from "./adapters.ts";
 import { ADMIN_KEY, eventsOf, type TestApp, testApp } from "./http/harness.ts";
 
-const [STREAMS, EACH, MAX_TOKENS] = [64, 4, 8];
+const [STREAMS, EACH, MAX_TOKENS, ROWS] = [64, 4, 8, 16];
 const STAY = ["a", "b", "c"];
 /** Comes and goes, with the weights of one and another by turns. */
 const VISITOR = "guest";
@@ -95,7 +95,7 @@ test.each(["host", "device"] as const)(
     const pool = new AdapterPool(model, { pages: 16, maxRank: 9 });
     for (const name of STAY) await pool.register(name, await readAdapter(folders.get(name) as Directory));
     pool.enable();
-    const engine = new BatchEngine(model, { adapters: pool, maxRows: 16, maxStepTokens: 32, choices });
+    const engine = new BatchEngine(model, { adapters: pool, maxRows: ROWS, maxStepTokens: 32, choices });
     const app = testApp({
       ...{ engine, tokenizer, adminKey: ADMIN_KEY, limits: { concurrentPerKey: 1000 } },
       adapterDirectory: async (name) => folders.get(name),
@@ -107,7 +107,8 @@ test.each(["host", "device"] as const)(
       for (let i = 0; i < EACH; i++) {
         const name = ["base", ...STAY, VISITOR][random.below(5)] as string;
         const prompt = PROMPTS[random.below(PROMPTS.length)] as number[];
-        const { status, text } = await ask(app, name, prompt, random.uniform() < 0.3 ? 1 + random.below(5) : undefined);
+        // Some leave while they wait for a place, or before they have read anything.
+        const { status, text } = await ask(app, name, prompt, random.uniform() < 0.3 ? random.below(6) : undefined);
         const models = name === VISITOR ? ["d", "e"] : [name];
         if (text === undefined) counts.cutOff++;
         else if (status === 404 && name === VISITOR) counts.unknown++;
@@ -136,6 +137,13 @@ test.each(["host", "device"] as const)(
       }
     };
     await Promise.all([comeAndGo(), ...Array.from({ length: STREAMS }, (_, n) => stream(n))]);
+    let together = 0;
+    const full = Array.from({ length: ROWS }, async () => {
+      for await (const _ of engine.generate({ promptIds: [5], maxTokens: MAX_TOKENS }))
+        together = Math.max(together, engine.stats().running);
+    });
+    await Promise.all(full);
+    expect(together, "all rows are free again").toBe(ROWS);
     await app.app.drain(10_000);
     expect(counts.whole + counts.cutOff + counts.unknown).toBe(STREAMS * EACH);
     expect(counts.whole, "answered whole").toBeGreaterThan(STREAMS);
