@@ -17,7 +17,9 @@ import {
   type RowAdapters,
   type StepToken,
 } from "./paged-step.ts";
-import { type RowChoices, type SampledToken, Sampler } from "./sampling.ts";
+import type { RowChoices } from "./row-choices.ts";
+import { type SampledToken, Sampler } from "./sampling.ts";
+import { TokenStream } from "./token-stream.ts";
 
 /** Adapters by name, of which some are resident: see `AdapterPool`. */
 export interface ServedAdapters extends RowAdapters {
@@ -398,65 +400,4 @@ export function engineCacheBytes(model: Pick<PagedModel, "config">, options: Eng
   const { cacheTokens = 4 * contextLength, maxRows = 32 } = options;
   const tokens = Math.ceil(cacheTokens / pageTokens) * pageTokens;
   return cacheBytes(model, { tokens, pageTokens, sequences: maxRows, contextLength, format });
-}
-
-/** Tokens on their way to who asked for them. */
-class TokenStream implements AsyncGenerator<SampledToken, void, undefined> {
-  readonly #tokens: SampledToken[] = [];
-  readonly #onReturn: () => void;
-  #isEnded = false;
-  #error: unknown;
-  #wake: (() => void) | undefined;
-
-  constructor(onReturn: () => void) {
-    this.#onReturn = onReturn;
-  }
-
-  push(token: SampledToken): void {
-    this.#tokens.push(token);
-    this.#wake?.();
-  }
-
-  end(error?: unknown): void {
-    if (this.#isEnded) return;
-    this.#isEnded = true;
-    this.#error = error;
-    this.#wake?.();
-  }
-
-  async next(): Promise<IteratorResult<SampledToken, void>> {
-    for (;;) {
-      const token = this.#tokens.shift();
-      if (token) return { value: token, done: false };
-      if (this.#isEnded) {
-        const error = this.#error;
-        this.#error = undefined;
-        if (error !== undefined) throw error;
-        return { value: undefined, done: true };
-      }
-      await new Promise<void>((wake) => {
-        this.#wake = wake;
-      });
-    }
-  }
-
-  async return(): Promise<IteratorResult<SampledToken, void>> {
-    this.#tokens.length = 0;
-    this.end();
-    this.#onReturn();
-    return { value: undefined, done: true };
-  }
-
-  async throw(error: unknown): Promise<IteratorResult<SampledToken, void>> {
-    await this.return();
-    throw error;
-  }
-
-  [Symbol.asyncIterator](): this {
-    return this;
-  }
-
-  async [Symbol.asyncDispose](): Promise<void> {
-    await this.return();
-  }
 }

@@ -3,7 +3,7 @@ import { ShapeError } from "../tensor/errors.ts";
 import { checkPrompt } from "./generate.ts";
 import { PagePool } from "./page-pool.ts";
 import { type PagedModel, PagedStep, type RowAdapters, type StepToken } from "./paged-step.ts";
-import { largest, logSumExp } from "./sampling.ts";
+import { largest, logSumExp } from "./row-choices.ts";
 
 export interface BeamSearchOptions {
   readonly promptIds: readonly number[];

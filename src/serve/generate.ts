@@ -1,7 +1,8 @@
 import type { Gpu } from "../gpu/gpu.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { readAll, type Tensor, tensor } from "../tensor/tensor.ts";
-import { choicesOf, type SampledToken, Sampler, type SamplingOptions } from "./sampling.ts";
+import { choicesOf } from "./row-choices.ts";
+import { type SampledToken, Sampler, type SamplingOptions } from "./sampling.ts";
 
 /** What generation needs of a model. `C` is the model's own cache. */
 export interface Generator<C> {

@@ -7,7 +7,7 @@ import { TOP, topLogits } from "../kernels/top-logits.ts";
 import type { PagedRow } from "../models/causal.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { empty, slice, type Tensor, tensor, VIEW_ALIGNMENT, view } from "../tensor/tensor.ts";
-import { choicesOf, type RowChoices } from "./sampling.ts";
+import { choicesOf, type RowChoices } from "./row-choices.ts";
 
 /** What generation for many needs of a model. */
 export interface PagedModel {
@@ -50,7 +50,7 @@ export interface CacheSettings {
 export interface AskedRow {
   /** Among the tokens of the pass. */
   readonly at: number;
-  /** Of `RowChoices.heatedRest`, above 0. */
+  /** Of `RowChoices.temperedRest`, above 0. */
   readonly temperature: number;
   /** Whether all its logits are wanted. */
   readonly isWhole: boolean;
@@ -185,12 +185,12 @@ export class PagedStep {
     return asked.map((_, i) => {
       const at = i * 4 * (lists.shape[1] ?? 0);
       const count = Math.min(TOP, V);
-      const [rest = Number.NaN, heatedRest = Number.NaN] = new Float32Array(words, at + 8 * TOP, 2);
+      const [rest = Number.NaN, temperedRest = Number.NaN] = new Float32Array(words, at + 8 * TOP, 2);
       const row = rows[whole.indexOf(i)];
       return {
         ids: new Int32Array(words, at, count),
         logits: new Float32Array(words, at + 4 * TOP, count),
-        ...{ rest, heatedRest, isAll: V <= TOP },
+        ...{ rest, temperedRest, isAll: V <= TOP },
         ...(row && { row: new Float32Array(row) }),
       };
     });

@@ -2,6 +2,7 @@
 import { TOP } from "../kernels/top-logits.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { Random } from "../tensor/random.ts";
+import { largest, type RowChoices, rowOf, sum, weightsOf } from "./row-choices.ts";
 
 export interface SamplingOptions {
   /** 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature). 0 unless given. */
@@ -66,61 +67,12 @@ function checkSampling(options: SamplingOptions): void {
 }
 
 /**
- * What is known of a row of logits before it is read back: of its tokens those that come first by logit and, of equals, by id, at most TOP.
- *
- * A NaN counts as −∞. Sums are of exp(x − m), m the greatest logit.
- */
-export interface RowChoices {
-  readonly ids: Int32Array;
-  readonly logits: Float32Array;
-  /** Σ exp(x − m) over all others. */
-  readonly rest: number;
-  /** Σ exp((x − m) / temperature) over all others. */
-  readonly heatedRest: number;
-  /** Whether there are no others. */
-  readonly isAll: boolean;
-  /** All logits [V], where they were read. */
-  readonly row?: Float32Array;
-}
-
-/** The choices of a row that is on the host. */
-export function choicesOf(row: Float32Array, temperature: number): RowChoices {
-  const values = row.map((x) => (Number.isNaN(x) ? Number.NEGATIVE_INFINITY : x));
-  const ids = Int32Array.from(largest(values, TOP));
-  const logits = Float32Array.from(ids, (id) => values[id] as number);
-  const others = values.length > TOP ? values : new Float32Array();
-  const most = logits[0] as number;
-  for (const id of ids) others[id] = Number.NEGATIVE_INFINITY;
-  const rest = sum(weightsOf(others, most, 1));
-  const heatedRest = temperature === 1 ? rest : sum(weightsOf(others, most, temperature));
-  return { ids, logits, rest, heatedRest, isAll: others.length === 0, row };
-}
-
-function rowOf({ ids, logits }: RowChoices): Float32Array {
-  const row = new Float32Array(ids.length);
-  ids.forEach((id, i) => {
-    row[id] = logits[i] as number;
-  });
-  return row;
-}
-
-/** exp((x − most) / temperature) of each. */
-function weightsOf(logits: Float32Array | Float64Array, most: number, temperature: number): Float64Array {
-  const weights = new Float64Array(logits.length);
-  for (let i = 0; i < weights.length; i++) {
-    const logit = logits[i] as number;
-    weights[i] = logit === Number.NEGATIVE_INFINITY ? 0 : logit === most ? 1 : Math.exp((logit - most) / temperature);
-  }
-  return weights;
-}
-
-/**
  * Draws the tokens of one answer, one after the other; the same seed draws the same.
  *
  * A draw walks along the row's choices and then along all others by id, so that it is the same whether the row was read back or not.
  */
 export class Sampler {
-  /** What `RowChoices.heatedRest` is to be for: the options' own, or 1 where nothing is drawn. */
+  /** What `RowChoices.temperedRest` is to be for: the options' own, or 1 where nothing is drawn. */
   readonly temperature: number;
   readonly #options: SamplingOptions;
   readonly #random: Random;
@@ -195,8 +147,8 @@ export class Sampler {
   };
 
   /** The first of the row as the options change it: nothing that is not in it would come before its last. */
-  #likeliest({ ids, logits, heatedRest, isAll }: RowChoices): Ranked | undefined {
-    if (!this.#changes) return { ids, logits, rest: heatedRest, isAll };
+  #likeliest({ ids, logits, temperedRest, isAll }: RowChoices): Ranked | undefined {
+    if (!this.#changes) return { ids, logits, rest: temperedRest, isAll };
     if (this.#raises && !isAll) return undefined;
     const changed = Float64Array.from(logits, (logit, i) => this.#change(ids[i] as number, logit));
     const [lastId, floor] = [ids.at(-1) as number, logits.at(-1) as number];
@@ -238,7 +190,7 @@ export class Sampler {
     if (id !== undefined || !this.#options.constraint) return id;
     const allowed = values.map((logit, one) => (this.#allows(one) ? logit : Number.NEGATIVE_INFINITY));
     return allowed.some((logit) => logit > Number.NEGATIVE_INFINITY)
-      ? this.#draw(left(ranked(allowed, largest(allowed, TOP)), this.#options) as Choices)
+      ? this.#draw(remaining(ranked(allowed, largest(allowed, TOP)), this.#options) as Choices)
       : undefined;
   }
 
@@ -246,7 +198,7 @@ export class Sampler {
   #choose(all: Ranked): number | undefined {
     if (this.temperature !== this.#options.temperature) return all.ids.find(this.#allows);
     this.#used = 0;
-    let choices = left(all, this.#options);
+    let choices = remaining(all, this.#options);
     // Those refused are struck out, which changes nothing of how the others share; where that would take long, all are looked at.
     for (let n = 0; n < MOST_REFUSED && choices && choices.ids.length > 0; n++) {
       const id = this.#draw(choices);
@@ -317,17 +269,11 @@ function keep(choices: Choices, holds: (id: number, weight: number) => boolean):
   return { ...choices, ids: kept.ids.subarray(0, n), weights: kept.weights.subarray(0, n) };
 }
 
-function sum(values: Float64Array): number {
-  let total = 0;
-  for (let i = 0; i < values.length; i++) total += values[i] as number;
-  return total;
-}
-
 /**
  * What may be drawn, by temperature, then top-k, top-p and min-p, each of what the one before left. Ties with the last of top-k stay. Undefined
  * where that takes more than these tokens.
  */
-function left(
+function remaining(
   { ids, logits, rest, isAll }: Ranked,
   { temperature = 1, topK, topP = 1, minP = 0 }: SamplingOptions,
 ): Choices | undefined {
@@ -375,24 +321,4 @@ function argmax(values: ArrayLike<number>, allows: (index: number) => boolean): 
   for (let i = 0; i < values.length; i++)
     if ((best === undefined || (values[i] ?? 0) > (values[best] ?? 0)) && allows(i)) best = i;
   return best;
-}
-
-/** Indices of the n largest values, the largest first. */
-export function largest(values: Float32Array | Float64Array, n: number): number[] {
-  const kept: number[] = [];
-  const valueAt = (i: number): number => values[kept[i] ?? 0] ?? 0;
-  for (let index = 0; index < values.length; index++) {
-    const value = values[index] as number;
-    if (kept.length === n && value <= valueAt(n - 1)) continue;
-    let at = kept.length;
-    while (at > 0 && value > valueAt(at - 1)) at--;
-    kept.splice(at, 0, index);
-    if (kept.length > n) kept.pop();
-  }
-  return kept;
-}
-
-export function logSumExp(values: Float32Array): number {
-  const most = values.reduce((a, b) => Math.max(a, b), Number.NEGATIVE_INFINITY);
-  return most + Math.log(sum(weightsOf(values, most, 1)));
 }

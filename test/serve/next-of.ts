@@ -1,5 +1,6 @@
 /** The next token of a row that was read back. */
-import { choicesOf, type SampledToken, type Sampler } from "../../src/serve/sampling.ts";
+import { choicesOf } from "../../src/serve/row-choices.ts";
+import type { SampledToken, Sampler } from "../../src/serve/sampling.ts";
 
 export function nextOf(sampler: Sampler, row: Float32Array, top = 0): SampledToken {
   const token = sampler.next(choicesOf(row, sampler.temperature), top);

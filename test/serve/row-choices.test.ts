@@ -1,7 +1,8 @@
 // Tokens chosen from the likeliest of a row and the weight of the others, against a sampler in plain f64 that has the row.
 import { describe, expect, test } from "vitest";
 import { TOP } from "../../src/kernels/top-logits.ts";
-import { choicesOf, type RowChoices, Sampler, type SamplingOptions } from "../../src/serve/sampling.ts";
+import { choicesOf, type RowChoices } from "../../src/serve/row-choices.ts";
+import { Sampler, type SamplingOptions } from "../../src/serve/sampling.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { freshSeed } from "../harness.ts";
 
