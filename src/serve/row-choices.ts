@@ -21,7 +21,8 @@ export interface RowChoices {
 
 /** The choices of a row that is on the host. */
 export function choicesOf(row: Float32Array, temperature: number): RowChoices {
-  const values = row.map((x) => (Number.isNaN(x) ? Number.NEGATIVE_INFINITY : x));
+  const values = row.slice();
+  for (let id = 0; id < values.length; id++) if (Number.isNaN(values[id])) values[id] = Number.NEGATIVE_INFINITY;
   const ids = Int32Array.from(largest(values, TOP));
   const logits = Float32Array.from(ids, (id) => values[id] as number);
   const others = values.length > TOP ? values : new Float32Array();
@@ -59,14 +60,16 @@ export function sum(values: Float64Array): number {
 /** Indices of the n largest values, the largest first. */
 export function largest(values: Float32Array | Float64Array, n: number): number[] {
   const kept: number[] = [];
-  const valueAt = (i: number): number => values[kept[i] ?? 0] ?? 0;
+  const valueAt = (i: number): number => values[kept[i] as number] as number;
+  let least = Number.NEGATIVE_INFINITY; // of n; of fewer, none is too small
   for (let index = 0; index < values.length; index++) {
     const value = values[index] as number;
-    if (kept.length === n && value <= valueAt(n - 1)) continue;
+    if (value <= least && kept.length === n) continue;
     let at = kept.length;
     while (at > 0 && value > valueAt(at - 1)) at--;
     kept.splice(at, 0, index);
     if (kept.length > n) kept.pop();
+    least = valueAt(kept.length - 1);
   }
   return kept;
 }
