@@ -286,9 +286,10 @@ export class BatchEngine implements Engine {
     }
   }
 
-  /** Gives it pages, a row and its adapter, if there is room for all of them. */
+  /** Gives it pages, a row and its adapter, if there is room for all of them and nobody is computing what it can share. */
   #enter(sequence: Sequence): boolean {
     const { adapter } = sequence.request;
+    if (this.#running.some((other) => this.#isComputing(other, sequence))) return false;
     // The keys and values of the last token are never needed.
     const lease = this.#pool.lease(this.#rootOf(adapter), sequence.ids, sequence.limit - 1);
     if (!lease) return false;
@@ -303,7 +304,17 @@ export class BatchEngine implements Engine {
     this.#promptTokens += sequence.ids.length;
     this.#reusedTokens += lease.reused;
     this.#step.setPages(row, lease.pages);
+    sequence.request.onStart?.();
     return true;
+  }
+
+  /** Whether the other has yet to compute pages that both of them begin with. */
+  #isComputing(other: Sequence, { request, ids }: Sequence): boolean {
+    const theirs = other.request.promptIds;
+    if (other.computed >= theirs.length || other.request.adapter !== request.adapter) return false;
+    let common = 0;
+    while (common < Math.min(theirs.length, ids.length - 1) && ids[common] === theirs[common]) common++;
+    return other.computed < common - (common % this.#pool.pageTokens);
   }
 
   /** One step: a token of each answer, and as much of the prompts as there is room for. */
@@ -332,7 +343,7 @@ export class BatchEngine implements Engine {
     }
     const choices = await this.#step.choices(tokens, rows);
     this.#steps++;
-    for (const [sequence, count] of took) sequence.computed += count;
+    for (const [sequence, count] of took) this.#advanced(sequence, count);
     const undecided = [...asked.keys()].filter((i) => !this.#deliver(asked[i] as Sequence, choices[i] as RowChoices));
     const whole = await this.#step.readRows(undecided);
     undecided.forEach((i, n) => {
@@ -341,12 +352,19 @@ export class BatchEngine implements Engine {
     if (rows.length === 0) await new Promise((done) => setTimeout(done)); // nothing was read back: let others run
   }
 
+  /** So many more of its tokens are computed. Those of its prompt are there for others from now on. */
+  #advanced(sequence: Sequence, count: number): void {
+    sequence.computed += count;
+    const { request, ids, computed, place } = sequence;
+    if (!place || computed > request.promptIds.length) return;
+    this.#pool.remember(this.#rootOf(request.adapter), ids.slice(0, computed), place.lease.pages);
+    this.#isChanged = true;
+  }
+
   /** False where the token cannot be told without the whole row. */
   #deliver(sequence: Sequence, choices: RowChoices): boolean {
-    const { ids, request, sampler, stream, limit, place } = sequence;
-    if (!place) return true; // dropped meanwhile
-    if (ids.length === request.promptIds.length)
-      this.#pool.remember(this.#rootOf(request.adapter), ids, place.lease.pages);
+    const { ids, request, sampler, stream, limit } = sequence;
+    if (!sequence.place) return true; // dropped meanwhile
     let token: SampledToken | undefined;
     try {
       token = sampler.next(choices, request.logprobs);

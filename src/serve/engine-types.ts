@@ -10,6 +10,8 @@ export interface GenerationRequest extends SamplingOptions {
   readonly maxTokens: number;
   /** How many of the likeliest tokens to give with each one; none unless given. */
   readonly logprobs?: number;
+  /** Is called when it leaves the queue; must not throw. */
+  readonly onStart?: (() => void) | undefined;
   /** Cancels: memory is freed before the next step. */
   readonly signal?: AbortSignal | undefined;
 }

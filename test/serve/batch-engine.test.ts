@@ -144,6 +144,37 @@ describe("memory", () => {
     });
   });
 
+  test("of prompts that come together what they share is computed once, and none waits for what it does not share", async () => {
+    await withEngine({ pageTokens: 4, maxStepTokens: 8, maxRows: 8 }, async (engine) => {
+      const system = promptOf(17);
+      const requests = [20, 1, 2, 3].map((length) => ({ promptIds: [...system, ...promptOf(length)], maxTokens: 3 }));
+      const expected: number[][] = [];
+      for (const request of requests) expected.push(await alone(request));
+      const starts: number[] = [];
+      const ask = (request: GenerationRequest): Promise<number[]> =>
+        idsOf(engine, { ...request, onStart: () => starts.push(engine.stats().steps) });
+      expect(await Promise.all(requests.map(ask))).toEqual(expected);
+      expect(starts, "the others start after the step that ends the shared pages").toEqual([0, 2, 2, 2]);
+      expect(engine.stats().cachedPromptTokens).toBe(3 * 16);
+    });
+  });
+
+  test("those who wait for a prompt go on from where its own request left", async () => {
+    await withEngine({ pageTokens: 4, maxStepTokens: 8, maxRows: 8 }, async (engine) => {
+      const request = { promptIds: promptOf(30), maxTokens: 5 };
+      const leave = new AbortController();
+      const first = idsOf(engine, { ...request, signal: leave.signal });
+      const others = [0, 1].map(() => idsOf(engine, request));
+      while (engine.stats().steps < 1) await new Promise((done) => setTimeout(done));
+      expect(engine.stats()).toMatchObject({ running: 1, waiting: 2 });
+      leave.abort();
+      expect(await first).toEqual([]);
+      const expected = await alone(request);
+      expect(await Promise.all(others)).toEqual([expected, expected]);
+      expect(engine.stats().cachedPromptTokens, "8 of the one who left, then 28 of the next").toBe(8 + 28);
+    });
+  });
+
   test("a request waits until pages are free, and what can never fit is refused", async () => {
     await withEngine({ pageTokens: 4, cacheTokens: 24, contextLength: 40 }, async (engine) => {
       const all = [0, 1, 2].map(() => idsOf(engine, { promptIds: promptOf(10), maxTokens: 8, logitBias: noEnd() }));

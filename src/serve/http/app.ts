@@ -6,6 +6,7 @@ import type { TokenBytes, Tokenizer } from "../../io/tokenizer.ts";
 import { ShapeError } from "../../tensor/errors.ts";
 import type { Engine, GenerationRequest } from "../engine-types.ts";
 import { QueueFull } from "../errors.ts";
+import type { SampledToken } from "../sampling.ts";
 import { type TextPiece, textOf } from "../text.ts";
 import { type FindAdapter, RuntimeAdapters } from "./adapters.ts";
 import {
@@ -238,7 +239,7 @@ class Server {
     const answer = this.#begin(c.get("key"), c.req.raw.signal);
     try {
       const asked = read(await readFields(c.req.raw, this.#limits), this.#served);
-      answer.widen(asked.generations.flat().length);
+      answer.widen(asked.generations.length);
       const warnings = warningsOf(asked.unknown);
       if (warnings !== undefined) c.header("Warnings", warnings);
       const options: AnswerOptions = {
@@ -249,7 +250,7 @@ class Server {
           model: asked.model,
           system_fingerprint: this.#options.fingerprint ?? "lowrank",
         },
-        promptTokens: asked.generations.reduce((sum, [one]) => sum + (one?.promptIds.length ?? 0), 0),
+        promptTokens: asked.promptTokens,
         texts: asked.hasLogprobs ? this.#texts : undefined,
       };
       const pieces = this.#pieces(asked, answer);
@@ -273,8 +274,8 @@ class Server {
     let isFirst = true;
     const { controller } = answer;
     try {
-      const groups = generations.map((of) => of.map((one) => this.#choice(one, stop, controller.signal)));
-      for await (const piece of merged(groups, () => controller.abort())) {
+      const choices = generations.map((one) => this.#choice(one, stop, controller.signal));
+      for await (const piece of merged(choices, () => controller.abort())) {
         if (isFirst) this.#metrics.firstText.observe((this.#clock() - start) / 1000);
         isFirst = false;
         yield piece;
@@ -295,13 +296,25 @@ class Server {
     const room = Math.min(maxTokens, engine.contextLength - promptIds.length);
     // It may have been unloaded since the request was read.
     if (adapter !== undefined && !engine.adapters.includes(adapter)) throw noSuchModel(adapter);
-    const tokens = engine.generate({ ...generation, signal });
+    const start = this.#clock();
+    const onStart = (): void => this.#metrics.queue.observe((this.#clock() - start) / 1000);
+    const tokens = this.#paced(engine.generate({ ...generation, signal, onStart }));
     const isDone = (): boolean => generation.constraint?.isDone ?? false;
     for await (const piece of textOf(tokens, { tokenizer, promptIds, stop, room, isDone })) {
       if (signal.aborted) break;
       yield piece;
     }
     if (signal.aborted) throw unavailable();
+  }
+
+  async *#paced(tokens: AsyncIterable<SampledToken>): AsyncGenerator<SampledToken, void, undefined> {
+    let last: number | undefined;
+    for await (const token of tokens) {
+      const now = this.#clock();
+      if (last !== undefined) this.#metrics.betweenTokens.observe((now - last) / 1000);
+      last = now;
+      yield token;
+    }
   }
 
   /** An answer for this key, which ends early where its client goes away. Throws a 429. */

@@ -47,7 +47,7 @@ class Histogram {
   }
 }
 
-const SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300];
+const SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300];
 
 const GAUGES: readonly (readonly [keyof EngineStats, name: string, help: string])[] = [
   ["running", "lowrank_sequences_running", "Sequences that are being generated."],
@@ -70,6 +70,10 @@ export class Metrics {
   readonly #responses = new Map<string, { readonly labels: Labels; value: number }>();
   /** Seconds until the first text of an answer. */
   readonly firstText: Histogram = new Histogram(SECONDS);
+  /** Seconds until a choice leaves the queue. */
+  readonly queue: Histogram = new Histogram(SECONDS);
+  /** Seconds between two tokens of a choice, as its reader takes them. */
+  readonly betweenTokens: Histogram = new Histogram(SECONDS);
   /** Seconds until an answer's end. */
   readonly whole: Histogram = new Histogram(SECONDS);
   /** Answers that nobody waited for. */
@@ -92,6 +96,13 @@ export class Metrics {
         { value: this.abandoned },
       ]),
       family("lowrank_first_text_seconds", "histogram", "Time until an answer's first text.", this.firstText.samples),
+      family("lowrank_queue_seconds", "histogram", "Time until a choice leaves the queue.", this.queue.samples),
+      family(
+        "lowrank_between_tokens_seconds",
+        "histogram",
+        "Time between two tokens of a choice, as its reader takes them.",
+        this.betweenTokens.samples,
+      ),
       family("lowrank_answer_seconds", "histogram", "Time until an answer's end.", this.whole.samples),
       ...GAUGES.map(([key, name, help]) => family(name, "gauge", help, [{ value: stats[key] }])),
       ...COUNTERS.map(([key, name, help]) => family(name, "counter", help, [{ value: stats[key] }])),

@@ -29,8 +29,10 @@ export interface PromptLimits {
 export interface Asked {
   /** As the client named it. */
   readonly model: string;
-  /** For each prompt, its choices: the same but for the seed, each beside the one before, and for what goes along with an answer. */
-  readonly generations: readonly (readonly GenerationRequest[])[];
+  /** Prompt by prompt its choices: the same but for the seed, each beside the one before, and for what goes along with an answer. */
+  readonly generations: readonly GenerationRequest[];
+  /** Of each prompt once. */
+  readonly promptTokens: number;
   readonly stop: readonly string[];
   readonly stream: boolean;
   /** Whether a stream ends with the counts of tokens. */
@@ -57,7 +59,7 @@ export function askedChat(fields: Fields, served: Served): Asked {
   return {
     ...rest(fields, unknown),
     model,
-    generations: choicesOf(fields, served.tokenizer, [promptIds], {
+    ...choicesOf(fields, served.tokenizer, [promptIds], {
       ...{ adapter, maxTokens: maxTokens ?? most },
       ...(wantsLogprobs && { logprobs: top ?? 0 }),
     }),
@@ -76,7 +78,7 @@ export function askedCompletion(fields: Fields, served: Served): Asked {
   return {
     ...rest(fields, unknown),
     model,
-    generations: choicesOf(fields, served.tokenizer, prompts, {
+    ...choicesOf(fields, served.tokenizer, prompts, {
       ...{ adapter, maxTokens },
       ...(logprobs !== undefined && { logprobs }),
     }),
@@ -146,17 +148,18 @@ function choicesOf(
   tokenizer: Served["tokenizer"],
   prompts: readonly (readonly number[])[],
   request: Omit<GenerationRequest, keyof SamplingOptions | "promptIds">,
-): GenerationRequest[][] {
+): Pick<Asked, "generations" | "promptTokens"> {
   const n = fields.whole("n", 1, Math.floor(MOST_CHOICES / prompts.length)) ?? 1;
   const best = fields.any("best_of");
   if (best !== undefined && best !== n) throw fields.refuse("best_of", `left out, or n = ${n}`);
   const { seed, ...sampling } = samplingOf(fields, tokenizer);
-  return prompts.map((promptIds) =>
+  const generations = prompts.flatMap((promptIds) =>
     Array.from({ length: n }, (_, i) => ({
       ...{ ...request, promptIds, ...sampling, seed: seed > 0 ? seed - i : seed + i },
       constraint: formatOf(fields, tokenizer),
     })),
   );
+  return { generations, promptTokens: prompts.flat().length };
 }
 
 /** OpenAI's defaults: a temperature of 1 and another answer each time. */

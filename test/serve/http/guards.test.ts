@@ -246,6 +246,23 @@ describe("limits", () => {
     }
   });
 
+  test("choices that do not all fit into the queue are refused together, before a stream begins", async () => {
+    const { post, engine } = testApp();
+    engine.reply = async function* ({ signal }) {
+      engine.isFull = engine.running === 2;
+      while (!signal?.aborted) {
+        yield "more";
+        await pause(1);
+      }
+    };
+    for (const stream of [false, true]) {
+      const response = await post("/v1/completions", { ...completion, n: 3, stream });
+      expect([response.status, response.headers.get("retry-after")]).toEqual([429, "1"]);
+      await until(() => engine.running === 0, "none is left");
+      engine.isFull = false;
+    }
+  });
+
   test("a full queue is 429 with Retry-After", async () => {
     const { post, engine } = testApp();
     engine.isFull = true;

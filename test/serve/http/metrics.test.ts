@@ -45,8 +45,10 @@ test("the metrics are well-formed, and say what was answered, how fast, and what
   let now = 1e12;
   const { get, post, engine } = testApp({ clock: () => now, apiKeys: [API_KEY] });
   const key = { Authorization: `Bearer ${API_KEY}` };
-  engine.reply = function* () {
-    now += 200;
+  engine.reply = function* ({ onStart }) {
+    now += 50;
+    onStart?.();
+    now += 150;
     yield "a";
     now += 2000;
     yield "b";
@@ -81,6 +83,12 @@ test("the metrics are well-formed, and say what was answered, how fast, and what
     );
   expect(histogram("lowrank_first_text_seconds")).toMatchObject({
     ...{ "_bucket0.1": 0, "_bucket0.3": 2, _bucket300: 2, "_bucket+Inf": 2, _sum: 0.4, _count: 2 },
+  });
+  expect(histogram("lowrank_queue_seconds")).toMatchObject({
+    ...{ "_bucket0.03": 0, "_bucket0.1": 2, "_bucket+Inf": 2, _sum: 0.1, _count: 2 },
+  });
+  expect(histogram("lowrank_between_tokens_seconds")).toMatchObject({
+    ...{ _bucket1: 0, _bucket3: 2, "_bucket+Inf": 2, _sum: 4, _count: 2 },
   });
   expect(histogram("lowrank_answer_seconds")).toMatchObject({
     ...{ _bucket1: 0, _bucket3: 2, "_bucket+Inf": 2, _sum: 4.4, _count: 2 },

@@ -212,7 +212,7 @@ test("settings of the draw come to the engine under its names", async () => {
     ...{ presence_penalty: 0.1, frequency_penalty: -0.2, logit_bias: { "65": -100, "66": 5 } },
     ...({ top_k: 5, min_p: 0.05, repetition_penalty: 1.1 } as object),
   });
-  const { promptIds: _, signal: __, ...rest } = lastRequest();
+  const { promptIds: _, signal: __, onStart: ___, ...rest } = lastRequest();
   expect(rest).toEqual({
     ...{ adapter: undefined, maxTokens: 200, temperature: 0.5, topP: 0.9, topK: 5, minP: 0.05, seed: -3 },
     ...{ presencePenalty: 0.1, frequencyPenalty: -0.2, repetitionPenalty: 1.1 },
