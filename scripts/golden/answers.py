@@ -57,7 +57,15 @@ def greedy(model) -> tuple[list[list[int]], float]:
     return answers, gap
 
 
-def beams(settings: dict, eos: int | None, ids: list[int]) -> dict:
+BY_PARITY = [[id for id in range(base.config.vocab_size) if id % 2 == parity or id == end] for parity in (0, 1)]
+
+
+def alternating(_, row: torch.Tensor) -> list[int]:
+    """Even after odd and odd after even; the end may come anywhere."""
+    return BY_PARITY[1 - row[-1].item() % 2]
+
+
+def beams(settings: dict, eos: int | None, ids: list[int], is_constrained: bool = False) -> dict:
     result = base.generate(
         torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
@@ -68,6 +76,7 @@ def beams(settings: dict, eos: int | None, ids: list[int]) -> dict:
         output_scores=True,
         pad_token_id=0,
         **({"eos_token_id": eos} if eos is not None else {}),
+        **({"prefix_allowed_tokens_fn": alternating} if is_constrained else {}),
         **settings,
     )
     rows = [row[len(ids) :].tolist() for row in result.sequences]
@@ -80,6 +89,11 @@ searches = [
     for settings in BEAMS
     for eos in (None, end)
     for i in range(0, len(prompts), 4)
+]
+constrained = [
+    {"settings": settings, "eos": end, "prompt": i, **beams(settings, end, prompts[i], is_constrained=True)}
+    for settings in BEAMS
+    for i in range(2, len(prompts), 4)
 ]
 adapted, adapted_gap = greedy(PeftModel.from_pretrained(base, shared / "golden" / "stories260K-lora" / "final").eval())
 write_json(
@@ -94,6 +108,7 @@ write_json(
         "adapted": adapted,
         "adapted_gap_min": adapted_gap,
         "beams": {str(i): search for i, search in enumerate(searches)},
+        "alternating": {str(i): search for i, search in enumerate(constrained)},
     },
 )
 print(f"smallest gaps {gap:.6f}, {adapted_gap:.6f}; the end is {end}")

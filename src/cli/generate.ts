@@ -3,7 +3,7 @@ import { parseJsonObject } from "../io/json.ts";
 import type { Tokenizer } from "../io/tokenizer.ts";
 import type { CausalModel } from "../models/causal.ts";
 import { diskDirectory } from "../node.ts";
-import { beamSearch } from "../serve/beam-search.ts";
+import { type BeamSearchOptions, beamSearch } from "../serve/beam-search.ts";
 import { jsonConstraint } from "../serve/constraint.ts";
 import { generateTokens } from "../serve/generate.ts";
 import type { SampledToken } from "../serve/sampling.ts";
@@ -69,9 +69,12 @@ async function run(options: GenerateArguments): Promise<void> {
   await withGpu(async (gpu) => {
     const model = await openModel(gpu, path, weightFormat(options.quantize), adapter);
     if (beams !== undefined) {
-      const answers = await search(model, tokenizer, { promptIds, maxTokens: settings.maxTokens, beams });
+      const answers = await search(model, tokenizer, {
+        ...{ promptIds, maxTokens: settings.maxTokens, beams, constraint },
+      });
       const [{ text, ids } = { text: "", ids: [] }] = answers;
       result(json ? JSON.stringify({ prompt, text, prompt_ids: promptIds, ids, answers }) : text);
+      if (schema) sayIfCut(text, ids);
       return;
     }
     const ids: number[] = [];
@@ -88,22 +91,12 @@ async function run(options: GenerateArguments): Promise<void> {
       text += piece.text;
     }
     result(json ? JSON.stringify({ prompt, text, prompt_ids: promptIds, ids }) : "");
-    if (schema && !isJson(text))
-      say(`warning: the JSON is cut off after ${ids.length} tokens. Raise --max-tokens, or leave out --stop`);
+    if (schema) sayIfCut(text, ids);
   });
 }
 
 /** What says how tokens are drawn, or where a text ends: a search has no use for it. */
-const NOT_WITH_BEAMS = [
-  "temperature",
-  "topK",
-  "topP",
-  "minP",
-  "repetitionPenalty",
-  "seed",
-  "stop",
-  "jsonSchema",
-] as const;
+const NOT_WITH_BEAMS = ["temperature", "topK", "topP", "minP", "repetitionPenalty", "seed", "stop"] as const;
 
 const dashed = (name: string): string => name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
 
@@ -116,7 +109,7 @@ interface FoundText {
 async function search(
   model: CausalModel,
   tokenizer: Tokenizer,
-  options: { readonly promptIds: readonly number[]; readonly maxTokens: number; readonly beams: number },
+  options: Pick<BeamSearchOptions, "promptIds" | "maxTokens" | "beams" | "constraint">,
 ): Promise<FoundText[]> {
   const ends = tokenizer.eosId === undefined ? [] : [tokenizer.eosId];
   const eosIds = [...new Set([...model.config.eosIds, ...ends])];
@@ -133,6 +126,11 @@ async function textOfIds(tokenizer: Tokenizer, promptIds: readonly number[], ids
   let text = "";
   for await (const piece of textOf(tokens(), { tokenizer, promptIds, room: ids.length })) text += piece.text;
   return text;
+}
+
+function sayIfCut(text: string, ids: readonly number[]): void {
+  if (!isJson(text))
+    say(`warning: the JSON is cut off after ${ids.length} tokens. Raise --max-tokens, or leave out --stop`);
 }
 
 function isJson(text: string): boolean {

@@ -4,6 +4,7 @@ import { checkPrompt } from "./generate.ts";
 import { PagePool } from "./page-pool.ts";
 import { type PagedModel, PagedStep, type RowAdapters, type StepToken } from "./paged-step.ts";
 import { largest, logSumExp } from "./row-choices.ts";
+import type { TokenConstraint } from "./sampling.ts";
 
 export interface BeamSearchOptions {
   readonly promptIds: readonly number[];
@@ -19,6 +20,11 @@ export interface BeamSearchOptions {
   readonly earlyStopping?: boolean | "never";
   /** Ids that end an answer; the model's own unless given. */
   readonly eosIds?: readonly number[];
+  /**
+   * What an answer may be. The log-probabilities stay the model's own, as with transformers' `prefix_allowed_tokens_fn`; an answer that is done ends
+   * without an id that says so.
+   */
+  readonly constraint?: TokenConstraint | undefined;
   /** The adapter of all rows: see `AdapterPool`. */
   readonly adapter?: { readonly pool: RowAdapters; readonly slot: number };
   readonly signal?: AbortSignal | undefined;
@@ -37,20 +43,29 @@ interface Beam {
   readonly sum: number;
   /** Where its keys and values are. */
   readonly pages: readonly number[];
+  readonly constraint: TokenConstraint | undefined;
+}
+
+/** A way to go on. */
+interface Candidate {
+  readonly beam: Beam;
+  readonly id: number;
+  readonly sum: number;
 }
 
 const PAGE_TOKENS = 16;
 
 /**
  * The likeliest answers that a search with `beams` open continuations finds, the best first, at most so many. The same as transformers'
- * `generate(num_beams=…)`, which keeps answers that end among the best candidates of a step, and fills the beams with those that go on.
+ * `generate(num_beams=…)`, which keeps answers that end among the best candidates of a step, and fills the beams with those that go on. None where
+ * the constraint leaves no way to go on.
  *
  * Throws ShapeError for settings out of range, the signal's reason where it is aborted.
  */
 export async function beamSearch(model: PagedModel, options: BeamSearchOptions): Promise<BeamAnswer[]> {
   const { promptIds, maxTokens, beams = 4, lengthPenalty = 1, earlyStopping = false, adapter, signal } = options;
   const { config } = model;
-  const { eosIds = config.eosIds } = options;
+  const { eosIds = config.eosIds, constraint } = options;
   checkPrompt(config, promptIds, maxTokens);
   if (!Number.isInteger(beams) || beams < 1)
     throw new ShapeError(`beamSearch: beams must be a whole number of at least 1, got ${beams}`);
@@ -64,33 +79,32 @@ export async function beamSearch(model: PagedModel, options: BeamSearchOptions):
   const step = new PagedStep(model, { ...settings, contextLength: config.contextLength, format: "f32" }, adapter?.pool);
   const slot = adapter?.slot ?? -1;
   try {
-    let open: Beam[] = [{ ids: [], sum: 0, pages: [] }];
+    let open: Beam[] = [{ ids: [], sum: 0, pages: [], constraint }];
     let done: BeamAnswer[] = [];
     const kept = Math.max(2, 1 + eosIds.length) * beams;
     for (let length = 1; ; length++) {
       signal?.throwIfAborted();
       const logits = await advance(step, pool, open, promptIds, slot);
-      const candidates = bestOf(open, logits, kept);
       const isEnd = (id: number): boolean => eosIds.includes(id);
+      const candidates = bestOf(open, logits, kept, isEnd).map(({ beam, id, sum }) => {
+        const after = isEnd(id) ? undefined : beam.constraint?.fork();
+        after?.accept(id);
+        const ids = isEnd(id) ? beam.ids : [...beam.ids, id];
+        return { ids, sum, pages: beam.pages, constraint: after, isLast: isEnd(id) || after?.isDone === true };
+      });
       const ended = candidates
         .slice(0, beams)
-        .filter(({ id }) => isEnd(id) || length === most)
-        .map(({ beam, id, sum }) => ({
-          ids: isEnd(id) ? beam.ids : [...beam.ids, id],
-          score: sum / length ** lengthPenalty,
-        }));
+        .filter(({ isLast }) => isLast || length === most)
+        .map(({ ids, sum }) => ({ ids, score: sum / length ** lengthPenalty }));
       done = [...done, ...ended].toSorted((a, b) => b.score - a.score).slice(0, beams);
-      const going = length === most ? [] : candidates.filter(({ id }) => !isEnd(id)).slice(0, beams);
+      const going = length === most ? [] : candidates.filter(({ isLast }) => !isLast).slice(0, beams);
       const isFull = done.length === beams;
       const reach = earlyStopping === "never" && lengthPenalty > 0 ? most : length;
       const hope = (going[0]?.sum ?? Number.NEGATIVE_INFINITY) / reach ** lengthPenalty;
       if (going.length === 0 || (isFull && (earlyStopping === true || hope <= (done.at(-1)?.score ?? 0)))) return done;
-      const next = going.map(({ beam, id, sum }): Beam => {
-        for (const page of beam.pages) pool.share(page);
-        return { ids: [...beam.ids, id], sum, pages: beam.pages };
-      });
+      for (const page of going.flatMap(({ pages }) => pages)) pool.share(page);
       for (const beam of open) pool.release(beam);
-      open = next;
+      open = going;
     }
   } finally {
     step.destroy();
@@ -131,16 +145,27 @@ async function advance(
   return step.run(tokens, rows);
 }
 
-/** The likeliest ways to go on, the best first. */
+/** So many of a row's likeliest are asked for before all are. */
+const TRIED = 64;
+
+/** The likeliest ways to go on that are allowed, the best first. */
 function bestOf(
   open: readonly Beam[],
   logits: readonly Float32Array[],
   count: number,
-): { readonly beam: Beam; readonly id: number; readonly sum: number }[] {
+  isEnd: (id: number) => boolean,
+): Candidate[] {
   const all = open.flatMap((beam, i) => {
+    const { constraint } = beam;
     const own = logits[i] as Float32Array;
     const total = logSumExp(own);
-    return largest(own, count).map((id) => ({ beam, id, sum: beam.sum + (own[id] ?? Number.NaN) - total }));
+    const isAllowed = (id: number): boolean => !constraint || (isEnd(id) ? constraint.mayEnd : constraint.allows(id));
+    let ids = largest(own, constraint ? TRIED : count).filter(isAllowed);
+    if (constraint && ids.length < count) {
+      const allowed = own.map((logit, id) => (isAllowed(id) ? logit : Number.NEGATIVE_INFINITY));
+      ids = largest(allowed, count).filter((id) => allowed[id] !== Number.NEGATIVE_INFINITY);
+    }
+    return ids.slice(0, count).map((id) => ({ beam, id, sum: beam.sum + (own[id] ?? Number.NaN) - total }));
   });
   return all.toSorted((a, b) => b.sum - a.sum).slice(0, count);
 }

@@ -8,7 +8,7 @@ import type { TokenConstraint } from "./sampling.ts";
 
 /** Lets one answer be nothing but JSON that fits the schema: see `jsonMachine`. Throws ShapeError as it does. */
 export const jsonConstraint = (schema: unknown, tokenizer: TokenBytes): TokenConstraint =>
-  new TextConstraint(jsonMachine(schema), tokenizer);
+  new TextConstraint({ state: jsonMachine(schema), begun: [] }, tokenizer);
 
 /** What `response_format` of OpenAI's API asks for; undefined where any text will do. Throws ShapeError for what it cannot be. */
 export function constraintOf(responseFormat: unknown, tokenizer: TokenBytes): TokenConstraint | undefined {
@@ -35,9 +35,13 @@ class TextConstraint implements TokenConstraint {
   readonly #tokenizer: TokenBytes;
   #place: Place;
 
-  constructor(state: TextState, tokenizer: TokenBytes) {
+  constructor(place: Place, tokenizer: TokenBytes) {
     this.#tokenizer = tokenizer;
-    this.#place = { state, begun: [] };
+    this.#place = place;
+  }
+
+  fork(): TextConstraint {
+    return new TextConstraint(this.#place, this.#tokenizer);
   }
 
   get mayEnd(): boolean {

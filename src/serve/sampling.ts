@@ -36,6 +36,8 @@ export interface TokenConstraint {
   readonly mayEnd: boolean;
   /** Whether it can do nothing else. */
   readonly isDone: boolean;
+  /** Another one that is where this one is now. */
+  fork(): TokenConstraint;
 }
 
 /** A token and what the model thought of it, before penalties and temperature. */

@@ -41,13 +41,17 @@ test("--beams gives the likeliest of what it finds, with --json all", async () =
   expect(scores).toEqual(scores.toSorted((a, b) => b - a));
   const one = await generate("--beams", "1", "--max-tokens", "6");
   expect(one.stdout).toBe((await generate("--max-tokens", "6")).stdout);
+  const whole = lastJson(await generate("--beams", "3", "--json-schema", at("schema.json"), "--json"));
+  const texts = (whole.answers as typeof answers).map(({ text }) => text);
+  expect(texts).toHaveLength(3);
+  expect(new Set(texts).size).toBe(3);
+  for (const text of texts) expect(Object.keys(JSON.parse(text))).toEqual(["name"]);
 }, 120_000);
 
 test("what cannot be is refused", async () => {
   for (const [args, message] of [
     [["--beams", "2", "--top-k", "3"], "generate: --beams must be without --top-k, got both"],
     [["--beams", "2", "--seed", "0"], "generate: --beams must be without --seed, got both"],
-    [["--beams", "2", "--json-schema", at("schema.json")], "generate: --beams must be without --json-schema, got both"],
     [
       ["--json-schema", at("bad.json")],
       'json schema: at #: must have keywords that can be kept to, got "uniqueItems". Leave it out, and check the text afterwards',

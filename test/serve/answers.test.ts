@@ -6,6 +6,7 @@ import { loadModel } from "../../src/models/load.ts";
 import { BatchEngine } from "../../src/serve/batch-engine.ts";
 import { beamSearch } from "../../src/serve/beam-search.ts";
 import { generate } from "../../src/serve/generate.ts";
+import type { TokenConstraint } from "../../src/serve/sampling.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { testGpu } from "../harness.ts";
 import { hasShared, shared } from "../shared.ts";
@@ -28,6 +29,7 @@ const golden = JSON.parse(readFileSync("test/golden/answers-stories260k.json", "
   readonly prompts: readonly (readonly number[])[];
   readonly greedy: readonly (readonly number[])[];
   readonly beams: Readonly<Record<string, Search>>;
+  readonly alternating: Readonly<Record<string, Search>>;
 };
 
 /** Without the end of the text and what fills the row behind it. */
@@ -57,12 +59,29 @@ test.skipIf(!hasShared)(
   },
 );
 
+/** Even after odd and odd after even; the end may come anywhere. */
+const alternating = (last: number): TokenConstraint => {
+  let parity = last % 2;
+  return {
+    ...{ mayEnd: true, isDone: false },
+    allows: (id) => id % 2 !== parity,
+    accept: (id) => {
+      parity = id % 2;
+    },
+    fork: () => alternating(parity),
+  };
+};
+
 test.skipIf(!hasShared)("beam search gives transformers' answers and scores (needs ../shared)", async () => {
   const model = await loadModel(await testGpu(), diskDirectory(shared("models/stories260K")));
   const before = model.gpu.counters().bytesLive;
-  for (const { settings, eos, prompt, ids, scores } of Object.values(golden.beams)) {
+  const constrained = new Set(Object.values(golden.alternating));
+  for (const search of [...Object.values(golden.beams), ...constrained]) {
+    const { settings, eos, prompt, ids, scores } = search;
+    const promptIds = golden.prompts[prompt] ?? [];
     const answers = await beamSearch(model, {
-      promptIds: golden.prompts[prompt] ?? [],
+      promptIds,
+      constraint: constrained.has(search) ? alternating(promptIds.at(-1) ?? 0) : undefined,
       maxTokens: golden.max_new_tokens,
       beams: settings.num_beams,
       ...(settings.length_penalty !== undefined && { lengthPenalty: settings.length_penalty }),
@@ -93,5 +112,10 @@ test("settings of a beam search that are out of range are refused; no tokens is 
     beamSearch(model, { promptIds: [1], maxTokens: 1, signal: AbortSignal.abort(new Error("enough")) }),
   ).rejects.toThrow("enough");
   expect(await beamSearch(model, { promptIds: [1], maxTokens: 0 })).toEqual([{ ids: [], score: 0 }]);
+  const stuck: TokenConstraint = {
+    ...{ allows: (id) => id < 5, accept: () => void Object.assign(stuck, { allows: () => false }), mayEnd: false },
+    ...{ isDone: false, fork: () => stuck },
+  };
+  expect(await beamSearch(model, { promptIds: [1], maxTokens: 4, constraint: stuck })).toEqual([]);
   model.destroy();
 });

@@ -200,6 +200,7 @@ describe("the sampler", () => {
       return this.taken.length >= 3;
     },
     isDone: false,
+    fork: () => among(...ids),
   });
   const logits = Float32Array.from({ length: 100 }, (_, i) => Math.sin(7 * i) * 2);
 
@@ -291,7 +292,10 @@ describe("a model of random weights", () => {
       for await (const { id } of engine.generate(options)) ids.push(id);
       return ids;
     };
-    const stuck: TokenConstraint = { allows: () => false, accept: () => {}, mayEnd: false, isDone: false };
+    const stuck: TokenConstraint = {
+      ...{ allows: () => false, accept: () => {}, mayEnd: false, isDone: false },
+      fork: () => stuck,
+    };
     const lost = idsOf({ ...request(1), constraint: stuck }).catch((error: unknown) => error);
     const answers = await Promise.all(Array.from({ length: 30 }, (_, seed) => idsOf(request(seed))));
     expect(await lost).toBeInstanceOf(ShapeError);

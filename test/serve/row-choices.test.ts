@@ -2,7 +2,7 @@
 import { describe, expect, test } from "vitest";
 import { TOP } from "../../src/kernels/top-logits.ts";
 import { choicesOf, type RowChoices } from "../../src/serve/row-choices.ts";
-import { Sampler, type SamplingOptions } from "../../src/serve/sampling.ts";
+import { Sampler, type SamplingOptions, type TokenConstraint } from "../../src/serve/sampling.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { freshSeed } from "../harness.ts";
 
@@ -25,10 +25,10 @@ function reference(
   const logitOf = (id: number): number => changed[id] as number;
   const sorted = [...changed.keys()].sort((a, b) => logitOf(b) - logitOf(a) || a - b);
   if (temperature === 0) return sorted.find(allows) as number;
-  const inOrder = (ids: readonly number[]): number[] => {
-    const head = sorted.slice(0, TOP);
-    return [...head.filter((id) => ids.includes(id)), ...ids.filter((id) => !head.includes(id)).sort((a, b) => a - b)];
-  };
+  const inOrder = (ids: readonly number[], head: readonly number[]): number[] => [
+    ...head.filter((id) => ids.includes(id)),
+    ...ids.filter((id) => !head.includes(id)).sort((a, b) => a - b),
+  ];
   const weigh = (ids: readonly number[]): Map<number, number> => {
     const most = Math.max(...ids.map(logitOf));
     return new Map(ids.map((id) => [id, Math.exp((logitOf(id) - most) / temperature)]));
@@ -36,6 +36,7 @@ function reference(
   const total = (weights: Iterable<number>): number => [...weights].reduce((a, b) => a + b, 0);
   const leave = (ids: readonly number[]): Map<number, number> => {
     let left = sorted.filter((id) => ids.includes(id));
+    const head = left.slice(0, TOP);
     const least = logitOf(left[Math.min(topK, left.length) - 1] as number);
     left = left.filter((id) => logitOf(id) >= least);
     const weights = weigh(left);
@@ -47,7 +48,8 @@ function reference(
       return before < topP * all;
     };
     if (topP < 1) left = left.filter(isInside);
-    return weigh(inOrder(left.filter((id) => (weights.get(id) as number) >= minP)));
+    left = left.filter((id) => (weights.get(id) as number) >= minP);
+    return weigh(inOrder(left, head));
   };
   const draw = (weights: ReadonlyMap<number, number>): number => {
     let place = drawn() * total(weights.values());
@@ -92,6 +94,11 @@ const SETTINGS: (SamplingOptions & { readonly needs: "never" | "seldom" | "often
   { needs: "always", frequencyPenalty: -0.5 },
 ];
 
+const unchanging = (allows: Allows): TokenConstraint => ({
+  ...{ allows, accept: () => {}, mayEnd: false, isDone: false },
+  fork: () => unchanging(allows),
+});
+
 describe.each(SETTINGS)("%j", ({ needs, ...options }) => {
   test.each([false, true])(
     "the same token with the row, without it, and in plain f64; constrained: %j",
@@ -104,7 +111,7 @@ describe.each(SETTINGS)("%j", ({ needs, ...options }) => {
         const prompt = [1, 2, random.below(V)];
         const among = new Set([0, 7, ...Array.from({ length: V / 4 }, () => random.below(V))]);
         const allows: Allows = isConstrained ? (id) => among.has(id) : () => true;
-        const constraint = isConstrained ? { allows, accept: () => {}, mayEnd: false, isDone: false } : undefined;
+        const constraint = isConstrained ? unchanging(allows) : undefined;
         const ownSeed = random.uint32();
         const [plain, early, late] = [new Random(ownSeed), 0, 0].map((one) =>
           one instanceof Random ? one : new Sampler(prompt, { ...options, constraint, seed: ownSeed }),
