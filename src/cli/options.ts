@@ -52,15 +52,18 @@ export function rateOption(command: string): Option {
   return option.argParser((text) => (text === "auto" ? text : number?.(text, text)));
 }
 
+/** In milliseconds; a longer one would end at once. */
+const LONGEST_TIMER = 2 ** 31 - 1;
+
 /** A time such as 90s, 20m or 1.5h, given in milliseconds. */
 export function timeOption(command: string, flags: string, description: string): Option {
   const option = new Option(flags, description);
   return option.argParser((text: string) => {
     const [, amountOf = "", unit = ""] = /^(\d+(?:\.\d+)?)(s|m|h)$/.exec(text.trim()) ?? [];
-    const timeMs = Number(amountOf) * ({ s: 1e3, m: 60e3, h: 3600e3 }[unit] ?? 0);
-    if (!(timeMs > 0))
+    const timeMs = Math.round(Number(amountOf) * ({ s: 1e3, m: 60e3, h: 3600e3 }[unit] ?? 0));
+    if (!(timeMs > 0 && timeMs <= LONGEST_TIMER))
       throw new ShapeError(
-        `${command}: ${option.long} must be a time such as 90s, 20m or 1.5h, got ${text || "nothing"}`,
+        `${command}: ${option.long} must be a time such as 90s, 20m or 1.5h, at most 596h, got ${text || "nothing"}`,
       );
     return timeMs;
   });

@@ -153,9 +153,8 @@ async function planOf(gpu: Gpu, model: string, adapter: LoraConfig | string, siz
 /** The batches that the start looks at, cut to the size that is planned. */
 const calibration = (model: CausalModel, { calibration: by, batchSize, maxLength }: RunSize) => {
   if (!by) return [];
-  const cut = by.rows.map(({ inputIds, labels }) => ({
-    inputIds: inputIds.slice(0, maxLength),
-    labels: labels.slice(0, maxLength),
+  const cut = by.rows.map(({ inputIds, labels, ...row }) => ({
+    ...{ ...row, inputIds: inputIds.slice(0, maxLength), labels: labels.slice(0, maxLength) },
   }));
   return calibrationBatches(model, cut, { batchSize, batches: by.batches });
 };

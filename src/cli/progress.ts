@@ -41,9 +41,12 @@ export class Progress {
   }
 }
 
+/** Four digits after the point; JSON has null for a number that is not finite. */
+export const fixed = (loss: number | null | undefined): string => loss?.toFixed(4) ?? "none";
+
 /** "loss 2.1034, accuracy 51.2 %" */
 export const evaluatedLine = ({ loss, accuracy }: Evaluated): string =>
-  `loss ${loss.toFixed(4)}${accuracy === undefined ? "" : `, accuracy ${number(100 * accuracy, 1)} %`}`;
+  `loss ${fixed(loss)}${accuracy === undefined ? "" : `, accuracy ${number(100 * accuracy, 1)} %`}`;
 
 const BARS = "▁▂▃▄▅▆▇█";
 

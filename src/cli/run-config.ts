@@ -25,10 +25,12 @@ export async function withConfig(command: Command, args: readonly string[]): Pro
   const path = Array.isArray(file) ? file.at(-1) : undefined;
   if (path === undefined) return [...args];
   const settings = readSettings(command, path, await readTextFile(path));
-  const isFree = (option: Option): boolean =>
-    ![...said.keys()].some((other) => other !== option && (excludes(other, option) || excludes(option, other)));
-  return [...settings.filter(({ option }) => isFree(option)).flatMap(({ words }) => words), ...args];
+  return [...settings.filter(({ option }) => isFree(option, said)).flatMap(({ words }) => words), ...args];
 }
+
+/** Whether an option contradicts none that was said. */
+const isFree = (option: Option, said: Said): boolean =>
+  ![...said.keys()].some((other) => other !== option && (excludes(other, option) || excludes(option, other)));
 
 const excludes = (a: Option, b: Option): boolean =>
   ((a as Option & { conflictsWith?: string[] }).conflictsWith ?? []).includes(b.attributeName());
@@ -137,14 +139,16 @@ function optionsIn(command: Command, args: readonly string[]): Said {
     if (!option.required && !option.optional) said.set(option, true);
     else {
       const before = said.get(option);
-      const value = rest.length > 0 ? rest.join("=") : (args[++i] ?? "");
-      said.set(option, [...(Array.isArray(before) ? before : []), value]);
+      const values = [rest.length > 0 ? rest.join("=") : (args[++i] ?? "")];
+      const hasMore = (): boolean => option.variadic && rest.length === 0 && args[i + 1]?.startsWith("-") === false;
+      while (hasMore()) values.push(args[++i] as string);
+      said.set(option, [...(Array.isArray(before) ? before : []), ...values]);
     }
   }
   return said;
 }
 
-/** Every option of a command as it was said, or by default: a file for `--config` that makes the same run. */
+/** Every option of a command as it was said, or by a default that goes with these: a file for `--config` that makes the same run. */
 export function resolvedConfig(command: Command, args: readonly string[]): string {
   const said = optionsIn(command, args);
   const entries = command.options.flatMap((option): [string, unknown][] => {
@@ -153,7 +157,8 @@ export function resolvedConfig(command: Command, args: readonly string[]): strin
     const value = said.get(option);
     if (value === true) return [[name, !option.negate]];
     if (value) return [[name, option.variadic ? value : plain(value.at(-1))]];
-    return option.defaultValue === undefined || option.negate ? [] : [[name, option.defaultValue]];
+    const isLeft = option.defaultValue === undefined || option.negate || !isFree(option, said);
+    return isLeft ? [] : [[name, option.defaultValue]];
   });
   return stringify(Object.fromEntries(entries));
 }

@@ -1,8 +1,9 @@
 /** What all kinds of training have in common: how long they go, and what is said and left at their end. */
+import { join } from "node:path";
 import type { Gpu } from "../gpu/gpu.ts";
 import type { LoraAdapter } from "../lora/adapter.ts";
 import type { LoraFa } from "../lora/lora-fa.ts";
-import type { RunSettings, SavedCheckpoint } from "../node.ts";
+import { type RunSettings, type SavedCheckpoint, writeFileAtomic } from "../node.ts";
 import { batchesPerEpoch } from "../train/batches.ts";
 import type { Row } from "../train/data.ts";
 import type { RowTask } from "../train/task.ts";
@@ -55,15 +56,16 @@ interface Course<R extends Pick<Row, "inputIds">, B> {
   readonly memory?: readonly Fact[];
 }
 
-/** Trains, leaves the documents of the run and says what came of it, with `more` of the outcome. */
+/** Trains, leaves the documents of the run and says what came of it, with `more` of the outcome, told whether the last step was evaluated. */
 export async function follow<R extends Pick<Row, "inputIds">, B>(
   course: Course<R, B>,
-  more: () => Partial<Outcome> = () => ({}),
+  more: (isOfLast: boolean) => Partial<Outcome> = () => ({}),
 ): Promise<void> {
   const { options, said, gpu, started, adapter, trained, steps, saved, evaluate, planned, stats } = course;
   const { out, baseModel, seed, loraplusLrRatio, tensorboard = false } = options;
   const learned = {
     ...{ ...options, ...trained, task: course.task, adapter, rows: course.rows },
+    maxLength: undefined, // rows were cut to it; memory and batches go by the longest that there is
     rates: loraplusLrRatio === undefined ? undefined : adapter.rates(loraplusLrRatio),
     shuffleSeed: options.shuffle ? seed : undefined,
   };
@@ -74,6 +76,7 @@ export async function follow<R extends Pick<Row, "inputIds">, B>(
     else result(suggestion === null ? "the loss falls at no rate" : `learning rate ${suggestion.toExponential(2)}`);
     return;
   }
+  await writeFileAtomic(join(out, "run.yaml"), said.config);
   const before = saved?.settings[FOUND_RATE];
   const learningRate = asked === "auto" ? Number(before ?? demandRate(await findRate(sweeping, out))) : asked;
   const { first, last, interrupted, skipped } = await runTraining({
@@ -100,7 +103,7 @@ export async function follow<R extends Pick<Row, "inputIds">, B>(
     ...{ steps: last?.step ?? saved?.step ?? 0, loss_first: first?.loss ?? null, loss_last: last?.loss ?? null },
     loss_valid: last?.validation?.loss ?? null,
     ...(last?.validation?.accuracy !== undefined && { accuracy_valid: last.validation.accuracy }),
-    ...{ ...more(), out, interrupted },
+    ...{ ...more(last?.validation !== undefined), out, interrupted },
     ...{ rows: stats.rows, truncated: stats.truncated, dropped: stats.dropped, tokens: stats.tokens },
     ...{ trainable_parameters: trainable, peak_bytes: peak, ...(planned !== undefined && { planned_bytes: planned }) },
     ...{ skipped_steps: skipped, seconds },

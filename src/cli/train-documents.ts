@@ -1,9 +1,10 @@
-/** What a training run leaves for people beside its adapter: run.yaml, README.md, report.html and, if asked for, TensorBoard's events. */
+/** What a training run leaves for people beside its adapter: README.md, report.html and, if asked for, TensorBoard's events. */
 import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { LoraAdapter } from "../lora/adapter.ts";
-import { norms } from "../lora/plain-adapter.ts";
+import { concatenated } from "../lora/combine.ts";
+import { type Matrix, norms } from "../lora/plain-adapter.ts";
 import { writeFileAtomic } from "../node.ts";
 import { readAll } from "../tensor/tensor.ts";
 import type { RateSweep } from "../train/find-learning-rate.ts";
@@ -42,7 +43,6 @@ export async function writeDocuments(run: RunDocuments): Promise<void> {
     norms: await updateNorms(adapter),
     rates: rates === "" ? undefined : (JSON.parse(rates) as RateSweep).points,
   };
-  await writeFileAtomic(join(out, "run.yaml"), config);
   await writeFileAtomic(join(out, "report.html"), await reportPage(page));
   const { taskType = "CAUSAL_LM" } = adapter.config;
   await writeFileAtomic(
@@ -64,15 +64,20 @@ async function writeEvents(out: string, metrics: readonly Line[]): Promise<void>
   await writeFileAtomic(join(out, eventFileName(now)), Buffer.concat([eventFileHeader(now), ...events]));
 }
 
-/** ‖s·B·A‖ of each module. */
+/** ‖s·(B·A − B₀·A₀)‖ of each module, where B₀ and A₀ are what it took from the base, if anything. */
 async function updateNorms(adapter: LoraAdapter): Promise<{ module: string; norm: number }[]> {
-  const pairs = [...adapter.pairs];
-  const values = await readAll(pairs.flatMap(([, { A, B }]) => [A, B]));
-  return pairs.map(([module, { A, B, scale }], i) => {
-    const [a = new Float32Array(), b = new Float32Array()] = values.slice(2 * i, 2 * i + 2);
-    const [[r = 0, K = 0], [N = 0]] = [A.shape, B.shape];
-    const parts = { A: { rows: r, columns: K, values: a }, B: { rows: N, columns: r, values: b } };
-    return { module, norm: norms(parts, scale).BA };
+  const { pairs, beginnings } = adapter;
+  const factors = [...pairs].map(([module, { A, B, scale }]) => {
+    const beginning = beginnings.get(module);
+    return { module, scale, tensors: [A, B, ...(beginning ? [beginning.A, beginning.B] : [])] };
+  });
+  const values = await readAll(factors.flatMap(({ tensors }) => tensors));
+  return factors.map(({ module, scale, tensors }) => {
+    const [A, B, A0, B0] = tensors.map(({ shape: [rows = 0, columns = 0] }) => ({
+      ...{ rows, columns, values: values.shift() as Float32Array },
+    })) as [Matrix, Matrix, Matrix?, Matrix?];
+    const begun = A0 && B0 ? [{ A: A0, B: B0, factor: -1 }] : [];
+    return { module, norm: norms(concatenated([{ A, B, factor: 1 }, ...begun]), scale).BA };
   });
 }
 

@@ -66,8 +66,8 @@ export async function trainPreference(given: LocatedArguments, said: SaidCommand
         sample: prompts && sampler(model, prompts),
         data: dataFacts(stats, "pairs"),
       },
-      () => {
-        if (!measured) return {};
+      (isOfLast) => {
+        if (!measured || !isOfLast) return {};
         say(measuredLine(measured));
         return { margin_valid: measured.margin };
       },

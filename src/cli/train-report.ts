@@ -6,7 +6,7 @@ import { writeFileAtomic } from "../node.ts";
 import { byKernel, chromeTrace, type ProfiledDispatch, profileTable } from "../train/profile.ts";
 import { profilePage } from "../train/profile-page.ts";
 import type { StepMetrics } from "../train/step-metrics.ts";
-import { evaluatedLine } from "./progress.ts";
+import { evaluatedLine, fixed } from "./progress.ts";
 import type { Fact } from "./report-page.ts";
 import { bytes, deviceName, duration, number, result, say } from "./session.ts";
 
@@ -46,7 +46,7 @@ interface RunCourse {
 export function runFacts({ adapter, trainable, seconds, device }: RunCourse, metrics: readonly StepMetrics[]): Fact[] {
   const [first, last] = [metrics[0], metrics.at(-1)];
   const { r, alpha } = adapter.config;
-  const loss = (of: StepMetrics | undefined): string => of?.loss.toFixed(4) ?? "none";
+  const loss = (of: StepMetrics | undefined): string => fixed(of?.loss);
   const validation = metrics.findLast((step) => step.validation)?.validation;
   return [
     ["rank, alpha", `${r}, ${alpha}`],
@@ -68,7 +68,7 @@ export function report(gpu: Gpu, json: boolean, outcome: Outcome): void {
   }
   const { steps, loss_first, loss_last, loss_valid, seconds, peak_bytes } = outcome;
   const held = loss_valid === null ? "" : ` (${loss_valid.toFixed(4)} on rows not trained on)`;
-  const course = `loss ${loss_first?.toFixed(4) ?? "none"} → ${loss_last?.toFixed(4) ?? "none"}${held}`;
+  const course = `loss ${fixed(loss_first)} → ${fixed(loss_last)}${held}`;
   result(`${number(steps)} steps in ${number(seconds, 1)} s, ${course}, at most ${bytes(peak_bytes)} of GPU memory`);
 }
 

@@ -1,4 +1,5 @@
 /** How a training run begins: anew, or from the newest checkpoint in its directory. */
+import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -55,16 +56,23 @@ export async function keptSettings(
   const given = options as unknown as Readonly<Record<string, unknown>>;
   const flag = (name: string): string => `--${name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)}`;
   return {
-    "--model": await hash(await readFile(join(options.model, "config.json"))),
-    "--data": await hash(new TextEncoder().encode(rows.map((row) => JSON.stringify(row)).join("\n"))),
+    "--model": hash([await readFile(join(options.model, "config.json"))]),
+    "--data": hash(linesOf(rows)),
     ...Object.fromEntries(KEPT.filter((name) => given[name] !== undefined).map((name) => [flag(name), given[name]])),
     ...(options.schedule !== "constant" && { "--steps": steps }),
     "warmup steps": warmupSteps,
   };
 }
 
-async function hash(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
-  return `sha256:${Buffer.from(await crypto.subtle.digest("SHA-256", bytes)).toString("hex")}`;
+/** One by one: together they may be longer than a string can be. */
+function* linesOf(rows: readonly unknown[]): Generator<string> {
+  for (const [i, row] of rows.entries()) yield `${i > 0 ? "\n" : ""}${JSON.stringify(row)}`;
+}
+
+function hash(parts: Iterable<string | Uint8Array>): string {
+  const sha256 = createHash("sha256");
+  for (const part of parts) sha256.update(part);
+  return `sha256:${sha256.digest("hex")}`;
 }
 
 /**

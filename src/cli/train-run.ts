@@ -121,6 +121,7 @@ class RunFiles {
   #good: number | undefined;
   #saved: number | undefined;
   #best: number | undefined;
+  #sampled: number | undefined;
 
   constructor(options: FileOptions) {
     this.#options = options;
@@ -140,6 +141,8 @@ class RunFiles {
   }
 
   async addSamples(step: number): Promise<void> {
+    if (step === this.#sampled) return;
+    this.#sampled = step;
     for (const sample of (await this.#options.sample?.()) ?? []) {
       await appendLine(join(this.#options.out, "samples.jsonl"), JSON.stringify({ step, ...sample }));
       say(`after step ${step}: ${sample.prompt} \u2192${sample.text.replaceAll("\n", "\n  ")}`);

@@ -96,8 +96,8 @@ Examples:
   $ lowrank train --config adapters/pirate/run.yaml --out adapters/again --seed 1
 
 Ctrl-C ends training after the step in progress, saves the adapter and writes a checkpoint; a second one quits at once. The same command with
---resume goes on from the newest whole checkpoint in --out, bit for bit. Its settings must be the same; with --schedule constant, --steps
-may be others. With --valid-data, --out has the adapter of the last step and --out/best that of the lowest validation loss.`;
+--resume goes on from the newest whole checkpoint in --out, bit for bit. Its settings must be the same; with --schedule constant and --warmup 0,
+--steps may be others. With --valid-data, --out has the adapter of the last step and --out/best that of the lowest validation loss.`;
 
 export function trainCommand(): Command {
   const name = "train";

@@ -132,7 +132,7 @@ function combine(
 }
 
 /** A = [f₁A₁; f₂A₂ …], B = [B₁ B₂ …] */
-function concatenated(factors: readonly Factor[]): PlainModule {
+export function concatenated(factors: readonly Factor[]): PlainModule {
   const R = factors.reduce((ranks, factor) => ranks + factor.A.rows, 0);
   const [
     {

@@ -35,7 +35,7 @@ export function calibrationBatches(
     const inputs = batchInputs(model.gpu, batch);
     return {
       positions: Int32Array.from(chosen.flatMap(({ labels }, b) => learned(labels).map((t) => b * batch.T + t))),
-      forward: () => model.hidden(inputs.ids),
+      forward: () => model.hidden(inputs.ids, inputs.packing && { packing: inputs.packing }),
       loss: () => batchLoss(model, inputs, 1 / batch.tokens),
       destroy: () => model.gpu.release(...inputs.tensors),
     };

@@ -88,6 +88,19 @@ test("a run leaves its configuration, card, report, samples and events, and its 
   );
 }, 240_000);
 
+test("a run that stops early has each sample once, and the update of one that learned nothing from its start is none", async () => {
+  await train(
+    ...["--model", at("model"), "--data", at("rows.jsonl"), "--valid-data", at("rows.jsonl"), "--out", at("still")],
+    ...["--steps", "9", "--valid-every", "1", "--patience", "1", "--sample-prompt", "Once", "--rank", "2"],
+    ...["--learning-rate", "0", "--init", "pissa"],
+  );
+  expect((await lines("still/samples.jsonl")).map(({ step }) => step)).toEqual([1, 2]);
+  const { document } = parseHTML(await readFile(at("still/report.html"), "utf8"));
+  const norms = [...document.querySelectorAll(".bar span:last-child")].map((span) => Number(span.textContent));
+  expect(norms).toHaveLength(14);
+  expect(Math.max(...norms)).toBeLessThanOrEqual(1e-6);
+}, 240_000);
+
 test("a dry run writes nothing", async () => {
   await train("--config", at("first/run.yaml"), "--out", at("dry"), "--dry-run");
   expect(await readdir(at("dry"))).toEqual([]);

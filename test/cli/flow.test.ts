@@ -193,6 +193,30 @@ test("five steps in a row that are not finite end training with the adapter of t
     "error: train: loss and gradient norm must stay finite, got NaN and NaN at step 6, the last of 5 such steps in a row. The parameters are those of step 1. Use a lower learning rate or a maxGradNorm",
   ]);
   await access(at("burst/adapter_model.safetensors"));
+  expect(await readFile(at("burst/run.yaml"), "utf8"), "is there before the first step").toContain("steps: 9\n");
+});
+
+test("a run that ends while its losses are not finite leaves its documents, and says that there is no loss", async () => {
+  const run = ["--steps", "5", "--learning-rate", "1e30", "--max-grad-norm", "0", "--warmup", "0", "--no-shuffle"];
+  const ended = await lowrank(trainArgs("lost", ...run, "--json"));
+  expect(ended.code, ended.stderr).toBe(0);
+  expect(lastJson(ended)).toMatchObject({
+    steps: 5,
+    loss_first: expect.any(Number),
+    loss_last: null,
+    skipped_steps: 4,
+  });
+  expect(await readFile(at("lost/README.md"), "utf8")).toMatch(/training loss.*\d → none/);
+  await access(at("lost/report.html"));
+});
+
+test("what rows may have at most does not count in memory, only what they have", async () => {
+  await writeFile(at("short.jsonl"), '{"input_ids":[1,2,3]}\n{"input_ids":[4,5,6,7]}\n');
+  const args = ["--model", at("model"), "--data", at("short.jsonl"), "--out", at("short"), "--max-length", "64"];
+  const ended = await lowrank(["train", ...args, "--steps", "2", "--json"]);
+  expect(ended.code, ended.stderr).toBe(0);
+  const { peak_bytes: peak, planned_bytes: planned } = lastJson(ended);
+  expect(Number(peak)).toBeLessThanOrEqual(Number(planned));
 });
 
 test("doctor says what there is, and where there is no hardware adapter every command says so", async () => {

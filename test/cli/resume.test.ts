@@ -3,6 +3,7 @@ import { cp, mkdtemp, readdir, readFile, rm, truncate, writeFile } from "node:fs
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, beforeEach, expect, test, vi } from "vitest";
+import { timeOption } from "../../src/cli/options.ts";
 import { trainCommand } from "../../src/cli/train.ts";
 import { Gpu, openGpu } from "../../src/gpu/gpu.ts";
 import { FormatError } from "../../src/io/errors.ts";
@@ -162,8 +163,11 @@ test("a run ends when its time is over, and one that went on from an adapter in 
   const resumed = await run("own", ...settings, "--time-budget", "0.2s", "--resume");
   expect(resumed).toContain(`going on from the checkpoint of step ${step}\n`);
   await expect(train("own", "--time-budget", "20")).rejects.toThrow(
-    new ShapeError("train: --time-budget must be a time such as 90s, 20m or 1.5h, got 20"),
+    new ShapeError("train: --time-budget must be a time such as 90s, 20m or 1.5h, at most 596h, got 20"),
   );
+  const timeOf = timeOption("train", "--time-budget <time>", "").parseArg as (text: string) => unknown;
+  expect(["1.1h", "0.0014s"].map(timeOf), "whole milliseconds").toEqual([3_960_000, 1]);
+  expect(() => timeOf("600h")).toThrow(ShapeError);
   await expect(train("alone", "--patience", "2")).rejects.toThrow(
     new ShapeError(
       "train: --valid-every and --patience need --valid-data, --valid-split or a directory with a valid file, got none",

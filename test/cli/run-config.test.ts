@@ -112,6 +112,14 @@ describe("--config", () => {
     expect(await parsed(text)).toEqual({ ...wanted, rank: "16", batchSize: "4" });
   });
 
+  test("of an option that takes several all are there, and no default that contradicts what was said", async () => {
+    const args = ["--model", "base", "--sample-prompt", "a", "b", "--no-shuffle", "--sample-prompt=c"];
+    const made = command().addOption(new Option("--init-adapter <place>").conflicts(["rank"]));
+    expect(resolvedConfig(made, [...args, "--init-adapter", "x"])).toBe(
+      "model: base\nbatch-size: 4\nsample-prompt:\n  - a\n  - b\n  - c\nshuffle: false\ninit-adapter: x\n",
+    );
+  });
+
   test("measures how far a word is from another", () => {
     expect(
       [

@@ -15,7 +15,7 @@ import type { CausalModel } from "../../src/models/causal.ts";
 import { loadModel } from "../../src/models/load.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { type Matrix, matrix, multiply, svd, transpose } from "../../src/tensor/linalg.ts";
-import { read, tensor } from "../../src/tensor/tensor.ts";
+import { read, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { collate } from "../../src/train/batches.ts";
 import { calibrationBatches } from "../../src/train/calibration.ts";
 import type { Row } from "../../src/train/data.ts";
@@ -51,6 +51,21 @@ let model: CausalModel;
 let batches: ReturnType<typeof calibrationBatches>;
 let before: Float32Array;
 const attached: LoraAdapter[] = [];
+
+test("of packed rows each segment is seen as training sees it, alone", async () => {
+  const [first, second] = [
+    [1, 2, 3, 4, 5],
+    [9, 8, 7],
+  ] as const;
+  const ids = [...first, ...second];
+  const packed = [{ inputIds: ids, labels: ids, starts: [0, first.length] }];
+  const [batch] = calibrationBatches(model, packed, { batchSize: 1, batches: 1 });
+  const hiddenOf = (inputIds: readonly number[]): Promise<Float32Array> =>
+    read(model.hidden(tensor(model.gpu, Int32Array.from(inputIds), [1, inputIds.length])));
+  const expected = [...(await hiddenOf(first)), ...(await hiddenOf(second))];
+  expectClose(await read(batch?.forward() as Tensor), expected, 1e-5);
+  batch?.destroy();
+});
 
 beforeAll(async () => {
   model = await loadModel(await testGpu(), diskDirectory("test/golden/models/qwen2"));
