@@ -40,9 +40,12 @@ export interface EngineOptions {
   readonly maxRows?: number;
   /** Tokens of one step; prompts are cut to what is left beside the answers (chunked prefill, arXiv:2403.02310). 256 unless given. */
   readonly maxStepTokens?: number;
-  /** Requests that may wait. 256 unless given. */
+  /** Requests that may wait beside those for which there is a row. 256 unless given. */
   readonly maxWaiting?: number;
-  /** Tokens of keys and values that are kept in all: admission is by these. Four times the context unless given. */
+  /**
+   * Tokens of keys and values that are kept in all. Four times the context unless given; where they are fewer than the model's context and that is
+   * not limited, it is limited to them. Requests are let in with room for what they have and some more; where it runs out, who came last makes way.
+   */
   readonly cacheTokens?: number | undefined;
   readonly cacheFormat?: "f32" | "f16";
   /** Tokens of a page, a power of two; 16 unless given. */
@@ -50,6 +53,9 @@ export interface EngineOptions {
   /** Who finds the likeliest tokens: see `CacheSettings`. */
   readonly choices?: "device" | "host" | undefined;
 }
+
+/** Pages that must be free for a request beyond those of its prompt, if it may need them. */
+const PAGES_AHEAD = 4;
 
 /** How often a waiting request may be passed before those behind it have to wait, too. */
 const MOST_PASSED = 64;
@@ -65,7 +71,8 @@ interface Sequence {
   /** Whose keys and values are in the cache. */
   computed: number;
   passed: number;
-  place?: { readonly lease: Lease; readonly row: number; readonly slot: number };
+  hasStarted: boolean;
+  place?: { lease: Lease; readonly row: number; readonly slot: number };
   readonly forget: () => void;
 }
 
@@ -94,12 +101,13 @@ export class BatchEngine implements Engine {
   #promptTokens = 0;
   #reusedTokens = 0;
   #generatedTokens = 0;
+  #preemptions = 0;
 
   /** Throws ShapeError for settings out of range. */
   constructor(model: PagedModel, options: EngineOptions = {}) {
     const { adapters, maxRows = 32, maxStepTokens = 256, maxWaiting = 256, pageTokens = 16 } = options;
-    const { contextLength = model.config.contextLength, cacheFormat = "f32" } = options;
-    const { cacheTokens = 4 * contextLength, choices } = options;
+    const { cacheFormat = "f32", choices } = options;
+    const { contextLength, cacheTokens } = lengths(model, options);
     for (const [name, value] of Object.entries({ maxRows, maxStepTokens, contextLength, cacheTokens }))
       if (!Number.isInteger(value) || value < 1)
         throw new ShapeError(`BatchEngine: ${name} must be a whole number of at least 1, got ${value}`);
@@ -150,6 +158,7 @@ export class BatchEngine implements Engine {
       cachedPromptTokens: this.#reusedTokens,
       generatedTokens: this.#generatedTokens,
       steps: this.#steps,
+      preemptions: this.#preemptions,
       gpuBytes: this.model.gpu.counters().bytesLive - this.#step.planBytes,
     };
   }
@@ -171,7 +180,7 @@ export class BatchEngine implements Engine {
       );
     const sampler = new Sampler(promptIds, request, this.model.config.eosIds);
     const stream = new TokenStream(() => this.#drop(sequence));
-    if (this.#waiting.length >= this.#options.maxWaiting)
+    if (this.#waiting.length >= this.#options.maxWaiting + this.#rows.length)
       throw new QueueFull(
         `generate: at most ${this.#options.maxWaiting} requests may wait, got one more. Try again later`,
       );
@@ -180,7 +189,7 @@ export class BatchEngine implements Engine {
       stream.end();
     };
     const sequence: Sequence = {
-      ...{ request, sampler, stream, computed: 0, passed: 0 },
+      ...{ request, sampler, stream, computed: 0, passed: 0, hasStarted: false },
       ids: [...promptIds],
       limit: Math.min(promptIds.length + maxTokens, this.contextLength),
       forget: () => signal?.removeEventListener("abort", abort),
@@ -290,8 +299,9 @@ export class BatchEngine implements Engine {
   #enter(sequence: Sequence): boolean {
     const { adapter } = sequence.request;
     if (this.#running.some((other) => this.#isComputing(other, sequence))) return false;
+    const ahead = sequence.ids.length + PAGES_AHEAD * this.#pool.pageTokens;
     // The keys and values of the last token are never needed.
-    const lease = this.#pool.lease(this.#rootOf(adapter), sequence.ids, sequence.limit - 1);
+    const lease = this.#pool.lease(this.#rootOf(adapter), sequence.ids, Math.min(sequence.limit - 1, ahead));
     if (!lease) return false;
     const slot = adapter === undefined ? -1 : this.#adapters?.acquire(adapter);
     if (slot === undefined) {
@@ -301,11 +311,33 @@ export class BatchEngine implements Engine {
     const row = this.#rows.pop() as number;
     sequence.place = { lease, row, slot };
     sequence.computed = lease.reused;
+    this.#step.setPages(row, lease.pages);
+    if (sequence.hasStarted) return true;
+    sequence.hasStarted = true;
     this.#promptTokens += sequence.ids.length;
     this.#reusedTokens += lease.reused;
-    this.#step.setPages(row, lease.pages);
     sequence.request.onStart?.();
     return true;
+  }
+
+  /** Gives each a page for its next token, those who came first before the others; where there is none, who came last makes way. */
+  #makeRoom(): void {
+    for (const sequence of [...this.#running])
+      while (sequence.place && sequence.place.lease.pages.length < this.#pool.pagesFor(sequence.ids.length)) {
+        const lease = this.#pool.grown(sequence.place.lease);
+        if (lease) {
+          sequence.place.lease = lease;
+          this.#step.setPages(sequence.place.row, lease.pages);
+        } else this.#preempt(this.#running.pop() as Sequence);
+      }
+  }
+
+  /** Back into the queue, in front: what it has is computed again, as far as its pages are not known then (recomputation, arXiv:2309.06180 §4.5). */
+  #preempt(sequence: Sequence): void {
+    this.#free(sequence);
+    sequence.computed = 0;
+    this.#waiting.unshift(sequence);
+    this.#preemptions++;
   }
 
   /** Whether the other has yet to compute pages that both of them begin with. */
@@ -319,6 +351,7 @@ export class BatchEngine implements Engine {
 
   /** One step: a token of each answer, and as much of the prompts as there is room for. */
   async #advance(): Promise<void> {
+    this.#makeRoom();
     let room = this.#options.maxStepTokens;
     const tokens: StepToken[] = [];
     const rows: AskedRow[] = [];
@@ -389,33 +422,44 @@ export class BatchEngine implements Engine {
     sequence.stream.end(error);
   }
 
-  /** Frees what it has. */
   #drop(sequence: Sequence): void {
-    const { place, request, forget } = sequence;
-    forget();
+    const { adapter } = sequence.request;
+    sequence.forget();
     for (const list of [this.#waiting, this.#running]) {
       const at = list.indexOf(sequence);
       if (at >= 0) list.splice(at, 1);
     }
-    this.#isChanged = true;
-    if (place) {
-      delete sequence.place;
-      const root = request.adapter === undefined ? "base" : this.#roots.get(request.adapter);
-      if (root && sequence.computed > 0)
-        this.#pool.remember(root, sequence.ids.slice(0, sequence.computed), place.lease.pages);
-      this.#pool.release(place.lease);
-      this.#rows.push(place.row);
-      if (place.slot >= 0) this.#adapters?.release(place.slot);
-    }
-    const { adapter } = request;
+    this.#free(sequence);
     if (adapter !== undefined && !this.#isUsed(adapter)) for (const done of this.#leaving.get(adapter) ?? []) done();
   }
+
+  /** Gives back its pages, row and adapter. */
+  #free(sequence: Sequence): void {
+    const { place, ids, computed, request } = sequence;
+    this.#isChanged = true;
+    if (!place) return;
+    delete sequence.place;
+    const root = request.adapter === undefined ? "base" : this.#roots.get(request.adapter);
+    if (root && computed > 0) this.#pool.remember(root, ids.slice(0, computed), place.lease.pages);
+    this.#pool.release(place.lease);
+    this.#rows.push(place.row);
+    if (place.slot >= 0) this.#adapters?.release(place.slot);
+  }
+}
+
+/** What EngineOptions say of them, or by default. */
+function lengths(
+  { config }: Pick<PagedModel, "config">,
+  { contextLength, cacheTokens }: EngineOptions,
+): { readonly contextLength: number; readonly cacheTokens: number } {
+  const most = contextLength ?? Math.min(config.contextLength, cacheTokens ?? config.contextLength);
+  return { contextLength: most, cacheTokens: cacheTokens ?? 4 * most };
 }
 
 /** Bytes of an engine's cache: see `EngineOptions`. */
 export function engineCacheBytes(model: Pick<PagedModel, "config">, options: EngineOptions = {}): number {
-  const { contextLength = model.config.contextLength, cacheFormat: format = "f32", pageTokens = 16 } = options;
-  const { cacheTokens = 4 * contextLength, maxRows = 32 } = options;
+  const { cacheFormat: format = "f32", pageTokens = 16, maxRows = 32 } = options;
+  const { contextLength, cacheTokens } = lengths(model, options);
   const tokens = Math.ceil(cacheTokens / pageTokens) * pageTokens;
   return cacheBytes(model, { tokens, pageTokens, sequences: maxRows, contextLength, format });
 }

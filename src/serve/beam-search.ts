@@ -4,7 +4,7 @@ import { checkPrompt } from "./generate.ts";
 import { PagePool } from "./page-pool.ts";
 import { type PagedModel, PagedStep, type RowAdapters, type StepToken } from "./paged-step.ts";
 import { largest, logSumExp } from "./row-choices.ts";
-import type { TokenConstraint } from "./sampling.ts";
+import { noTokenAllowed, type TokenConstraint } from "./sampling.ts";
 
 export interface BeamSearchOptions {
   readonly promptIds: readonly number[];
@@ -57,10 +57,10 @@ const PAGE_TOKENS = 16;
 
 /**
  * The likeliest answers that a search with `beams` open continuations finds, the best first, at most so many. The same as transformers'
- * `generate(num_beams=…)`, which keeps answers that end among the best candidates of a step, and fills the beams with those that go on. None where
- * the constraint leaves no way to go on.
+ * `generate(num_beams=…)`, which keeps answers that end among the best candidates of a step, and fills the beams with those that go on. Answers
+ * that are cut off where the constraint does not let them end are given only where there is no other.
  *
- * Throws ShapeError for settings out of range, the signal's reason where it is aborted.
+ * Throws ShapeError for settings out of range and where the constraint allows no token, the signal's reason where it is aborted.
  */
 export async function beamSearch(model: PagedModel, options: BeamSearchOptions): Promise<BeamAnswer[]> {
   const { promptIds, maxTokens, beams = 4, lengthPenalty = 1, earlyStopping = false, adapter, signal } = options;
@@ -82,25 +82,27 @@ export async function beamSearch(model: PagedModel, options: BeamSearchOptions):
     let open: Beam[] = [{ ids: [], sum: 0, pages: [], constraint }];
     let done: BeamAnswer[] = [];
     const kept = Math.max(2, 1 + eosIds.length) * beams;
+    const isEnd = (id: number): boolean => eosIds.includes(id);
     for (let length = 1; ; length++) {
       signal?.throwIfAborted();
       const logits = await advance(step, pool, open, promptIds, slot);
-      const isEnd = (id: number): boolean => eosIds.includes(id);
-      const candidates = bestOf(open, logits, kept, isEnd).map(({ beam, id, sum }) => {
+      const [going, ended, cutOff]: [Beam[], BeamAnswer[], BeamAnswer[]] = [[], [], []];
+      for (const [rank, { beam, id, sum }] of bestOf(open, logits, kept, isEnd).entries()) {
+        if (going.length === beams || (length === most && rank >= beams)) break;
         const after = isEnd(id) ? undefined : beam.constraint?.fork();
         after?.accept(id);
         const ids = isEnd(id) ? beam.ids : [...beam.ids, id];
-        return { ids, sum, pages: beam.pages, constraint: after, isLast: isEnd(id) || after?.isDone === true };
-      });
-      const ended = candidates
-        .slice(0, beams)
-        .filter(({ isLast }) => isLast || length === most)
-        .map(({ ids, sum }) => ({ ids, score: sum / length ** lengthPenalty }));
+        const isLast = isEnd(id) || after?.isDone === true;
+        const answer = { ids, score: sum / length ** lengthPenalty };
+        if (!isLast && length < most) going.push({ ids, sum, pages: beam.pages, constraint: after });
+        else if (rank < beams) (isLast || after?.mayEnd !== false ? ended : cutOff).push(answer);
+      }
       done = [...done, ...ended].toSorted((a, b) => b.score - a.score).slice(0, beams);
-      const going = length === most ? [] : candidates.filter(({ isLast }) => !isLast).slice(0, beams);
+      if (length === most && done.length === 0) done = cutOff;
       const isFull = done.length === beams;
       const reach = earlyStopping === "never" && lengthPenalty > 0 ? most : length;
       const hope = (going[0]?.sum ?? Number.NEGATIVE_INFINITY) / reach ** lengthPenalty;
+      if (going.length === 0 && done.length === 0) throw noTokenAllowed();
       if (going.length === 0 || (isFull && (earlyStopping === true || hope <= (done.at(-1)?.score ?? 0)))) return done;
       for (const page of going.flatMap(({ pages }) => pages)) pool.share(page);
       for (const beam of open) pool.release(beam);
@@ -145,10 +147,10 @@ async function advance(
   return step.run(tokens, rows);
 }
 
-/** So many of a row's likeliest are asked for before all are. */
+/** So many of a row's likeliest are looked at where some may be forbidden, or end the answer; all where too few are allowed. */
 const TRIED = 64;
 
-/** The likeliest ways to go on that are allowed, the best first. */
+/** The likeliest ways to go on that are allowed, the best first: `count` at least, if there are so many. */
 function bestOf(
   open: readonly Beam[],
   logits: readonly Float32Array[],
@@ -163,9 +165,9 @@ function bestOf(
     let ids = largest(own, constraint ? TRIED : count).filter(isAllowed);
     if (constraint && ids.length < count) {
       const allowed = own.map((logit, id) => (isAllowed(id) ? logit : Number.NEGATIVE_INFINITY));
-      ids = largest(allowed, count).filter((id) => allowed[id] !== Number.NEGATIVE_INFINITY);
+      ids = largest(allowed, TRIED).filter((id) => allowed[id] !== Number.NEGATIVE_INFINITY);
     }
-    return ids.slice(0, count).map((id) => ({ beam, id, sum: beam.sum + (own[id] ?? Number.NaN) - total }));
+    return ids.map((id) => ({ beam, id, sum: beam.sum + (own[id] ?? Number.NaN) - total }));
   });
-  return all.toSorted((a, b) => b.sum - a.sum).slice(0, count);
+  return all.toSorted((a, b) => b.sum - a.sum);
 }

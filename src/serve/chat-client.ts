@@ -132,10 +132,13 @@ export function createChat(port: Worker | MessagePort): RemoteChat {
       await result({ chat: "unload", name });
     },
     async close() {
-      await result({ chat: "close" });
-      fail(new Error("createChat: the chat must be open, got one that was closed"));
-      if ("terminate" in port) port.terminate();
-      else port.close();
+      try {
+        await result({ chat: "close" });
+      } finally {
+        fail(new Error("createChat: the chat must be open, got one that was closed"));
+        if ("terminate" in port) port.terminate();
+        else port.close();
+      }
     },
   };
 }

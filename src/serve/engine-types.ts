@@ -29,6 +29,8 @@ export interface EngineStats {
   readonly cachedPromptTokens: number;
   readonly generatedTokens: number;
   readonly steps: number;
+  /** Times that a request went back into the queue to make room for older ones. */
+  readonly preemptions: number;
   /** Bytes on the device that are in use, weights included, without what traced steps keep for the next ones. */
   readonly gpuBytes: number;
 }

@@ -71,6 +71,12 @@ export class PagePool {
     return { pages: [...shared, ...fresh], reused: shared.length * this.pageTokens };
   }
 
+  /** The same with one page more; undefined where there is none now. */
+  grown(lease: Lease): Lease | undefined {
+    if (this.used === this.count) return undefined;
+    return { ...lease, pages: [...lease.pages, this.take()] };
+  }
+
   /** Says what the pages hold, as far as they are full: the keys and values of `ids`, which are computed. */
   remember(root: string, ids: readonly number[], pages: readonly number[]): void {
     let parent = root;

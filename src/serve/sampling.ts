@@ -40,6 +40,11 @@ export interface TokenConstraint {
   fork(): TokenConstraint;
 }
 
+export const noTokenAllowed = (): ShapeError =>
+  new ShapeError(
+    "generate: the constraint must allow a token of the vocabulary, got none that it allows here. Take a model whose tokens can write any text",
+  );
+
 /** A token and what the model thought of it, before penalties and temperature. */
 export interface ScoredToken {
   readonly id: number;
@@ -125,9 +130,7 @@ export class Sampler {
     const id = (known && this.#choose(known)) ?? (row && this.#chooseOfAll(row, choices));
     if (id === undefined) {
       if (!row) return undefined;
-      throw new ShapeError(
-        "generate: the constraint must allow a token of the vocabulary, got none that it allows here. Take a model whose tokens can write any text",
-      );
+      throw noTokenAllowed();
     }
     this.#uniforms.length = 0;
     if (!this.#eosIds.includes(id)) this.#options.constraint?.accept(id);

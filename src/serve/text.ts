@@ -5,6 +5,8 @@ import type { SampledToken } from "./sampling.ts";
 export interface TextToken extends SampledToken {
   /** Where its text begins in the answer; a token that ends a character begun before has that character's place. */
   readonly offset: number;
+  /** The same in characters, of which one beyond U+FFFF counts once. */
+  readonly characters: number;
 }
 
 export interface TextPiece {
@@ -39,15 +41,16 @@ export async function* textOf(
   const decoder = new AnswerDecoder(tokenizer, promptIds);
   const search = new StopSearch(stop);
   let waiting: TextToken[] = [];
-  let [count, decoded, given] = [0, 0, 0];
+  let [count, decoded, characters, given] = [0, 0, 0, 0];
   const taken = (added: string): string => {
     decoded += added.length;
+    characters += [...added].length;
     return search.push(added);
   };
   for await (const token of tokens) {
     if (token.id === tokenizer.eosId) break;
     count++;
-    waiting.push({ ...token, offset: decoded });
+    waiting.push({ ...token, offset: decoded, characters });
     const text = taken(decoder.push(token.id));
     if (search.isFound) {
       yield { text, tokens: waiting, finishReason: "stop" };
@@ -67,6 +70,8 @@ export async function* textOf(
 const LONGEST_CHARACTER = 4;
 /** Tokens before, which a decoder is shown with the new ones: at the start of a text it may drop a space. */
 const CONTEXT = 4;
+/** As many at most where they begin within a character. */
+const LONGEST_CONTEXT = 64;
 
 /** Turns the ids of one answer into text, each looked at a few times only, however long the answer. */
 class AnswerDecoder {
@@ -78,11 +83,17 @@ class AnswerDecoder {
 
   constructor(tokenizer: Tokenizer, promptIds: readonly number[]) {
     this.#tokenizer = tokenizer;
-    let size = CONTEXT;
-    const end = (): readonly number[] => promptIds.slice(-size);
-    while (size < promptIds.length && /^(\ufffd|$)/.test(tokenizer.decode(end()))) size *= 2;
-    this.#context = [end()];
-    this.#contextText = tokenizer.decode(end());
+    const end: number[] = [];
+    const isEnough = (): boolean => end.length >= CONTEXT && /^[^\ufffd]/.test(tokenizer.decode(end));
+    for (let i = promptIds.length - 1; i >= 0 && end.length < LONGEST_CONTEXT && !isEnough(); i--)
+      if (this.#hasText(promptIds.slice(i, i + 1))) end.unshift(promptIds[i] as number);
+    this.#context = [end];
+    this.#contextText = tokenizer.decode(end);
+  }
+
+  /** Whether they are no special tokens. By the second time a space is one that is not dropped. */
+  #hasText(ids: readonly number[]): boolean {
+    return this.#tokenizer.decode([...ids, ...ids]) !== "";
   }
 
   /** The text that is certain with this id. */
@@ -108,8 +119,10 @@ class AnswerDecoder {
   }
 
   #settle(count: number, text: string): string {
-    const groups = [...this.#context, this.#pending.slice(0, count)];
+    const settled = this.#pending.slice(0, count);
     this.#pending = this.#pending.slice(count);
+    if (text === "" && !this.#hasText(settled)) return "";
+    const groups = [...this.#context, settled];
     while (groups.length > 1 && groups.slice(1).flat().length >= CONTEXT) {
       if (this.#tokenizer.decode(groups.slice(1).flat()) === "") break;
       groups.shift();

@@ -72,6 +72,21 @@ const alternating = (last: number): TokenConstraint => {
   };
 };
 
+/** Any ids, of which the last has to be even. */
+const endingEven = (last: number): TokenConstraint => {
+  let mayEnd = last % 2 === 0;
+  return {
+    ...{ allows: () => true, isDone: false },
+    get mayEnd() {
+      return mayEnd;
+    },
+    accept: (id) => {
+      mayEnd = id % 2 === 0;
+    },
+    fork: () => endingEven(mayEnd ? 0 : 1),
+  };
+};
+
 test.skipIf(!hasShared)("beam search gives transformers' answers and scores (needs ../shared)", async () => {
   const model = await loadModel(await testGpu(), diskDirectory(shared("models/stories260K")));
   const before = model.gpu.counters().bytesLive;
@@ -116,6 +131,16 @@ test("settings of a beam search that are out of range are refused; no tokens is 
     ...{ allows: (id) => id < 5, accept: () => void Object.assign(stuck, { allows: () => false }), mayEnd: false },
     ...{ isDone: false, fork: () => stuck },
   };
-  expect(await beamSearch(model, { promptIds: [1], maxTokens: 4, constraint: stuck })).toEqual([]);
+  await refused(
+    { maxTokens: 4, constraint: stuck },
+    "generate: the constraint must allow a token of the vocabulary, got none that it allows here. Take a model whose tokens can write any text",
+  );
+  const search = { promptIds: [1], maxTokens: 3, beams: 6, eosIds: [] };
+  const plain = await beamSearch(model, search);
+  const whole = plain.filter(({ ids }) => (ids.at(-1) ?? 0) % 2 === 0);
+  expect([0, plain.length]).not.toContain(whole.length);
+  expect(await beamSearch(model, { ...search, constraint: endingEven(0) }), "none that is cut off").toEqual(whole);
+  const never = { ...endingEven(0), mayEnd: false, fork: () => never };
+  expect(await beamSearch(model, { ...search, constraint: never }), "all are").toEqual(plain);
   model.destroy();
 });

@@ -190,6 +190,48 @@ describe("memory", () => {
     });
   });
 
+  test("requests that may become long are answered together; where room ends the youngest make way, and lose nothing", async () => {
+    await withEngine({ pageTokens: 4, cacheTokens: 128, maxRows: 8 }, async (engine) => {
+      const requests = Array.from({ length: 8 }, (_, seed) => ({
+        ...{ promptIds: promptOf(5), maxTokens: 59, logitBias: noEnd(), seed, temperature: seed % 2 },
+      }));
+      const expected: number[][] = [];
+      for (const request of requests) expected.push(await alone(request));
+      const starts: number[] = [];
+      const ask = (request: GenerationRequest): Promise<number[]> =>
+        idsOf(engine, { ...request, onStart: () => starts.push(engine.stats().steps) });
+      expect(await Promise.all(requests.map(ask))).toEqual(expected);
+      expect(
+        starts.filter((step) => step === 0),
+        "of 32 pages 6 for each, of 16 that it may need",
+      ).toHaveLength(5);
+      expect(starts).toHaveLength(8);
+      const { preemptions, promptTokens } = engine.stats();
+      expect(preemptions).toBeGreaterThan(3);
+      expect(promptTokens, "each prompt counts once").toBe(40);
+    });
+  });
+
+  test("one that made way may leave", async () => {
+    await withEngine({ pageTokens: 4, cacheTokens: 64, maxRows: 2 }, async (engine) => {
+      const leave = new AbortController();
+      const request = { promptIds: promptOf(5), maxTokens: 59, logitBias: noEnd() };
+      const first = idsOf(engine, request);
+      const second = idsOf(engine, { ...request, promptIds: promptOf(6), signal: leave.signal });
+      while (engine.stats().preemptions === 0) await new Promise((done) => setTimeout(done));
+      expect(engine.stats()).toMatchObject({ running: 1, waiting: 1 });
+      leave.abort();
+      expect(engine.stats()).toMatchObject({ running: 1, waiting: 0 });
+      expect((await second).length).toBeGreaterThan(0);
+      expect(await first).toEqual(await alone(request));
+    });
+  });
+
+  test("a context that is not given is no longer than the cache", async () => {
+    await withEngine({ cacheTokens: 48 }, async (engine) => expect(engine.contextLength).toBe(48));
+    await withEngine({ cacheTokens: 480 }, async (engine) => expect(engine.contextLength).toBe(64));
+  });
+
   test("old prefixes make way, and answers stay right", async () => {
     await withEngine({ pageTokens: 2, cacheTokens: 48 }, async (engine) => {
       for (let i = 0; i < 12; i++) {
@@ -334,7 +376,7 @@ describe("with more words than the likeliest that are listed", () => {
 });
 
 test("requests that cannot be are refused with the rule and the value", async () => {
-  await withEngine({ maxWaiting: 1, contextLength: 32 }, async (engine) => {
+  await withEngine({ maxRows: 1, maxWaiting: 1, contextLength: 32 }, async (engine) => {
     const refused = (request: Partial<GenerationRequest>, message: string): void =>
       expect(() => engine.generate({ promptIds: [1], maxTokens: 1, ...request })).toThrow(new ShapeError(message));
     refused({ promptIds: [] }, "generate: the prompt must have at least one token, got none");
@@ -343,11 +385,11 @@ test("requests that cannot be are refused with the rule and the value", async ()
     refused({ maxTokens: -1 }, "generate: maxTokens must be a whole number of at least 0, got -1");
     refused({ adapter: "x" }, 'generate: the adapter must be one of none, got "x"');
     refused({ temperature: -1 }, "generate: temperature must be a number of at least 0, got -1");
-    const one = idsOf(engine, { promptIds: [1], maxTokens: 1 });
+    const both = [1, 2].map((id) => idsOf(engine, { promptIds: [id], maxTokens: 1 }));
     expect(() => engine.generate({ promptIds: [1], maxTokens: 1 })).toThrow(
       new QueueFull("generate: at most 1 requests may wait, got one more. Try again later"),
     );
-    await one;
+    await Promise.all(both);
     expect(await idsOf(engine, { promptIds: [1], maxTokens: 0 })).toEqual([]);
   });
   expect(() => new BatchEngine(model, { maxRows: 9, maxStepTokens: 8 })).toThrow(

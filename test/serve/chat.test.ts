@@ -242,7 +242,9 @@ test("a model that does not load rejects every call, and messages of others on t
   expect(await early).toBe("FormatError: config.json: must be there, got none");
   expect(await failure(broken.ask({ prompt: "a" }))).toBe("FormatError: config.json: must be there, got none");
   expect(heard).toContain("mine");
-  port1.close();
+  const atOtherEnd = new Promise((closed) => port2.addEventListener("close", closed));
+  expect(await broken.close().then(String, message)).toBe("FormatError: config.json: must be there, got none");
+  await atOtherEnd;
 });
 
 test("a port that is closed at the other end, and a worker that crashes, reject all calls", async () => {
@@ -251,13 +253,19 @@ test("a port that is closed at the other end, and a worker that crashes, reject 
   const rest = textOf(running).then(String, message);
   ports.port2.close();
   expect(await rest).toBe("Error: createChat: the other end of the port must be open, got it closed");
-  const worker = Object.assign(new EventTarget(), { postMessage: () => {}, terminate: () => {} });
+  let isTerminated = false;
+  const terminate = (): void => {
+    isTerminated = true;
+  };
+  const worker = Object.assign(new EventTarget(), { postMessage: () => {}, terminate });
   const crashing = createChat(worker as unknown as Worker);
   const asked = failure(crashing.ask({ prompt: "a" }));
   worker.dispatchEvent(Object.assign(new Event("error"), { message: "Uncaught out of memory" }));
   const words = "Error: createChat: the worker must run, got Uncaught out of memory";
   expect(await asked).toBe(words);
   expect(await crashing.load("a", "https://example.invalid/a").then(String, message)).toBe(words);
+  expect(await crashing.close().then(String, message)).toBe(words);
+  expect(isTerminated).toBe(true);
 });
 
 test("what cannot be opened leaves nothing behind, and messages without a template are refused", async () => {

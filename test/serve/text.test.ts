@@ -45,8 +45,8 @@ describe("text of single bytes", () => {
 
   test("gives each token once, with the place in the text where it begins", async () => {
     const tokens = (await pieces(tokenizer, bytes("é😀b"))).flatMap((piece) => piece.tokens);
-    expect(tokens.map(({ id, offset }) => [id, offset])).toEqual(
-      bytes("é😀b").map((id, i) => [id, [0, 0, 1, 1, 1, 1, 3][i]]),
+    expect(tokens.map(({ id, offset, characters }) => [id, offset, characters])).toEqual(
+      bytes("é😀b").map((id, i) => [id, [0, 0, 1, 1, 1, 1, 3][i], [0, 0, 1, 1, 1, 1, 2][i]]),
     );
   });
 
@@ -128,6 +128,12 @@ describe("text of single bytes", () => {
     const ids = bytes("some words, é and 😀. ".repeat(100));
     await pieces(counting, ids, { promptIds: bytes("x".repeat(5000)), stop: ["never"] });
     expect(looked / ids.length).toBeLessThan(40);
+    for (const silent of [257, 0x80]) {
+      looked = 0;
+      const prompt = new Array<number>(5000).fill(silent);
+      await pieces(counting, prompt, { promptIds: prompt });
+      expect(looked / prompt.length, `${silent}`).toBeLessThan(400);
+    }
   });
 });
 

@@ -68,6 +68,16 @@ export const chatStyle: AnswerStyle = {
   },
 };
 
+/** Log-probabilities by texts, of equal ones (parts of characters) that of the first. */
+function byText(tokens: readonly ScoredToken[], texts: TokenTexts): Record<string, number> {
+  const logprobs = new Map<string, number>();
+  for (const { id, logprob } of tokens) {
+    const text = texts.of(id);
+    if (!logprobs.has(text)) logprobs.set(text, finite(logprob));
+  }
+  return Object.fromEntries(logprobs);
+}
+
 export const completionStyle: AnswerStyle = {
   ...{ idPrefix: "cmpl-", whole: "text_completion", chunk: "text_completion" },
   wholeText: (text) => ({ text }),
@@ -76,10 +86,8 @@ export const completionStyle: AnswerStyle = {
   logprobs: (tokens, texts) => ({
     tokens: tokens.map(({ id }) => texts.of(id)),
     token_logprobs: tokens.map(({ logprob }) => finite(logprob)),
-    top_logprobs: tokens.map(({ top }) =>
-      Object.fromEntries(top.map(({ id, logprob }) => [texts.of(id), finite(logprob)])),
-    ),
-    text_offset: tokens.map(({ offset }) => offset),
+    top_logprobs: tokens.map((one) => byText([...one.top, one], texts)),
+    text_offset: tokens.map(({ characters }) => characters),
   }),
 };
 

@@ -328,6 +328,7 @@ class Server {
     };
     gone.addEventListener("abort", stop, { once: true });
     this.#answers.add(controller);
+    if (gone.aborted) stop();
     const end = (): void => {
       gone.removeEventListener("abort", stop);
       for (const leave of leaving) leave();
@@ -370,7 +371,7 @@ const SECURE_HEADERS = {
 const PROMETHEUS = { "Content-Type": "text/plain; version=0.0.4; charset=utf-8" };
 const PREFLIGHT = {
   "Access-Control-Allow-Methods": "GET, POST",
-  "Access-Control-Allow-Headers": "Authorization, Content-Type",
+  "Access-Control-Allow-Headers": "Authorization, Content-Type, *", // the openai client sends some of its own; * is without Authorization
   "Access-Control-Max-Age": "600",
 };
 

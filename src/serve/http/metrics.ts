@@ -64,6 +64,7 @@ const COUNTERS: readonly (readonly [keyof EngineStats, name: string, help: strin
   ["cachedPromptTokens", "lowrank_cached_prompt_tokens_total", "Tokens of prompts that needed no computing."],
   ["generatedTokens", "lowrank_generated_tokens_total", "Tokens that were generated."],
   ["steps", "lowrank_steps_total", "Passes of the model."],
+  ["preemptions", "lowrank_preemptions_total", "Times that a request went back into the queue for want of pages."],
 ];
 
 export class Metrics {

@@ -73,7 +73,7 @@ describe("the Origin header", () => {
     expect(Object.fromEntries(preflight.headers)).toMatchObject({
       "access-control-allow-origin": PAGE,
       "access-control-allow-methods": "GET, POST",
-      "access-control-allow-headers": "Authorization, Content-Type",
+      "access-control-allow-headers": "Authorization, Content-Type, *",
       vary: "Origin",
     });
     for (const [key, status] of [
@@ -372,6 +372,22 @@ describe("streams", () => {
     await expect(response.text()).rejects.toThrow(
       "event stream: what was sent must be read, got a reader that does not",
     );
+  });
+
+  test("who has left before the answer begins gets none made", async () => {
+    const { app, engine } = testApp();
+    const left = new AbortController();
+    const body = JSON.stringify({ ...completion, max_tokens: 190 });
+    const headers = { Host: "127.0.0.1:8000", "Content-Type": "application/json" };
+    const url = "http://127.0.0.1:8000/v1/completions";
+    const request = new Request(url, { method: "POST", body, headers, signal: left.signal });
+    const asked = app.fetch(request);
+    left.abort();
+    expect((await asked).status).toBe(503);
+    expect(
+      engine.requests.every(({ signal }) => signal?.aborted),
+      "the engine makes nothing of it",
+    ).toBe(true);
   });
 
   test("a reader who leaves ends the answer at once", async () => {

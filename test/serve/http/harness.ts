@@ -16,6 +16,8 @@ export class FakeEngine implements Engine {
   readonly requests: GenerationRequest[] = [];
   running = 0;
   isFull = false;
+  /** How many ids before its own a token's list of the likeliest begins. */
+  rank = 0;
   /** What each answer is; ends with the end of text unless told not to. */
   reply: (request: GenerationRequest) => AsyncIterable<string> | Iterable<string> = () => ["Hello", ", ", "wörld"];
   onLoad: (name: string, directory: Directory) => Promise<void> = async () => {};
@@ -35,7 +37,7 @@ export class FakeEngine implements Engine {
         for (const id of text === "</s>" ? [END] : new TextEncoder().encode(text)) {
           if (request.signal?.aborted || count === room || id === END) return;
           count++;
-          yield { id, logprob: -id / 100, top: top(id, request.logprobs ?? 0) };
+          yield { id, logprob: -id / 100, top: top(id + this.rank, request.logprobs ?? 0) };
         }
     } finally {
       this.running--;
@@ -61,6 +63,7 @@ export class FakeEngine implements Engine {
         cachedPromptTokens: 8,
         generatedTokens: 99,
         steps: 50,
+        preemptions: 2,
         gpuBytes: 4096,
       },
     };

@@ -101,7 +101,7 @@ test("the metrics are well-formed, and say what was answered, how fast, and what
   expect(Object.fromEntries(engineSays)).toEqual({
     ...{ sequences_running: 0, sequences_waiting: 0, kv_pages_used: 2, kv_pages: 8, adapters_resident: 1 },
     ...{ adapter_loads_total: 3, adapter_evictions_total: 1, prompt_tokens_total: 40, cached_prompt_tokens_total: 8 },
-    ...{ generated_tokens_total: 99, steps_total: 50, gpu_bytes: 4096 },
+    ...{ generated_tokens_total: 99, steps_total: 50, preemptions_total: 2, gpu_bytes: 4096 },
   });
 });
 

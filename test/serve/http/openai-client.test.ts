@@ -317,6 +317,19 @@ test("a client that goes away ends its answer, streamed or whole", async () => {
 /** An answer for each seed. */
 const bySeed = ({ seed }: GenerationRequest): string[] => ["seed", ` ${seed}`];
 
+test("log-probabilities of a completion have the token itself, and places count characters", async () => {
+  engine.reply = () => ["😀b"];
+  const answer = await client.completions.create({ model: "base", prompt: "a", logprobs: 0 });
+  const { top_logprobs: top, text_offset: places } = answer.choices[0]?.logprobs ?? {};
+  expect(places).toEqual([0, 0, 0, 0, 1]);
+  expect(top?.at(-1)).toEqual({ b: -0.98 });
+  engine.reply = () => ["a"];
+  engine.rank = 1;
+  const second = await client.completions.create({ model: "base", prompt: "a", logprobs: 1 });
+  engine.rank = 0;
+  expect(second.choices[0]?.logprobs?.top_logprobs).toEqual([{ b: -0.98, a: -0.97 }]);
+});
+
 test("several choices are drawn with seeds beside each other, and the prompt is counted once", async () => {
   engine.reply = bySeed;
   const answer = await client.completions.create({
