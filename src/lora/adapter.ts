@@ -1,12 +1,19 @@
 /** A LoRA adapter on a model: train, switch, merge, detach. */
 import type { Uniform } from "../gpu/kernel.ts";
-import { axpy, scale as scaled } from "../kernels/axpy.ts";
-import { matmul } from "../kernels/matmul.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { isPacked } from "../tensor/packed.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import { type Tensor, tensor } from "../tensor/tensor.ts";
 import { type LoraConfig, settingsOf } from "./config.ts";
-import { demandRoom, enter, leave, type Member, type Merged, mergeInto, tensorsBut } from "./members.ts";
+import {
+  demandRoom,
+  enter,
+  leave,
+  type Member,
+  type Merged,
+  mergeInto,
+  type Parameters,
+  tensorsBut,
+} from "./members.ts";
 import { join, type Live, PairMember } from "./pair-member.ts";
 import {
   type AdapterParts,
@@ -20,6 +27,8 @@ import {
 } from "./parts.ts";
 import { parametersOf, savedMember } from "./saved.ts";
 import { TableMember, TokenMember } from "./table-members.ts";
+
+type Buffers = readonly [Tensor, ...Tensor[]];
 
 /**
  * One adapter on one model. It is made enabled: the model's layers compute through it until `disable`, `merge` or `detach`.
@@ -44,14 +53,14 @@ export class LoraAdapter {
   #factor = 1;
   #state: "enabled" | "disabled" | "merged" | "detached" = "disabled";
   readonly #linears: readonly PairMember[];
-  readonly #tokens: readonly TokenMember[];
+  readonly #tokens: TokenMember[] = [];
   readonly #members: readonly Member[];
   /** What `parameters` are views of, and the others. */
-  readonly #buffers: readonly Tensor[];
+  readonly #buffers: Buffers;
   #merged: readonly Merged[] = [];
 
   /** Use `attachLora` or `attachParts`. `buffers` are all that the parts are views of. Throws ShapeError as `enable`. */
-  constructor(config: LoraConfig, parts: AdapterParts, buffers: readonly Tensor[]) {
+  constructor(config: LoraConfig, parts: AdapterParts, buffers: Buffers) {
     this.config = config;
     this.pairs = parts.pairs;
     this.groups = parts.groups;
@@ -67,13 +76,13 @@ export class LoraAdapter {
         A,
       );
     const tables = [...parts.tables].map(([name, pair], i) => new TableMember(name, pair, live, parts.pairs.size + i));
-    this.#tokens = [...parts.tokens].map(([name, rows]) => new TokenMember(name, rows));
     const saved = [...parts.saved].map(([name, layer]) => savedMember(name, layer));
-    this.#members = [...this.#linears, ...tables, ...this.#tokens, ...saved];
     try {
+      for (const [name, rows] of parts.tokens) this.#tokens.push(new TokenMember(name, rows));
+      this.#members = [...this.#linears, ...tables, ...this.#tokens, ...saved];
       this.enable();
     } catch (error) {
-      buffers[0]?.gpu.release(...this.#owned());
+      buffers[0].gpu.release(...this.#owned());
       throw error;
     }
   }
@@ -130,7 +139,7 @@ export class LoraAdapter {
    * the adapter is enabled: the model's output stays what it is, and the original weights are kept beside.
    *
    * Throws ShapeError where the adapter is merged, was started so before, or its scale was changed, and where something is taken from a
-   * layer that another adapter is on, or is to be from an embedding or a head.
+   * layer that another adapter is on, or is to be from an embedding or a head. Nothing has changed where it throws.
    */
   start(values: ReadonlyMap<string, Readonly<Record<"A" | "B", Float32Array>>>, takesFromBase: boolean): void {
     this.#demand("start", "enabled");
@@ -142,12 +151,12 @@ export class LoraAdapter {
     const started = [...values].map(([name, { A, B }]) => {
       const member = this.#linears.find((one) => one.name === name);
       if (!member) throw new ShapeError(`start: modules must be the adapter's, got ${name}`);
-      const original = member.pair.layer.weight;
-      if (takesFromBase && isPacked(original))
+      const { weight } = member.pair.layer;
+      if (takesFromBase && isPacked(weight))
         throw new ShapeError(
-          `start: a part of the base is taken from f32 weights, got ${original.format}. Load it as f32`,
+          `start: a part of the base is taken from f32 weights, got ${weight.format}. Load it as f32`,
         );
-      return { member, A, B, original };
+      return { member, A, B };
     });
     if (takesFromBase)
       demandRoom(
@@ -155,17 +164,19 @@ export class LoraAdapter {
         this,
         started.map(({ member: { name, modules } }) => ({ name, modules, adds: () => false })),
       );
-    for (const { member, A, B, original } of started) {
-      const { pair } = member;
-      const { gpu } = pair.A;
-      gpu.write(pair.A, A);
-      gpu.write(pair.B, B);
-      if (!takesFromBase || isPacked(original)) continue;
-      const residual = gpu.scope(() => axpy(1, original, -1, matmul(pair.B, pair.A, "nn", { scale: pair.scale })));
-      member.beginning = { A: scaled(pair.A, 1), B: scaled(pair.B, 1), residual, original };
-      pair.layer.weight = residual;
+    const { gpu } = this.#buffers[0];
+    const take = ({ member, A, B }: (typeof started)[number]) => {
+      const beginning = member.taken(tensor(gpu, A, member.pair.A.shape), tensor(gpu, B, member.pair.B.shape));
+      return { beginning, squares: member.squaresOf(beginning.residual) };
+    };
+    for (const member of this.#linears) member.takeSquares(member.pair.layer.weight);
+    const taken = takesFromBase ? gpu.scope(() => started.map(take)) : [];
+    for (const [i, { member, A, B }] of started.entries()) {
+      gpu.write(member.pair.A, A);
+      gpu.write(member.pair.B, B);
+      const { beginning, squares } = taken[i] ?? {};
+      if (beginning) member.begin(beginning, squares);
     }
-    for (const member of this.#linears) member.takeSquares();
   }
 
   /** What `setScale` was given; 1 at first. */
@@ -190,9 +201,14 @@ export class LoraAdapter {
     if (this.#state === "enabled") return;
     this.#demand("enable", "disabled");
     demandRoom("enable", this, this.#members);
-    for (const member of this.#members) {
-      member.enable();
-      enter(this, member);
+    try {
+      for (const member of this.#members) {
+        member.enable();
+        enter(this, member);
+      }
+    } catch (error) {
+      this.#takeOff();
+      throw error;
     }
     this.#state = "enabled";
   }
@@ -201,18 +217,24 @@ export class LoraAdapter {
   disable(): void {
     if (this.#state === "disabled") return;
     this.#demand("disable", "enabled");
+    this.#takeOff();
+    this.#state = "disabled";
+  }
+
+  /** Also where it is on some of its modules only. */
+  #takeOff(): void {
     for (const member of this.#members) {
       member.disable();
       leave(this, member);
     }
-    this.#state = "disabled";
   }
 
   /**
    * W ← W + s·B·A in every adapted layer (DoRA: its rows scaled to their magnitudes), and biases, trained copies and rows likewise, at no cost
    * per token from then on, packed weights as f32. What was there is kept for `unmerge`. Others that only add may be enabled or merged beside.
    *
-   * Throws ShapeError where the adapter has a bias for a layer that has none, or changes one of two tied tables, and as `enable`.
+   * Throws ShapeError where the adapter has a bias for a layer that has none, or changes one of two tied tables, and as `enable`;
+   * GpuError where there is no room. Nothing has changed then.
    */
   merge(): void {
     const unmergeable = this.#members.find((member) => member.unmergeable)?.unmergeable;
@@ -221,10 +243,11 @@ export class LoraAdapter {
       this.#demand("merge", "disabled");
       demandRoom("merge", this, this.#members);
     }
+    const after = this.#buffers[0].gpu.scope(() => this.#members.map((member) => member.merged()));
     this.disable();
-    this.#merged = this.#members.flatMap((member) => {
+    this.#merged = this.#members.flatMap((member, i) => {
       enter(this, member);
-      return mergeInto(member);
+      return mergeInto(member, after[i] as Parameters);
     });
     this.#state = "merged";
   }
@@ -241,7 +264,7 @@ export class LoraAdapter {
       );
     const made = new Set(this.#merged.flatMap(({ before, after }) => tensorsBut(after, before)));
     for (const { module, before } of this.#merged) Object.assign(module, before);
-    this.#buffers[0]?.gpu.release(...made);
+    this.#buffers[0].gpu.release(...made);
     this.#leaveMerged();
     this.#state = "disabled";
     this.enable();
@@ -258,7 +281,7 @@ export class LoraAdapter {
     const replaced = new Set(this.#merged.flatMap(({ before, after }) => tensorsBut(before, after)));
     if (this.#state === "merged") this.#leaveMerged();
     else this.disable();
-    this.#buffers[0]?.gpu.release(...this.#buffers, ...this.#owned(), ...replaced);
+    this.#buffers[0].gpu.release(...this.#buffers, ...this.#owned(), ...replaced);
     this.#state = "detached";
   }
 

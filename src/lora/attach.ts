@@ -72,27 +72,33 @@ export function attachLora(model: HasLinears, settings: LoraConfig, seed = 0): L
  * Attaches the parts that the makers give for the modules of `config`. They move into one buffer, one behind the other, so that an optimizer
  * can go over all of them at once: first every A, then the others. The A's of a group of the model come in a row, which makes them one
  * matrix, unless there is something between them or their ranks or scales differ. Embeddings and heads that are trained whole are too large
- * for that and keep buffers of their own.
+ * for that and keep buffers of their own. What the makers give is the adapter's; where it cannot be attached, all of it is released.
  */
 export function attachParts(model: HasLinears, config: LoraConfig, makers: Makers): LoraAdapter {
   const gpu = [...model.linears.values()][0]?.weight.gpu;
   if (!gpu) throw new ShapeError("lora: an adapter needs a layer, got none");
-  const made = makeParts(model, config, wantedOf(config, model), makers);
-  const flat = layOut(gpu, inOrder(made, model));
-  const parts = {
-    groups: stackedGroups(made, model, flat),
-    pairs: new Map(made.linears.map((one) => [one.name, movedPair(one, flat)])),
-    tables: new Map(made.tables.map((one) => [one.name, movedTable(one, model, flat)])),
-    tokens: new Map(made.tokens.map((one) => [one.name, movedRows(one, model, flat)])),
-    saved: new Map(made.saved.map((one) => [one.name, movedCopy(one, model, flat)])),
-  };
-  const large = [...parts.saved.values()].flatMap(({ weight }) => (isLarge(weight) ? weight : []));
-  const fanInFanOut = made.linears.some(({ name }) => model.isTransposed?.(`${name}.weight`));
-  const { taskType = "CAUSAL_LM" } = model;
+  const { get } = gpu.scope(() => {
+    const made = makeParts(model, config, wantedOf(config, model), makers);
+    return { tensors: tensorsOf(made, model), get: () => made }; // a scope looks for tensors in what it returns: not in modules
+  });
+  const made = get();
+  const large = largeOf(made);
+  let owned = tensorsOf(made, model);
   try {
+    const flat = layOut(gpu, inOrder(made, model));
+    owned = [flat.all, ...large];
+    const parts = {
+      groups: stackedGroups(made, model, flat),
+      pairs: new Map(made.linears.map((one) => [one.name, movedPair(one, flat)])),
+      tables: new Map(made.tables.map((one) => [one.name, movedTable(one, model, flat)])),
+      tokens: new Map(made.tokens.map((one) => [one.name, movedRows(one, model, flat)])),
+      saved: new Map(made.saved.map((one) => [one.name, movedCopy(one, model, flat)])),
+    };
+    const fanInFanOut = made.linears.some(({ name }) => model.isTransposed?.(`${name}.weight`));
+    const { taskType = "CAUSAL_LM" } = model;
     return new LoraAdapter({ ...config, fanInFanOut, taskType }, parts, [flat.all, ...large]);
   } catch (error) {
-    gpu.release(flat.all, ...large);
+    gpu.release(...owned);
     throw error;
   }
 }
@@ -100,23 +106,23 @@ export function attachParts(model: HasLinears, config: LoraConfig, makers: Maker
 const isLarge = (weight: SavedParts["weight"]): weight is readonly Tensor[] =>
   weight !== undefined && "length" in weight;
 
-function movedPair({ layer, parts, scale }: Made["linears"][number], { move }: Flat): LoraPair {
-  const moved = Object.fromEntries(PARTS.flatMap((part) => (parts[part] ? [[part, move(parts[part])]] : [])));
+function movedPair({ layer, parts, scale }: Made["linears"][number], { placeOf }: Flat): LoraPair {
+  const moved = Object.fromEntries(PARTS.flatMap((part) => (parts[part] ? [[part, placeOf(parts[part])]] : [])));
   return { layer, scale, ...(moved as unknown as LoraParts) };
 }
 
-function movedTable({ table, parts, scale }: Made["tables"][number], model: HasLinears, { move }: Flat): TablePair {
-  return { table, scale, X: move(parts.X), Y: move(parts.Y), tiedTo: tiedTo(model, table) };
+function movedTable({ table, parts, scale }: Made["tables"][number], model: HasLinears, { placeOf }: Flat): TablePair {
+  return { table, scale, X: placeOf(parts.X), Y: placeOf(parts.Y), tiedTo: tiedTo(model, table) };
 }
 
-function movedRows({ tables, ids, rows }: Made["tokens"][number], model: HasLinears, { move }: Flat): TokenRows {
+function movedRows({ tables, ids, rows }: Made["tokens"][number], model: HasLinears, { placeOf }: Flat): TokenRows {
   const [table, shared] = tables;
-  return { tables, ids, rows: move(rows), tiedTo: table && !shared ? tiedTo(model, table) : undefined };
+  return { tables, ids, rows: placeOf(rows), tiedTo: table && !shared ? tiedTo(model, table) : undefined };
 }
 
-function movedCopy({ layer, parts }: Made["saved"][number], model: HasLinears, { move }: Flat): SavedLayer {
+function movedCopy({ layer, parts }: Made["saved"][number], model: HasLinears, { placeOf }: Flat): SavedLayer {
   const { weight, bias } = parts;
-  if (!isLarge(weight)) return { layer, weight: weight && move(weight), bias: bias && move(bias) };
+  if (!isLarge(weight)) return { layer, weight: weight && placeOf(weight), bias: bias && placeOf(bias) };
   for (const W of weight) W.requiresGrad = true;
   return { layer, weight, tiedTo: tiedTo(model, layer as Table) };
 }
@@ -170,6 +176,12 @@ function inOrder(made: Made, model: HasLinears): Tensor[] {
     ),
   ];
 }
+
+/** What has buffers of its own. */
+const largeOf = ({ saved }: Made): Tensor[] =>
+  saved.flatMap(({ parts: { weight } }) => (isLarge(weight) ? weight : []));
+
+const tensorsOf = (made: Made, model: HasLinears): Tensor[] => [...inOrder(made, model), ...largeOf(made)];
 
 /** The groups whose A's are one matrix. */
 function stackedGroups(made: Made, model: HasLinears, flat: Flat): Group[] {

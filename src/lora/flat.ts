@@ -11,11 +11,11 @@ export interface Flat {
   readonly all: Tensor;
   /** Where one of them begins. */
   startOf(t: Tensor): number;
-  /** Moves one of them into its place, which requires a gradient. */
-  move(t: Tensor): Tensor;
+  /** What one of them is there: a view, which requires a gradient. */
+  placeOf(t: Tensor): Tensor;
 }
 
-/** A buffer for these tensors in this order; those that come again keep their first place. */
+/** Moves these tensors into a buffer, in this order; those that come again keep their first place. Where there is no room they stay. */
 export function layOut(gpu: Gpu, tensors: readonly Tensor[]): Flat {
   const starts = new Map<Tensor, number>();
   let size = 0;
@@ -25,13 +25,13 @@ export function layOut(gpu: Gpu, tensors: readonly Tensor[]): Flat {
     size += Math.ceil(t.size / STEP) * STEP;
   }
   const all = tensor(gpu, new Float32Array(size), [size]);
+  for (const [t, start] of starts) copyTo(t, slice(all, start, t.shape));
+  gpu.release(...starts.keys());
   const startOf = (t: Tensor): number => starts.get(t) ?? 0;
-  const move = (t: Tensor): Tensor => {
-    const moved = slice(all, startOf(t), t.shape);
-    copyTo(t, moved);
-    gpu.release(t);
-    moved.requiresGrad = true;
-    return moved;
+  const placeOf = (t: Tensor): Tensor => {
+    const view = slice(all, startOf(t), t.shape);
+    view.requiresGrad = true;
+    return view;
   };
-  return { all, startOf, move };
+  return { all, startOf, placeOf };
 }

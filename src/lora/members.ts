@@ -13,7 +13,7 @@ export interface Member {
   adds(): boolean;
   enable(): void;
   disable(): void;
-  /** The parameters with which the modules do the same by themselves: new tensors, or those that are there. */
+  /** The parameters with which the modules do the same by themselves: new tensors, or those that are there. Enabled or not. */
   merged(): Parameters;
   /** Why it cannot be merged, if so. */
   readonly unmergeable?: string | undefined;
@@ -55,8 +55,7 @@ export interface Merged {
 }
 
 /** Puts a member's merged parameters into its modules. */
-export function mergeInto(member: Member): Merged[] {
-  const after = member.merged();
+export function mergeInto(member: Member, after: Parameters): Merged[] {
   return member.modules.map((module) => {
     const before = { weight: module.weight, bias: module.bias };
     Object.assign(module, after);

@@ -21,6 +21,8 @@ export interface Live {
   readonly training: { readonly seed: number; readonly step: Uniform } | undefined;
 }
 
+const widened = (W: Tensor | PackedMatrix): Tensor => (isPacked(W) ? unpackMatrix(W) : W);
+
 /** The dropout of the module that has these masks, if it is on. */
 export const dropoutOf = ({ dropout: p, training }: Live, stream: number): LoraDropout | undefined =>
   training && p > 0 ? { p, key: { ...training, stream } } : undefined;
@@ -54,7 +56,6 @@ export class PairMember implements Member {
         return groupOf();
       },
     };
-    this.takeSquares();
   }
 
   adds(): boolean {
@@ -70,27 +71,52 @@ export class PairMember implements Member {
 
   enable(): void {
     const { layer } = this.pair;
-    layer.weight = this.beginning?.residual ?? layer.weight;
+    const beginning = this.#beginningNow();
+    if (this.beginning && beginning !== this.beginning) layer.weight.gpu.release(this.beginning.residual);
+    this.beginning = beginning;
+    const W = beginning?.residual ?? layer.weight;
+    this.takeSquares(W);
+    layer.weight = W;
     layer.adapters = [...(layer.adapters ?? []), this.#adapter];
-    this.takeSquares();
   }
 
   disable(): void {
     const { layer } = this.pair;
     const others = layer.adapters?.filter((one) => one !== this.#adapter);
     layer.adapters = others?.length ? others : undefined;
-    layer.weight = this.beginning?.original ?? layer.weight;
+    if (this.beginning && layer.weight === this.beginning.residual) layer.weight = this.beginning.original;
+  }
+
+  /** What beginning with these factors takes from the weight as it is. */
+  taken(A: Tensor, B: Tensor): Beginning {
+    const { layer, scale: s } = this.pair;
+    const { weight: original } = layer;
+    const residual = original.gpu.scope(() => axpy(1, widened(original), -1, matmul(B, A, "nn", { scale: s })));
+    return { A, B, residual, original };
+  }
+
+  /** Puts in what was taken, while it is enabled. */
+  begin(beginning: Beginning, squares: Tensor | undefined): void {
+    this.beginning = beginning;
+    this.pair.layer.weight = beginning.residual;
+    this.#setSquares(beginning.residual, squares);
+  }
+
+  /** Its beginning, taken anew where the weight is another: an adapter may have been merged into it for good meanwhile. */
+  #beginningNow(): Beginning | undefined {
+    const { beginning, pair } = this;
+    const { weight } = pair.layer;
+    if (!beginning || weight === beginning.original || weight === beginning.residual) return beginning;
+    return this.taken(beginning.A, beginning.B);
   }
 
   /** W + s·B·A, its rows scaled to the magnitude, and the bias with the adapter's own. */
   merged(): Parameters {
-    const { layer, A, B } = this.pair;
-    const W = this.beginning?.residual ?? layer.weight;
-    const weight = W.gpu.scope(() => {
-      const wide = isPacked(W) ? unpackMatrix(W) : W;
-      const sum = axpy(1, wide, 1, matmul(B, A, "nn", { scale: this.scale }));
-      const magnitude = this.magnitude;
-      return magnitude ? mergedMagnitude(sum, { W, A, B }, magnitude, this.scale) : sum;
+    const { layer, A, B, magnitude: m } = this.pair;
+    const weight = A.gpu.scope(() => {
+      const W = this.#beginningNow()?.residual ?? layer.weight;
+      const sum = axpy(1, widened(W), 1, matmul(B, A, "nn", { scale: this.scale }));
+      return m ? mergedMagnitude(sum, { W, A, B }, { m, squares: rowSquares(W) }, this.scale) : sum;
     });
     return { weight, bias: this.#mergedBias() };
   }
@@ -111,13 +137,19 @@ export class PairMember implements Member {
     return m && this.#squares && { m, squares: this.#squares };
   }
 
-  /** Of the weight as it is now. */
-  takeSquares(): void {
-    const { layer, magnitude } = this.pair;
-    if (this.#squared === layer.weight) return;
-    if (this.#squares) layer.weight.gpu.release(this.#squares);
-    this.#squared = layer.weight;
-    this.#squares = magnitude && rowSquares(layer.weight);
+  /** Of the weight that it is to be computed with. */
+  takeSquares(W: Linear["weight"]): void {
+    if (this.#squared !== W) this.#setSquares(W, this.squaresOf(W));
+  }
+
+  squaresOf(W: Linear["weight"]): Tensor | undefined {
+    return this.pair.magnitude && rowSquares(W);
+  }
+
+  #setSquares(W: Linear["weight"], squares: Tensor | undefined): void {
+    if (this.#squares) W.gpu.release(this.#squares);
+    this.#squared = W;
+    this.#squares = squares;
   }
 
   /** What it has beside its parts. */

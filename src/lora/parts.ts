@@ -83,7 +83,7 @@ export interface Beginning {
   /** W₀ − s·B·A */
   readonly residual: Tensor;
   /** W₀ */
-  readonly original: Tensor;
+  readonly original: Linear["weight"];
 }
 
 /** Layers on one input, of one rank and scale, and their A's [ΣR,K] as one. */

@@ -105,8 +105,9 @@ export class TokenMember implements Member {
     const { ids, rows } = this.#rows;
     const [{ weight } = { weight: [] }] = this.modules;
     if (weight !== this.#of) {
+      const before = rowsByIds(piecesOf(weight), ids);
       if (this.#before) rows.gpu.release(this.#before);
-      this.#before = rowsByIds(piecesOf(weight), ids);
+      this.#before = before;
       this.#of = weight;
     }
     for (const table of this.modules) put(table, this.#update);

@@ -16,7 +16,7 @@ import type { Dtype, TensorToWrite } from "../io/safetensors.ts";
 import { NF4, OUTER_BLOCK, packScales, unpackScales } from "../kernels/nf4.ts";
 import { emptyPacked } from "../kernels/pack.ts";
 import { type PackedMatrix, tensorsIn } from "../tensor/packed.ts";
-import type { Checkpoint } from "./checkpoint.ts";
+import { type Checkpoint, fill } from "./checkpoint.ts";
 
 const STATE = "quant_state.bitsandbytes__";
 
@@ -52,13 +52,9 @@ export async function loadNf4(
   const scales = doubleQuant
     ? await nestedScales(checkpoint, name, state, blocks)
     : await floatsOf(checkpoint, `${name}.absmax`, blocks);
-  const packed = emptyPacked(gpu, shape, "nf4", { group, doubleQuant });
+  const packed = gpu.scope(() => emptyPacked(gpu, shape, "nf4", { group, doubleQuant }));
   if (packed.scales) gpu.write(packed.scales, scales);
-  let offset = 0;
-  for await (const piece of codes.readPieces(name)) {
-    gpu.write(packed.words, piece, offset);
-    offset += piece.byteLength;
-  }
+  await fill(packed, codes.readPieces(name));
   return packed;
 }
 

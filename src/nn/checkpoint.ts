@@ -8,7 +8,7 @@ import { openSafetensors, type SafetensorsFile, type TensorToWrite } from "../io
 import { widen16 } from "../kernels/cast.ts";
 import { emptyPacked } from "../kernels/pack.ts";
 import { transpose } from "../kernels/transpose.ts";
-import type { PackedMatrix } from "../tensor/packed.ts";
+import { isPacked, type PackedMatrix, tensorsIn } from "../tensor/packed.ts";
 import { piecesOf } from "../tensor/pieces.ts";
 import { empty, read, type Tensor } from "../tensor/tensor.ts";
 
@@ -110,15 +110,27 @@ export async function loadTensor(
   const rowBytes = rowSize * (dtype === "F32" ? 4 : 2);
   const taken = [...shape.slice(0, 1).map(() => rows), ...shape.slice(1)];
   const target = dtype === "F32" ? empty(gpu, taken, name) : empty(gpu, [Math.ceil((rows * rowSize) / 2)], name, "i32");
-  let offset = 0;
-  for await (const piece of file?.readPieces(name, undefined, first * rowBytes, (first + rows) * rowBytes) ?? []) {
-    gpu.write(target, piece, offset);
-    offset += piece.byteLength;
-  }
+  await fill(target, file?.readPieces(name, undefined, first * rowBytes, (first + rows) * rowBytes));
   if (dtype === "F32") return target;
-  const wide = widen16(target, taken, dtype === "F16" ? "f16" : "bf16");
-  gpu.release(target);
-  return wide;
+  try {
+    return widen16(target, taken, dtype === "F16" ? "f16" : "bf16");
+  } finally {
+    gpu.release(target);
+  }
+}
+
+/** Writes what is read into t or its words. Where reading fails, t is released. */
+export async function fill(t: Tensor | PackedMatrix, pieces: AsyncIterable<Uint8Array> | undefined): Promise<void> {
+  let offset = 0;
+  try {
+    for await (const piece of pieces ?? []) {
+      t.gpu.write(isPacked(t) ? t.words : t, piece, offset);
+      offset += piece.byteLength;
+    }
+  } catch (error) {
+    t.gpu.release(...tensorsIn(t));
+    throw error;
+  }
 }
 
 /** Bytes of a tensor that are decoded at once: f32 takes twice as many as 16 bits, and some more on the way. */
@@ -161,11 +173,7 @@ export async function loadPacked(
   const file = checkpoint.tensors.get(name);
   expectStored(checkpoint, name, shape);
   const packed = emptyPacked(gpu, [N, K], format);
-  let offset = 0;
-  for await (const piece of file?.readPieces(name) ?? []) {
-    gpu.write(packed.words, piece, offset);
-    offset += piece.byteLength;
-  }
+  await fill(packed, file?.readPieces(name));
   return packed;
 }
 

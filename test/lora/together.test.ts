@@ -14,7 +14,7 @@ import { loadModel } from "../../src/models/load.ts";
 import { type Linear, linears } from "../../src/nn/linear.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
-import { read, readAll, tensor } from "../../src/tensor/tensor.ts";
+import { read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { collect } from "../collect.ts";
 import { expectClose, freshSeed, randomNd, testGpu, upload } from "../harness.ts";
 
@@ -36,8 +36,12 @@ async function layers() {
     groups: [["q", "k"]],
   };
   const x = upload(gpu, randomNd([5, 12], random));
-  const run = async (): Promise<number[]> =>
-    (await readAll(gpu.scope(() => linears([...model.linears.values()], x)))).flatMap((y) => [...y]);
+  const run = async (): Promise<number[]> => {
+    const outputs = gpu.scope(() => linears([...model.linears.values()], x));
+    const values = await readAll(outputs);
+    gpu.release(...outputs);
+    return values.flatMap((y) => [...y]);
+  };
   const attach = (config: Partial<LoraConfig> = {}): LoraAdapter => {
     const adapter = attachLora(model, { ...PLAIN, ...config }, random.below(1000));
     for (const p of adapter.parameters) gpu.write(p, Float32Array.from(randomNd(p.shape, random, 0.5).data));
@@ -148,6 +152,52 @@ test("a start from the base needs a layer of its own", async () => {
   await initLora(b, "olora");
   b.detach();
 });
+
+/** Merged for good, which puts other weights into the layers. */
+function mergeForGood(adapter: LoraAdapter): void {
+  adapter.merge();
+  adapter.detach();
+}
+
+test.each([
+  ["a start from the base", "olora", {}],
+  ["a start from the base with DoRA", "olora", { useDora: true }],
+  ["DoRA", undefined, { useDora: true }],
+] as const)(
+  "what is merged for good under a disabled adapter with %s is what that then works on",
+  async (_, init, more) => {
+    const { run, attach } = await layers();
+    const { buffersLive } = (await testGpu()).counters();
+    const first = await run();
+    const a = attach(more);
+    if (init) await initLora(a, init);
+    for (const p of a.parameters)
+      p.gpu.write(
+        p,
+        (await read(p)).map((v) => 1.25 * v),
+      );
+    const learned = minus(await run(), first);
+    a.disable();
+    mergeForGood(attach());
+    const base = await run();
+    a.merge();
+    const merged = await run();
+    if (!("useDora" in more)) expectClose(merged, plus(base, learned), 1e-5, "merged");
+    for (const { layer, magnitude } of a.pairs.values()) {
+      if (!magnitude) continue;
+      const [W = [], m = []] = await readAll([layer.weight as Tensor, magnitude]);
+      const norms = Array.from(m, (_m, j) => Math.hypot(...[...W].slice(12 * j, 12 * (j + 1))));
+      expectClose(norms, Array.from(m, Math.abs), 1e-5, "norms of the rows");
+    }
+    a.unmerge();
+    expectClose(await run(), merged, 1e-5, "enabled");
+    a.disable();
+    expect(await run()).toEqual(base);
+    a.detach();
+    expect(await run()).toEqual(base);
+    expect((await testGpu()).counters().buffersLive).toBe(buffersLive);
+  },
+);
 
 test("two adapters of embedding, head and layers equal their combination by cat", async () => {
   const gpu = await testGpu();

@@ -2,10 +2,14 @@
 import { expect, test } from "vitest";
 import type { ByteSource } from "../../src/io/bytes.ts";
 import type { FloatDtype } from "../../src/io/dtype.ts";
-import { openSafetensors } from "../../src/io/safetensors.ts";
+import { fileSource } from "../../src/io/files.ts";
+import { openSafetensors, type SafetensorsFile } from "../../src/io/safetensors.ts";
+import { loadNf4 } from "../../src/nn/bitsandbytes.ts";
 import { type Checkpoint, loadPacked, loadTensor, readMatrix } from "../../src/nn/checkpoint.ts";
-import { read } from "../../src/tensor/tensor.ts";
+import { type PackedMatrix, tensorsIn } from "../../src/tensor/packed.ts";
+import { read, type Tensor } from "../../src/tensor/tensor.ts";
 import { testGpu } from "../harness.ts";
+import { refusing } from "../refusing.ts";
 
 const LIMIT = 64 * 2 ** 20;
 
@@ -81,4 +85,37 @@ test.each([
   for (const i of places(N * K))
     expect(values[isTurned ? (i % N) * K + Math.floor(i / N) : i], `element ${i}`).toBe(stored(i));
   expect(largest()).toBe(LIMIT / 4);
+});
+
+/** The same, but of each tensor only the first 16 bytes can be read in pieces. */
+const broken = ({ name, tensors }: Checkpoint): Checkpoint => {
+  const cut = (file: SafetensorsFile): SafetensorsFile => ({
+    ...file,
+    async *readPieces(tensor) {
+      yield (await file.read(tensor)).subarray(0, 16);
+      throw new Error("the disk is gone");
+    },
+  });
+  return { name, tensors: new Map([...tensors].map(([key, file]) => [key, cut(file)])) };
+};
+
+test("what is loaded in part, for reading fails or there is no room, is given back", async () => {
+  const gpu = await testGpu();
+  const path = "test/golden/nf4.safetensors";
+  const file = await openSafetensors(await fileSource(path), path);
+  const nf4: Checkpoint = { name: path, tensors: new Map([...file.tensors.keys()].map((key) => [key, file])) };
+  const shape = [8, 64] as const;
+  const [N = 0, K = 0] = file.tensors.get("normal.values")?.shape ?? [];
+  const loads: [Checkpoint, (checkpoint: Checkpoint) => Promise<Tensor | PackedMatrix>][] = [
+    [(await make("F32", shape)).checkpoint, (from) => loadTensor(gpu, from, "w", shape)],
+    [(await make("BF16", shape)).checkpoint, (from) => loadTensor(gpu, from, "w", shape)],
+    [(await make("F16", shape)).checkpoint, (from) => loadPacked(gpu, from, "w", shape)],
+    [nf4, (from) => loadNf4(gpu, from, "normal.double.weight", [N, K])],
+  ];
+  for (const [checkpoint, load] of loads) {
+    const { buffersLive } = gpu.counters();
+    await expect(load(broken(checkpoint))).rejects.toThrow("the disk is gone");
+    expect(gpu.counters().buffersLive).toBe(buffersLive);
+    gpu.release(...tensorsIn(await refusing(gpu, () => load(checkpoint))));
+  }
 });
