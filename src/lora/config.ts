@@ -29,7 +29,7 @@ export interface LoraConfig {
   readonly fanInFanOut?: boolean;
   /**
    * Modules that are trained whole: what ends with one of these names, and the modules within, get a copy of weight and bias in place of A and
-   * B: linear layers, norms, embeddings, the head. For a classifier "classifier" and "score" unless given.
+   * B: linear layers, norms, embeddings, the head. Those of a fresh adapter of a classifier are these and its head: see `withHeads`.
    */
   readonly modulesToSave?: readonly string[];
   /**
@@ -84,6 +84,15 @@ export function modulesOf(config: LoraConfig, modules: readonly string[]): strin
 
 /** The `modulesToSave` of a classifier, by PEFT's names for its head; a model has one of them. */
 export const CLASSIFIER_HEADS: readonly string[] = ["classifier", "score"];
+
+/**
+ * The settings of a fresh adapter of a model: a classifier's head is trained whole, with whatever else `modulesToSave` names, as PEFT's
+ * `PeftModelForSequenceClassification` has it.
+ */
+export const withHeads = (config: LoraConfig, { taskType }: { readonly taskType?: string }): LoraConfig =>
+  taskType === "SEQ_CLS"
+    ? { ...config, modulesToSave: [...new Set([...(config.modulesToSave ?? []), ...CLASSIFIER_HEADS])] }
+    : config;
 
 /** Whether a module is, or is within, one whose name ends with one of the entries: PEFT's rule for `modulesToSave`. */
 export const isSaved = (entries: readonly string[] | undefined, module: string): boolean =>
