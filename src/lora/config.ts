@@ -62,22 +62,25 @@ function byPattern(patterns: Readonly<Record<string, number>> = {}, module: stri
   return Object.entries(patterns).find(([pattern]) => new RegExp(`^(?:.*\\.)?(?:${pattern})$`).test(module))?.[1];
 }
 
-/** The modules that the settings name, in the order of `modules`. Throws ShapeError as `matchModules`, and where none is left. */
+/**
+ * The modules that the settings name, in the order of `modules`; what is trained whole is no target, as in PEFT. Throws ShapeError as
+ * `matchModules`, and where none is left.
+ */
 export function modulesOf(config: LoraConfig, modules: readonly string[]): string[] {
   const { targetModules, excludeModules, layersToTransform: layers, layersPattern: patterns = [] } = config;
-  const free = modules.filter((module) => !isSaved(config.modulesToSave, module));
-  const targets = matchModules(targetModules, free);
+  const targets = matchModules(targetModules, modules);
   const isInLayers = (module: string): boolean => {
     if (!layers || targetModules.includes(module)) return true; // a whole name is meant as it is
     const before = patterns.length > 0 ? `(?:^|.*?\\.)(?:${patterns.join("|")})` : ".*?\\.[^.]*";
     const [, index] = new RegExp(`^${before}\\.(\\d+)\\.`).exec(module) ?? [];
     return index !== undefined && layers.includes(Number(index));
   };
-  const isExcluded = (module: string): boolean => excludeModules !== undefined && matchesModule(excludeModules, module);
+  const isExcluded = (module: string): boolean =>
+    isSaved(config.modulesToSave, module) || (excludeModules !== undefined && matchesModule(excludeModules, module));
   const left = targets.filter((module) => !isExcluded(module) && isInLayers(module));
   if (left.length === 0)
     throw new ShapeError(
-      `lora: exclude_modules and layers_to_transform must leave a target, got none of ${targets.length}. The first is ${targets[0]}`,
+      `lora: exclude_modules, modules_to_save and layers_to_transform must leave a target, got none of ${targets.length}. The first is ${targets[0]}`,
     );
   return left;
 }
