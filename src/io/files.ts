@@ -6,7 +6,7 @@ import { dirname, join } from "node:path";
 import { type ByteSource, checkFileName, checkRange, type Directory } from "./bytes.ts";
 import { FormatError } from "./errors.ts";
 import { readText } from "./json.ts";
-import type { Digest, Disk } from "./snapshots.ts";
+import type { Content, Digest, Disk } from "./snapshots.ts";
 
 /** A file on disk, opened anew for each read, so that nothing has to be closed. Throws a FormatError if it cannot be read. */
 export async function fileSource(path: string): Promise<ByteSource> {
@@ -89,13 +89,12 @@ export function directoriesIn(root: string): (name: string) => Promise<Directory
   };
 }
 
-type Content = string | Uint8Array | AsyncIterable<Uint8Array>;
-
 /**
  * Writes a file so that whoever reads `path` sees the old content or the new, never a part: temporary file beside it,
  * fsync, rename, fsync of the directory. A failure removes the temporary file; a kill may leave it as `<path>.<random>.tmp`.
  */
-export const writeFileAtomic = (path: string, content: Content): Promise<void> => replaceAll([[path, content]]);
+export const writeFileAtomic = (path: string, content: Content | Uint8Array): Promise<void> =>
+  replaceAll([[path, content]]);
 
 /**
  * Writes files that belong together into a directory, which is made where it is missing, over those that have their names. `head` is the one that
@@ -104,7 +103,7 @@ export const writeFileAtomic = (path: string, content: Content): Promise<void> =
  */
 export async function replaceFiles(
   path: string,
-  files: Readonly<Record<string, string | AsyncIterable<Uint8Array>>>,
+  files: Readonly<Record<string, Content>>,
   head: string,
 ): Promise<void> {
   await ensureWritableDirectory(path);
@@ -123,7 +122,7 @@ export async function replaceFiles(
 
 /** All contents into temporary files, then one after the other into place. `prepare` is called between the two. */
 async function replaceAll(
-  files: readonly (readonly [path: string, content: Content])[],
+  files: readonly (readonly [path: string, content: Content | Uint8Array])[],
   prepare: () => Promise<void> = async () => {},
 ): Promise<void> {
   const staged = files.map(([path, content]) => ({ path, content, temporary: `${path}.${crypto.randomUUID()}.tmp` }));
@@ -144,7 +143,7 @@ async function replaceAll(
 /** Writes a file that is not there yet, and syncs it. */
 async function writeSynced(
   path: string,
-  content: Content,
+  content: Content | Uint8Array,
   onPiece: (piece: Uint8Array) => void = () => {},
 ): Promise<void> {
   const file = await open(path, "wx");
@@ -159,7 +158,7 @@ async function writeSynced(
   }
 }
 
-const pieces = (content: Content): AsyncIterable<Uint8Array> | Uint8Array[] =>
+const pieces = (content: Content | Uint8Array): AsyncIterable<Uint8Array> | Uint8Array[] =>
   typeof content === "string" ? [new TextEncoder().encode(content)] : ArrayBuffer.isView(content) ? [content] : content;
 
 /** Appends one line, for a log that grows by the step. */
