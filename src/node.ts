@@ -1,11 +1,10 @@
 /** `lowrank/node`: models, adapters and data on a disk, in Node and Deno. */
-import { join } from "node:path";
 import type { Gpu } from "./gpu/gpu.ts";
-import { disk, diskDirectory, ensureWritableDirectory, writeFileAtomic } from "./io/files.ts";
-import { readText } from "./io/json.ts";
+import { diskDirectory, replaceFiles } from "./io/files.ts";
 import type { LoraAdapter } from "./lora/adapter.ts";
 import type { HasLinears } from "./lora/parts.ts";
 import { type LoadPeftOptions, loadPeft, savePeft } from "./lora/peft.ts";
+import { CONFIG } from "./lora/peft-config.ts";
 import type { CausalModel } from "./models/causal.ts";
 import { type LoadOptions, loadModel } from "./models/load.ts";
 
@@ -29,18 +28,8 @@ export const loadPeftFrom = async (model: HasLinears, path: string, options?: Lo
   loadPeft(model, diskDirectory(path), options);
 
 /**
- * Saves the adapter as a PEFT directory. Each file is replaced whole or not at all, the weights first; where another configuration is there it goes
- * before them: cut off at any moment, there is the old adapter, the new one or none, and never the weights of one with the settings of another.
+ * Saves the adapter as a PEFT directory, over another that is there. Cut off at any moment, there is the old adapter, the new one or none, and never
+ * the weights of one with the settings of another; a failure while the weights are read or written leaves the old one.
  */
-export async function savePeftTo(adapter: LoraAdapter, path: string, baseModel: string): Promise<void> {
-  await ensureWritableDirectory(path);
-  const files = savePeft(adapter, baseModel);
-  const config = join(path, "adapter_config.json");
-  const there = await readText(diskDirectory(path), "adapter_config.json").catch(() => "unreadable");
-  if (there !== undefined && there !== files["adapter_config.json"]) {
-    await disk.remove(config);
-    await disk.syncDirectory(path);
-  }
-  await writeFileAtomic(join(path, "adapter_model.safetensors"), files["adapter_model.safetensors"]);
-  await writeFileAtomic(config, files["adapter_config.json"]);
-}
+export const savePeftTo = (adapter: LoraAdapter, path: string, baseModel: string): Promise<void> =>
+  replaceFiles(path, { ...savePeft(adapter, baseModel) }, CONFIG);

@@ -1,8 +1,8 @@
-import { join } from "node:path";
 import { Command, Option } from "commander";
-import { ensureWritableDirectory, writeFileAtomic } from "../io/files.ts";
+import { replaceFiles } from "../io/files.ts";
 import { encodePeft } from "../lora/adapter-file.ts";
 import { COMBINATIONS, type Combination, combineAdapters } from "../lora/combine.ts";
+import { CONFIG } from "../lora/peft-config.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { adapterPath, checkOut, openAdapter } from "./convert.ts";
 import { numeric, whole } from "./options.ts";
@@ -62,9 +62,7 @@ async function run({ adapter: places, weights, out, ...options }: CombineArgumen
     adapters.push({ adapter: await openAdapter(await adapterPath("--adapter", place)), weight: weights?.[i] ?? 1 });
   await checkOut("peft", out);
   const combined = combineAdapters(adapters, options);
-  await ensureWritableDirectory(out);
-  for (const [file, content] of Object.entries(encodePeft(combined).files))
-    await writeFileAtomic(join(out, file), content);
+  await replaceFiles(out, encodePeft(combined).files, CONFIG);
   const bases = new Set(adapters.map(({ adapter }) => adapter.baseModel).filter(Boolean));
   if (bases.size > 1) say(`note: the adapters name different models: ${[...bases].join(", ")}`);
   result(`the adapter is in ${out}: rank ${combined.config.r} on ${combined.modules.size} modules`);

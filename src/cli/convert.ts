@@ -2,10 +2,11 @@ import { existsSync, readdirSync, statSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { Command, Option } from "commander";
 import { FormatError } from "../io/errors.ts";
-import { diskDirectory, ensureWritableDirectory, fileSource, writeFileAtomic } from "../io/files.ts";
+import { diskDirectory, ensureWritableDirectory, fileSource, replaceFiles, writeFileAtomic } from "../io/files.ts";
 import { isGguf } from "../io/gguf.ts";
 import { type EncodedAdapter, encodeMlx, encodePeft, formatOf, readAdapter } from "../lora/adapter-file.ts";
 import { encodeGgufAdapter, readGgufAdapter } from "../lora/gguf-adapter.ts";
+import { CONFIG } from "../lora/peft-config.ts";
 import type { BaseModel, PlainAdapter } from "../lora/plain-adapter.ts";
 import { readConfig } from "../models/config.ts";
 import { ShapeError } from "../tensor/errors.ts";
@@ -54,8 +55,10 @@ async function run({ adapter: place, to, out, model }: ConvertArguments): Promis
   const adapter = await openAdapter(await adapterPath("--adapter", place), base);
   await checkOut(to, out);
   const { files, notes } = encode(adapter, to, base);
-  await ensureWritableDirectory(to === "gguf" ? dirname(out) : out);
-  for (const [file, content] of Object.entries(files)) await writeFileAtomic(join(out, file), content);
+  if (to === "gguf") {
+    await ensureWritableDirectory(dirname(out));
+    for (const content of Object.values(files)) await writeFileAtomic(out, content);
+  } else await replaceFiles(out, files, CONFIG);
   for (const note of notes) say(`note: ${note}`);
   result(`the adapter is in ${out}, ${adapter.modules.size} modules, from ${adapter.format} to ${to}`);
 }

@@ -1,8 +1,8 @@
-import { join } from "node:path";
 import { Command, Option } from "commander";
-import { diskDirectory, ensureWritableDirectory, writeFileAtomic } from "../io/files.ts";
+import { diskDirectory, replaceFiles } from "../io/files.ts";
 import { encodePeft } from "../lora/adapter-file.ts";
 import { extractAdapter } from "../lora/extract.ts";
+import { CONFIG } from "../lora/peft-config.ts";
 import type { TargetModules } from "../lora/target-modules.ts";
 import { readConfig } from "../models/config.ts";
 import { isTurned, linearSizes } from "../models/load.ts";
@@ -61,9 +61,7 @@ async function run(given: ExtractArguments): Promise<void> {
       isTransposed: (name) => isTurned(config, name),
     },
   );
-  await ensureWritableDirectory(out);
-  for (const [file, content] of Object.entries(encodePeft(adapter).files))
-    await writeFileAtomic(join(out, file), content);
+  await replaceFiles(out, encodePeft(adapter).files, CONFIG);
   if (unchanged.length > 0) say(`${unchanged.length} modules are the same in both and are left out`);
   if (json) result(JSON.stringify({ out, rank, modules: adapter.modules.size, unchanged: unchanged.length, error }));
   else

@@ -5,7 +5,8 @@ import { access, appendFile, mkdir, open, readdir, realpath, rename, rm, stat } 
 import { dirname, join } from "node:path";
 import { type ByteSource, checkFileName, checkRange, type Directory } from "./bytes.ts";
 import { FormatError } from "./errors.ts";
-import type { Digest, Disk } from "./snapshots.ts";
+import { readText } from "./json.ts";
+import type { Content, Digest, Disk } from "./snapshots.ts";
 
 /** A file on disk, opened anew for each read, so that nothing has to be closed. Throws a FormatError if it cannot be read. */
 export async function fileSource(path: string): Promise<ByteSource> {
@@ -92,27 +93,57 @@ export function directoriesIn(root: string): (name: string) => Promise<Directory
  * Writes a file so that whoever reads `path` sees the old content or the new, never a part: temporary file beside it,
  * fsync, rename, fsync of the directory. A failure removes the temporary file; a kill may leave it as `<path>.<random>.tmp`.
  */
-export async function writeFileAtomic(
+export const writeFileAtomic = (path: string, content: Content | Uint8Array): Promise<void> =>
+  replaceAll([[path, content]]);
+
+/**
+ * Writes files that belong together into a directory, which is made where it is missing, over those that have their names. `head` is the one that
+ * says what the others are: it comes last, and where another one is there, that goes first. Cut off at any moment, the directory has the old
+ * files, the new ones or no head, and never others than its head says. A failure in the middle of the content leaves the old files.
+ */
+export async function replaceFiles(
   path: string,
-  content: string | Uint8Array | AsyncIterable<Uint8Array>,
+  files: Readonly<Record<string, Content>>,
+  head: string,
 ): Promise<void> {
-  const temporary = `${path}.${crypto.randomUUID()}.tmp`;
+  await ensureWritableDirectory(path);
+  const headLast = Object.entries(files).sort(([a], [b]) => Number(a === head) - Number(b === head));
+  const removeOther = async (): Promise<void> => {
+    const there = await readText(diskDirectory(path), head).catch(() => "unreadable");
+    if (there === undefined || there === files[head]) return;
+    await disk.remove(join(path, head));
+    await syncDirectory(path);
+  };
+  await replaceAll(
+    headLast.map(([name, content]) => [join(path, name), content]),
+    removeOther,
+  );
+}
+
+/** All contents into temporary files, then one after the other into place. `prepare` is called between the two. */
+async function replaceAll(
+  files: readonly (readonly [path: string, content: Content | Uint8Array])[],
+  prepare: () => Promise<void> = async () => {},
+): Promise<void> {
+  const staged = files.map(([path, content]) => ({ path, content, temporary: `${path}.${crypto.randomUUID()}.tmp` }));
+  const rule = "must be a file that can be written";
   try {
-    await onDisk(path, "must be a file that can be written", async () => {
-      await writeSynced(temporary, content);
-      await rename(temporary, path);
-    });
+    for (const { path, content, temporary } of staged) await onDisk(path, rule, () => writeSynced(temporary, content));
+    await prepare();
+    for (const { path, temporary } of staged) {
+      await onDisk(path, rule, () => rename(temporary, path));
+      await syncDirectory(dirname(path));
+    }
   } catch (error) {
-    await rm(temporary, { force: true });
+    for (const { temporary } of staged) await rm(temporary, { force: true });
     throw error;
   }
-  await syncDirectory(dirname(path));
 }
 
 /** Writes a file that is not there yet, and syncs it. */
 async function writeSynced(
   path: string,
-  content: string | Uint8Array | AsyncIterable<Uint8Array>,
+  content: Content | Uint8Array,
   onPiece: (piece: Uint8Array) => void = () => {},
 ): Promise<void> {
   const file = await open(path, "wx");
@@ -127,7 +158,7 @@ async function writeSynced(
   }
 }
 
-const pieces = (content: string | Uint8Array | AsyncIterable<Uint8Array>): AsyncIterable<Uint8Array> | Uint8Array[] =>
+const pieces = (content: Content | Uint8Array): AsyncIterable<Uint8Array> | Uint8Array[] =>
   typeof content === "string" ? [new TextEncoder().encode(content)] : ArrayBuffer.isView(content) ? [content] : content;
 
 /** Appends one line, for a log that grows by the step. */

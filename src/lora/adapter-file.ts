@@ -135,6 +135,11 @@ async function readMlx(directory: Directory, json: JsonObject): Promise<plain.Pl
     const part = MLX_PARTS[leaf];
     return part && { module: module.replace(/^model\.h\./, "transformer.h."), part, isTurned: leaf !== "m" };
   });
+  const embedding = [...stored.modules.keys()].find((module) => /(^|\.)(embed_tokens|wte|wpe)$/.test(module));
+  if (embedding !== undefined)
+    throw new FormatError(
+      `${checkpoint.name}: modules must be linear layers, for mlx-lm's LoRA of an embedding changes a tied head too, unlike PEFT's, got ${embedding}. Fuse it into its model with mlx_lm.fuse`,
+    );
   const [r, dropout] = [number("rank"), number("dropout", 0)];
   const config = {
     r,

@@ -6,7 +6,7 @@ import { ShapeError } from "../tensor/errors.ts";
 import { Random } from "../tensor/random.ts";
 import { slice, type Tensor } from "../tensor/tensor.ts";
 import { LoraAdapter } from "./adapter.ts";
-import { CLASSIFIER_HEADS, checkConfig, type LoraConfig, settingsOf } from "./config.ts";
+import { checkConfig, type LoraConfig, settingsOf, withHeads } from "./config.ts";
 import { type Flat, layOut, STEP } from "./flat.ts";
 import { freshPair, freshRows, freshTable } from "./fresh.ts";
 import {
@@ -59,7 +59,7 @@ export interface Makers {
  * Throws ShapeError for settings out of range and for a target that matches nothing.
  */
 export function attachLora(model: HasLinears, settings: LoraConfig, seed = 0): LoraAdapter {
-  const config = model.taskType === "SEQ_CLS" ? { modulesToSave: CLASSIFIER_HEADS, ...settings } : settings;
+  const config = withHeads(settings, model);
   checkConfig(config);
   const random = new Random(seed);
   return attachParts(model, config, {

@@ -29,7 +29,7 @@ export interface LoraConfig {
   readonly fanInFanOut?: boolean;
   /**
    * Modules that are trained whole: what ends with one of these names, and the modules within, get a copy of weight and bias in place of A and
-   * B: linear layers, norms, embeddings, the head. For a classifier "classifier" and "score" unless given.
+   * B: linear layers, norms, embeddings, the head. Those of a fresh adapter of a classifier are these and its head: see `withHeads`.
    */
   readonly modulesToSave?: readonly string[];
   /**
@@ -62,28 +62,40 @@ function byPattern(patterns: Readonly<Record<string, number>> = {}, module: stri
   return Object.entries(patterns).find(([pattern]) => new RegExp(`^(?:.*\\.)?(?:${pattern})$`).test(module))?.[1];
 }
 
-/** The modules that the settings name, in the order of `modules`. Throws ShapeError as `matchModules`, and where none is left. */
+/**
+ * The modules that the settings name, in the order of `modules`; what is trained whole is no target, as in PEFT. Throws ShapeError as
+ * `matchModules`, and where none is left.
+ */
 export function modulesOf(config: LoraConfig, modules: readonly string[]): string[] {
   const { targetModules, excludeModules, layersToTransform: layers, layersPattern: patterns = [] } = config;
-  const free = modules.filter((module) => !isSaved(config.modulesToSave, module));
-  const targets = matchModules(targetModules, free);
+  const targets = matchModules(targetModules, modules);
   const isInLayers = (module: string): boolean => {
     if (!layers || targetModules.includes(module)) return true; // a whole name is meant as it is
     const before = patterns.length > 0 ? `(?:^|.*?\\.)(?:${patterns.join("|")})` : ".*?\\.[^.]*";
     const [, index] = new RegExp(`^${before}\\.(\\d+)\\.`).exec(module) ?? [];
     return index !== undefined && layers.includes(Number(index));
   };
-  const isExcluded = (module: string): boolean => excludeModules !== undefined && matchesModule(excludeModules, module);
+  const isExcluded = (module: string): boolean =>
+    isSaved(config.modulesToSave, module) || (excludeModules !== undefined && matchesModule(excludeModules, module));
   const left = targets.filter((module) => !isExcluded(module) && isInLayers(module));
   if (left.length === 0)
     throw new ShapeError(
-      `lora: exclude_modules and layers_to_transform must leave a target, got none of ${targets.length}. The first is ${targets[0]}`,
+      `lora: exclude_modules, modules_to_save and layers_to_transform must leave a target, got none of ${targets.length}. The first is ${targets[0]}`,
     );
   return left;
 }
 
 /** The `modulesToSave` of a classifier, by PEFT's names for its head; a model has one of them. */
 export const CLASSIFIER_HEADS: readonly string[] = ["classifier", "score"];
+
+/**
+ * The settings of a fresh adapter of a model: a classifier's head is trained whole, with whatever else `modulesToSave` names, as PEFT's
+ * `PeftModelForSequenceClassification` has it.
+ */
+export const withHeads = (config: LoraConfig, { taskType }: { readonly taskType?: string }): LoraConfig =>
+  taskType === "SEQ_CLS"
+    ? { ...config, modulesToSave: [...new Set([...(config.modulesToSave ?? []), ...CLASSIFIER_HEADS])] }
+    : config;
 
 /** Whether a module is, or is within, one whose name ends with one of the entries: PEFT's rule for `modulesToSave`. */
 export const isSaved = (entries: readonly string[] | undefined, module: string): boolean =>

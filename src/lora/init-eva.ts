@@ -9,7 +9,7 @@ import { empty, readAll, type Tensor, tensor } from "../tensor/tensor.ts";
 import type { LoraAdapter } from "./adapter.ts";
 import { attachLora } from "./attach.ts";
 import { type CalibrationBatch, demandBatches, inRuns } from "./calibration.ts";
-import { CLASSIFIER_HEADS, checkConfig, type LoraConfig, modulesOf, settingsOf } from "./config.ts";
+import { checkConfig, type LoraConfig, modulesOf, settingsOf, withHeads } from "./config.ts";
 import { planOperator } from "./device-operator.ts";
 import { addRows, explained, type Pca } from "./incremental-pca.ts";
 import { rowsOf } from "./init-factors.ts";
@@ -59,7 +59,7 @@ export async function attachEva(
   batches: readonly CalibrationBatch[],
   options: EvaOptions = {},
 ): Promise<LoraAdapter> {
-  const config = model.taskType === "SEQ_CLS" ? { modulesToSave: CLASSIFIER_HEADS, ...settings } : settings;
+  const config = withHeads(settings, model);
   checkConfig(config);
   const {
     rho = 2,

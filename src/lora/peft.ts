@@ -17,7 +17,8 @@ import { attachParts, type Wanted, wantedOf } from "./attach.ts";
 import { type LoraConfig, settingsOf } from "./config.ts";
 import type { HasLinears, LoraParts, SavedParts, TableParts } from "./parts.ts";
 import { CONFIG, configWarnings, encodeConfig, readAdapterConfig } from "./peft-config.ts";
-import { tableSize, tablesOf } from "./tables.ts";
+import { tableSize, tablesOf, targetable } from "./tables.ts";
+import { idleEntries } from "./target-modules.ts";
 
 export const PREFIX = "base_model.model.";
 
@@ -110,21 +111,23 @@ function differenceToWrite(name: string, B: Tensor, B0: Tensor): TensorToWrite {
 }
 
 export interface LoadPeftOptions {
-  /** Is told what is strange in the files and does no harm: settings that neither PEFT 0.21 nor this engine knows. */
+  /** Is told what is strange in the files and does no harm: settings that neither PEFT 0.21 nor this engine knows, targets that the model lacks. */
   readonly onWarning?: (text: string) => void;
 }
 
 /**
  * Loads a PEFT adapter onto a model, enabled. Strict: a missing, extra, misnamed or mis-shaped tensor is a FormatError that names
- * it, and so is a setting of `adapter_config.json` that changes the result and is not supported.
+ * it, and so is a setting of `adapter_config.json` that changes the result and is not supported. Of several `target_modules` those that the
+ * model lacks are left out of the adapter's settings: PEFT passes over them too.
  */
 export async function loadPeft(
   model: HasLinears,
   directory: Directory,
   { onWarning }: LoadPeftOptions = {},
 ): Promise<LoraAdapter> {
-  const config = await readAdapterConfig(directory);
+  const read = await readAdapterConfig(directory);
   for (const warning of configWarnings((await readJson(directory, CONFIG)) ?? {})) onWarning?.(warning);
+  const config = withoutIdleTargets(read, model, onWarning);
   const checkpoint = await openCheckpoint(directory, "adapter_model");
   const wanted = demandFit(config, model, `${directory.name}/${CONFIG}`);
   const gpu = [...model.linears.values()][0]?.weight.gpu;
@@ -161,6 +164,18 @@ export async function loadPeft(
       bias: one(name, "bias"),
     }),
   });
+}
+
+function withoutIdleTargets(
+  config: LoraConfig,
+  model: HasLinears,
+  onWarning: LoadPeftOptions["onWarning"],
+): LoraConfig {
+  const { targetModules } = config;
+  const idle = idleEntries(targetModules, targetable(model));
+  if (typeof targetModules === "string" || idle.length === 0 || idle.length === targetModules.length) return config;
+  onWarning?.(`${CONFIG} has target_modules that the model lacks: ${listSome(idle, 8)}`);
+  return { ...config, targetModules: targetModules.filter((entry) => !idle.includes(entry)) };
 }
 
 function turned(t: Tensor): Tensor {

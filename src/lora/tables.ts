@@ -27,6 +27,9 @@ export interface Targets {
   readonly tables: readonly string[];
 }
 
+/** The modules that can be targets by name. */
+export const targetable = (model: HasLinears): string[] => [...model.linears.keys(), ...tablesOf(model).keys()];
+
 /**
  * The targets among the linear layers, and among embeddings and the head where they are named: "all-linear" is without them, as in PEFT.
  *
@@ -34,8 +37,7 @@ export interface Targets {
  */
 export function targetsIn(config: LoraConfig, model: HasLinears): Targets {
   const tables = tablesOf(model);
-  const named = isAllLinear(config.targetModules) ? [] : [...tables.keys()];
-  const found = modulesOf(config, [...model.linears.keys(), ...named]);
+  const found = modulesOf(config, isAllLinear(config.targetModules) ? [...model.linears.keys()] : targetable(model));
   const [table] = found.filter((name) => tables.has(name));
   for (const [setting, is] of [
     ["use_dora", config.useDora],

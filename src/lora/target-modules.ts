@@ -21,6 +21,10 @@ export function matchesModule(target: TargetModules, name: string): boolean {
   }
 }
 
+/** The entries of a list that name none of these modules. */
+export const idleEntries = (target: TargetModules, modules: readonly string[]): readonly string[] =>
+  typeof target === "string" ? [] : target.filter((entry) => !modules.some((name) => fits(entry, name)));
+
 /**
  * The modules a target specification names, by PEFT's rules: a list entry matches a module whose name is it or ends with
  * ".entry"; a string is a regular expression that must match the whole name; "all-linear" is every module.
@@ -32,9 +36,7 @@ export function matchModules(target: TargetModules, modules: readonly string[]):
   if (target.length === 0)
     throw new ShapeError(`target modules: at least one is needed, got an empty list. ${choices}`);
   const matched = modules.filter((name) => matchesModule(target, name));
-  const entries = typeof target === "string" ? [] : target;
-  const idle =
-    matched.length === 0 ? String(target) : entries.find((entry) => !modules.some((name) => fits(entry, name)));
+  const idle = matched.length === 0 ? String(target) : idleEntries(target, modules)[0];
   if (idle !== undefined) throw new ShapeError(`target modules: "${idle}" must match a module, got none. ${choices}`);
   return matched;
 }

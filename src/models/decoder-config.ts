@@ -173,6 +173,15 @@ function gemmaWindowRope(read: ConfigReader, { contextLength }: Sizes): RopeSett
     : read.rope({ length: contextLength, defaultTheta: base }, "sliding_attention");
 }
 
+/**
+ * The positions that RoPE was extended to. YaRN's are its original context times its factor, as in vLLM; `length`, max_position_embeddings, is the
+ * one or the other.
+ */
+function extended(length: number, rope: RopeSettings): number {
+  if (rope.type === "dynamic") return Math.floor(length * rope.factor);
+  return rope.type === "yarn" ? Math.max(length, Math.floor(rope.originalLength * rope.factor)) : length;
+}
+
 /** Throws FormatError naming the key that is missing or wrong. */
 export function decoderConfig(json: JsonObject, generation: JsonObject, name: string): DecoderConfig {
   const read = new ConfigReader(json, name);
@@ -188,7 +197,7 @@ export function decoderConfig(json: JsonObject, generation: JsonObject, name: st
   if (headDim % 4 !== 0) read.fail("head_dim", "a multiple of 4");
   const length = read.count("max_position_embeddings", 2048);
   const rope = read.rope({ length, defaultTheta }, "full_attention");
-  const contextLength = rope.type === "dynamic" ? Math.floor(length * rope.factor) : length;
+  const contextLength = extended(length, rope);
   const rotaryDim = Math.floor(headDim * read.partialRotary());
   if (rotaryDim % 2 !== 0) read.fail("partial_rotary_factor", `such that it turns an even share of ${headDim}`);
   const layers = read.count("num_hidden_layers");

@@ -179,8 +179,12 @@ export class Decoder extends CausalModel<DecoderConfig> {
   }
 
   /** Those of rows that end before position `end`. */
-  #tables({ settings, tables, long }: Rope, { end, paged }: Places): Rope["tables"] {
+  #tables({ settings, tables, long }: Rope, { end, paged, packing }: Places): Rope["tables"] {
     if (!dependsOnLength(settings, end)) return tables;
+    if (packing && "originalLength" in settings)
+      throw new ShapeError(
+        `hidden: angles of "${settings.type}" RoPE go by the length of a sequence past ${settings.originalLength} tokens, which a packed row has several of, got rows of ${end}. Leave out --packing, or make rows of at most ${settings.originalLength}`,
+      );
     if (long) return long;
     if (paged && settings.type === "dynamic")
       throw new ShapeError(

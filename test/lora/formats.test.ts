@@ -539,6 +539,12 @@ test.each<[what: string, config: object, tensors: TensorToWrite[], message: stri
     [AT, BT, zeros("model.norm.weight", 8)],
     'bad/adapters.safetensors: a tensor must be a part of a LoRA module, got "model.norm.weight"',
   ],
+  ...["model.embed_tokens", "model.wte"].map((name): [string, object, TensorToWrite[], string] => [
+    `an embedding, ${name},`,
+    MLX,
+    [AT, BT, zeros(`${name}.lora_a`, 64, 2), zeros(`${name}.lora_b`, 2, 8)],
+    `bad/adapters.safetensors: modules must be linear layers, for mlx-lm's LoRA of an embedding changes a tied head too, unlike PEFT's, got ${name}. Fuse it into its model with mlx_lm.fuse`,
+  ]),
 ])("mlx-lm: %s is refused", async (_, config, tensors, message) => {
   await expect(readAdapter(await directory(config, "adapters", tensors))).rejects.toThrow(new FormatError(message));
 });

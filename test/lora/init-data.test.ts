@@ -180,6 +180,24 @@ describe("EVA", () => {
     few.detach();
   });
 
+  test("a classifier's head is trained whole beside what else is, and gets no directions", async () => {
+    const renamed = <T>(map: ReadonlyMap<string, T>): Map<string, T> =>
+      new Map([...map].map(([name, one]) => [name === "model.layers.1.mlp.down_proj" ? "score" : name, one]));
+    const { groups } = model;
+    const classifier = {
+      linears: renamed(model.linears),
+      modules: renamed(model.modules),
+      groups,
+      taskType: "SEQ_CLS",
+    };
+    const settings = { ...CONFIG, targetModules: "all-linear", modulesToSave: ["model.norm"] };
+    const adapter = await attachEva(classifier, settings, batches, QUICK);
+    expect([...adapter.saved.keys()].sort()).toEqual(["model.norm", "score"]);
+    const ranks = [...adapter.pairs.values()].map(({ A }) => A.shape[0] ?? 0);
+    expect(ranks.reduce((a, b) => a + b, 0)).toBe(4 * (model.linears.size - 1));
+    adapter.detach();
+  });
+
   test("positions that are not learned are left out", async () => {
     const masked = ROWS.map(({ inputIds, labels }) => ({
       inputIds: inputIds.map((id, t) => (labels[t] === -100 ? 5 : id)),

@@ -7,6 +7,7 @@ import { encodeSafetensors, openSafetensors } from "../../src/io/safetensors.ts"
 import { attachLora } from "../../src/lora/attach.ts";
 import type { HasLinears } from "../../src/lora/parts.ts";
 import { loadPeft, savePeft } from "../../src/lora/peft.ts";
+import { ShapeError } from "../../src/tensor/errors.ts";
 import { readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { testGpu } from "../harness.ts";
 
@@ -109,6 +110,18 @@ describe("an adapter that does not fit is refused by name", () => {
       { target_modules: ["c_attn"] },
       'a/adapter_config.json: the adapter does not fit this model: target modules: "c_attn" must match a module, got none. The model has q_proj, up_proj',
     ],
+    [
+      "modules the model has not",
+      GOOD,
+      { target_modules: ["c_attn", "c_proj"] },
+      'a/adapter_config.json: the adapter does not fit this model: target modules: "c_attn,c_proj" must match a module, got none. The model has q_proj, up_proj',
+    ],
+    [
+      "targets that are all trained whole",
+      GOOD,
+      { modules_to_save: ["q_proj", "up_proj"] },
+      "a/adapter_config.json: the adapter does not fit this model: lora: exclude_modules, modules_to_save and layers_to_transform must leave a target, got none of 2. The first is model.layers.0.self_attn.q_proj",
+    ],
     ["another method", GOOD, { peft_type: "IA3" }, 'a/adapter_config.json: "peft_type" must be "LORA", got "IA3"'],
     [
       "DoRA without magnitudes",
@@ -138,7 +151,7 @@ describe("an adapter that does not fit is refused by name", () => {
       "layers that do not exist",
       GOOD,
       { layers_to_transform: 7 },
-      "a/adapter_config.json: the adapter does not fit this model: lora: exclude_modules and layers_to_transform must leave a target, got none of 2. The first is model.layers.0.self_attn.q_proj",
+      "a/adapter_config.json: the adapter does not fit this model: lora: exclude_modules, modules_to_save and layers_to_transform must leave a target, got none of 2. The first is model.layers.0.self_attn.q_proj",
     ],
     [
       "biases of some modules",
@@ -181,6 +194,24 @@ describe("an adapter that does not fit is refused by name", () => {
       new FormatError("a/adapter_config.json: an adapter directory must have it, got no such file. Check the path"),
     );
   });
+});
+
+test("targets that the model lacks are passed over, as PEFT does, with a warning", async () => {
+  const gpu = await testGpu();
+  const model = tinyModel(gpu);
+  const target_modules = ["k_proj", "q_proj", "up_proj", "gate_proj"];
+  const warnings: string[] = [];
+  const onWarning = (text: string): void => void warnings.push(text);
+  const adapter = await loadPeft(model, await adapterDirectory(GOOD, { target_modules }), { onWarning });
+  expect([...adapter.pairs.keys()]).toEqual([Q, UP]);
+  expect(warnings).toEqual(["adapter_config.json has target_modules that the model lacks: k_proj, gate_proj"]);
+  const saved = savePeft(adapter, "base");
+  expect(JSON.parse(saved["adapter_config.json"]).target_modules).toEqual(["q_proj", "up_proj"]);
+  adapter.detach();
+  const settings = { r: 2, alpha: 4, targetModules: target_modules };
+  expect(() => attachLora(model, settings), "a user's own settings").toThrow(
+    new ShapeError('target modules: "k_proj" must match a module, got none. The model has q_proj, up_proj'),
+  );
 });
 
 test("keys PEFT adds later, and PEFT's own unused ones, do not matter", async () => {

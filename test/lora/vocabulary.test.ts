@@ -140,6 +140,25 @@ describe("tables in pieces, for a small device, give the same:", () => {
   });
 });
 
+test("a target that is trained whole is no target, as in PEFT, and is saved and loaded so", async () => {
+  const model = await open("gemma2");
+  const adapter = attached(model, { targetModules: ["q_proj", "lm_head"], modulesToSave: ["lm_head"] });
+  expect([adapter.tables, adapter.saved].map((of) => [...of.keys()])).toEqual([[], ["lm_head"]]);
+  expect([...adapter.pairs.keys()].every((name) => name.endsWith(".q_proj"))).toBe(true);
+  const logits = await logitsOf(model);
+  const files = savePeft(adapter, "gemma2");
+  const directory = memoryDirectory("a", {
+    ...files,
+    "adapter_model.safetensors": await collect(files["adapter_model.safetensors"]),
+  });
+  adapter.detach();
+  const again = await loadPeft(model, directory);
+  expect(again.config.targetModules).toEqual(["q_proj", "lm_head"]);
+  expect(await logitsOf(model)).toEqual(logits);
+  again.detach();
+  model.destroy();
+});
+
 describe("settings that contradict each other or the model are refused:", () => {
   test.each([
     [

@@ -9,6 +9,7 @@ import { loadPeft } from "../../src/lora/peft.ts";
 import { readConfig } from "../../src/models/config.ts";
 import { loadModel } from "../../src/models/load.ts";
 import { saveModel } from "../../src/models/save.ts";
+import { ShapeError } from "../../src/tensor/errors.ts";
 import { read, readAll, type Tensor, tensor } from "../../src/tensor/tensor.ts";
 import { collate } from "../../src/train/batches.ts";
 import { batchInputs, batchLoss } from "../../src/train/loss.ts";
@@ -171,4 +172,52 @@ describe.each(NAMES)("%s", (name) => {
       const of = (path: string) => readConfig(memoryDirectory("m", { "config.json": readFileSync(path, "utf8") }));
       expect(await of(old)).toEqual(await of(`${folder(name)}/config.json`));
     });
+});
+
+test.each([
+  ["llama-dynamic", "dynamic"],
+  ["phi3-longrope", "longrope"],
+])(
+  "packed rows of %s are refused where the angles go by the length, and are what rows of their own are below it",
+  async (name, type) => {
+    const gpu = await testGpu();
+    const model = await loadModel(gpu, diskDirectory(folder(name)));
+    const packedOf = (length: number): Tensor => {
+      const ids = Array.from({ length }, (_, i) => 3 + i);
+      const batch = batchInputs(gpu, collate([{ inputIds: ids, labels: ids, starts: [0, 6] }], 0));
+      return model.hidden(batch.ids, { packing: batch.packing ?? expect.fail("a packing") });
+    };
+    expect(() => gpu.scope(() => packedOf(17))).toThrow(
+      new ShapeError(
+        `hidden: angles of "${type}" RoPE go by the length of a sequence past 16 tokens, which a packed row has several of, got rows of 17. Leave out --packing, or make rows of at most 16`,
+      ),
+    );
+    const packed = gpu.scope(() => packedOf(16));
+    const alone = gpu.scope(() =>
+      model.hidden(
+        tensor(
+          gpu,
+          Int32Array.from({ length: 10 }, (_, i) => 9 + i),
+          [1, 10],
+        ),
+      ),
+    );
+    const values = await read(packed);
+    expectClose(values.subarray(6 * model.config.hiddenSize), await read(alone), 1e-5, "the second segment");
+    gpu.release(packed, alone);
+    model.destroy();
+  },
+);
+
+test("YaRN lengthens the context by its factor, unless config.json has a longer one already", async () => {
+  const { rope_parameters: _, ...json } = JSON.parse(readFileSync(`${folder("qwen2")}/config.json`, "utf8"));
+  const contextOf = async (max_position_embeddings: number, rope_scaling: object): Promise<number> => {
+    const config = JSON.stringify({ ...json, max_position_embeddings, rope_scaling });
+    return (await readConfig(memoryDirectory("m", { "config.json": config }))).contextLength;
+  };
+  const yarn = { type: "yarn", factor: 4, original_max_position_embeddings: 32768 };
+  expect(await contextOf(32768, yarn), "as Qwen2.5 documents it").toBe(131072);
+  expect(await contextOf(131072, yarn), "as files of longer models have it").toBe(131072);
+  expect(await contextOf(163840, { ...yarn, original_max_position_embeddings: 4096 })).toBe(163840);
+  expect(await contextOf(100, { type: "yarn", factor: 1.505 }), "of max_position_embeddings").toBe(150);
 });

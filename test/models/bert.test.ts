@@ -7,7 +7,7 @@ import { FormatError } from "../../src/io/errors.ts";
 import { diskDirectory, fileSource } from "../../src/io/files.ts";
 import { encodeSafetensors, openSafetensors } from "../../src/io/safetensors.ts";
 import type { LoraAdapter } from "../../src/lora/adapter.ts";
-import { attachLora } from "../../src/lora/attach.ts";
+import { attachLora, attachParts } from "../../src/lora/attach.ts";
 import { loadPeft, savePeft } from "../../src/lora/peft.ts";
 import type { BertClassifier } from "../../src/models/bert.ts";
 import { readClassifierConfig } from "../../src/models/config.ts";
@@ -369,7 +369,7 @@ describe("modules_to_save", () => {
 
   test.each([
     [["classifier", "head"], "head"],
-    [["score"], "score"],
+    [["pooling"], "pooling"],
   ])("%j is refused", async (modulesToSave, bad) => {
     const model = await loadClassifier(await testGpu(), diskDirectory(folder("bert")));
     expect(() => attachLora(model, { ...settings, modulesToSave })).toThrow(
@@ -378,7 +378,7 @@ describe("modules_to_save", () => {
     model.destroy();
   });
 
-  test("of an encoder takes embeddings and norms, and the output stays what it is at first", async () => {
+  test("of an encoder takes embeddings and norms beside the classifier, and the output stays what it is at first", async () => {
     const gpu = await testGpu();
     const model = await loadClassifier(gpu, diskDirectory(folder("bert")));
     const ids = tensor(gpu, Int32Array.of(4, 9, 30, 12), [1, 4]);
@@ -387,7 +387,11 @@ describe("modules_to_save", () => {
     expect([...adapter.saved.keys()].sort()).toEqual([
       "bert.embeddings.word_embeddings",
       ...[0, 1].flatMap((i) => ["attention.output", "output"].map((at) => `bert.encoder.layer.${i}.${at}.LayerNorm`)),
+      "classifier",
     ]);
+    expect(JSON.parse(savePeft(adapter, "bert")["adapter_config.json"])).toMatchObject({
+      modules_to_save: ["word_embeddings", "output.LayerNorm", "classifier", "score"],
+    });
     expect(await read(gpu.scope(() => model.logits(ids)))).toEqual(before);
     const { weight } = adapter.saved.get("bert.encoder.layer.1.output.LayerNorm") ?? expect.fail("a norm");
     gpu.write(weight as Tensor, new Float32Array(32));
@@ -415,6 +419,17 @@ describe("modules_to_save", () => {
     gpt2.destroy();
   });
 
+  test.each([[undefined], [[]], [["score"]], [["classifier"]]])(
+    "%j of a fresh adapter trains the classifier, as in PEFT",
+    async (modulesToSave) => {
+      const model = await loadClassifier(await testGpu(), diskDirectory(folder("bert")));
+      const adapter = attachLora(model, { ...settings, ...(modulesToSave && { modulesToSave }) });
+      expect([...adapter.saved.keys()]).toEqual(["classifier"]);
+      adapter.detach();
+      model.destroy();
+    },
+  );
+
   test("a classifier that lacks in the adapter's file, or has other classes, is refused by name", async () => {
     const gpu = await testGpu();
     const directory = diskDirectory(folder("bert"));
@@ -424,7 +439,9 @@ describe("modules_to_save", () => {
         `${folder("bert")}/adapter/adapter_model.safetensors: tensor "base_model.model.classifier.weight" must be [2,32], got [3,32]`,
       ),
     );
-    const adapter = attachLora(model, { ...settings, modulesToSave: [] });
+    const adapter = attachParts(model, settings, {
+      linear: () => ({ A: tensor(gpu, new Float32Array(64), [2, 32]), B: tensor(gpu, new Float32Array(64), [32, 2]) }),
+    });
     expect(adapter.saved.size).toBe(0);
     const files = savePeft(adapter, "bert");
     const bytes = await bytesOf(files["adapter_model.safetensors"]);
