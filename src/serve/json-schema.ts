@@ -57,8 +57,8 @@ const CHARACTER = patternGrammar(
 /** Characters that a string has only escaped. */
 const ESCAPED = [0x22, 0x5c, ...Array.from({ length: 0x20 }, (_, code) => code)];
 const single = (code: number): Range => [code, code];
-const ESCAPES = ESCAPED.map((code) => literal(JSON.stringify(String.fromCharCode(code)).slice(1, -1)));
-const ALL_ESCAPES = altOf(ESCAPES);
+const escapeOf = (code: number): string => JSON.stringify(String.fromCharCode(code)).slice(1, -1);
+const ESCAPES = oneOf(ESCAPED.map(escapeOf));
 
 /** A character of these, as it is written. */
 type Writer = (ranges: readonly Range[]) => Grammar;
@@ -70,10 +70,9 @@ function jsonWriter(): Writer {
     const name = ranges.join();
     const found = known.get(name);
     if (found) return found;
-    const isOf = (code: number): boolean => ranges.some(([a, b]) => a <= code && code <= b);
-    const escapes = ESCAPES.filter((_, i) => isOf(ESCAPED[i] as number));
-    const plain = set(minus(ranges, ESCAPED.map(single)));
-    const node = alt(plain, escapes.length === ESCAPES.length ? ALL_ESCAPES : altOf(escapes));
+    const escaped = ESCAPED.filter((code) => ranges.some(([a, b]) => a <= code && code <= b));
+    const escapes = escaped.length === ESCAPED.length ? ESCAPES : oneOf(escaped.map(escapeOf));
+    const node = alt(set(minus(ranges, ESCAPED.map(single))), escapes);
     known.set(name, node);
     return node;
   };
@@ -208,12 +207,12 @@ class SchemaReader {
   }
 
   grammar(schema: unknown = this.#root, path = "#"): Grammar {
-    if (++this.#count > MOST_SCHEMAS)
+    if (schema === false) return alt();
+    if (schema !== true && !isObject(schema)) return refuse(path, "must be an object, true or false", schema);
+    if (schema !== true && ++this.#count > MOST_SCHEMAS)
       throw new ShapeError(
         `json schema: must have at most ${MOST_SCHEMAS} schemas in it, got more. Leave out properties or alternatives`,
       );
-    if (schema === false) return alt();
-    if (schema !== true && !isObject(schema)) return refuse(path, "must be an object, true or false", schema);
     const one = schema === true || Object.keys(schema).length === 0 ? EVERYTHING : schema;
     const known = this.#known.get(one);
     if (known) return known;
@@ -297,7 +296,8 @@ class SchemaReader {
     const at = `${path}/additionalProperties`;
     const isOpen = !Object.hasOwn(schema, "properties");
     const listed = Object.entries(properties).map(([name, one]) => this.grammar(one, `${path}/properties/${name}`));
-    const value = this.grammar(additionalProperties ?? isOpen, at);
+    const others = additionalProperties ?? isOpen;
+    const value = this.grammar(others, at);
     const missing = additionalProperties === undefined ? this.grammar(true, at) : value;
     // The names that are listed come first.
     const parts = names.map((name, i) => ({
@@ -305,8 +305,7 @@ class SchemaReader {
       node: seq(key(name), listed[i] ?? missing),
     }));
     const codes = names.map((name) => Array.from(name, (c) => c.codePointAt(0) as number));
-    const other = otherThan(codes, this.#written);
-    const more = seq(QUOTE, other, QUOTE, COLON, value);
+    const more = others === false ? alt() : seq(QUOTE, otherThan(codes, this.#written), QUOTE, COLON, value);
     return members("{", "}", { parts, more, least: 0, most: Number.POSITIVE_INFINITY });
   }
 
