@@ -63,7 +63,7 @@ export function grouped<T, K>(values: readonly T[], keyOf: (value: T) => K): Map
   return groups;
 }
 
-const MOST_NODES = 500_000;
+const MOST_NODES = 200_000;
 
 /** Takes out the options that no text can be of, so that whatever can be begun can be ended. Says whether any text is left. */
 function prune(root: Grammar): boolean {

@@ -29,6 +29,8 @@ const TYPES = ["object", "array", "string", "number", "integer", "boolean", "nul
 const MOST_CHARACTERS = 200_000;
 const DEEPEST = 200;
 const MOST_SCHEMAS = 20_000;
+/** Each of them comes to several pieces of a grammar. */
+const MOST_LETTERS = 50_000;
 const LONGEST_NAME = 1000;
 
 const DATE = "\\d{4}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)";
@@ -200,6 +202,8 @@ class SchemaReader {
   readonly #known = new Map<JsonObject, Grammar>();
   readonly #written = jsonWriter();
   #count = 0;
+  /** Of patterns, and of names that others must differ from. */
+  #letters = 0;
   #depth = 0;
 
   constructor(root: unknown) {
@@ -276,7 +280,7 @@ class SchemaReader {
     const readers: Readonly<Record<string, () => Grammar>> = {
       object: () => this.#object(schema, path),
       array: () => this.#array(schema, path),
-      string: () => seq(QUOTE, characters(schema, path, this.#written), QUOTE),
+      string: () => this.#string(schema, path),
       number: () => NUMBER,
       integer: () => integers(...limits(schema, path)),
       boolean: () => BOOLEAN,
@@ -284,6 +288,21 @@ class SchemaReader {
     };
     const needed = types.includes("number") ? types.filter((type) => type !== "integer") : types;
     return needed.map((type) => readers[type]?.() ?? alt());
+  }
+
+  #demandFewLetters(texts: readonly string[], path: string): void {
+    for (const { length } of texts) this.#letters += length;
+    if (this.#letters > MOST_LETTERS)
+      refuse(
+        path,
+        `patterns, and names of objects that may have others, must have at most ${MOST_LETTERS} characters in all`,
+        this.#letters,
+      );
+  }
+
+  #string(schema: JsonObject, path: string): Grammar {
+    if (typeof schema.pattern === "string") this.#demandFewLetters([schema.pattern], path);
+    return seq(QUOTE, characters(schema, path, this.#written), QUOTE);
   }
 
   #object(schema: JsonObject, path: string): Grammar {
@@ -304,6 +323,7 @@ class SchemaReader {
       isRequired: required.has(name),
       node: seq(key(name), listed[i] ?? missing),
     }));
+    if (others !== false) this.#demandFewLetters(names, path);
     const codes = names.map((name) => Array.from(name, (c) => c.codePointAt(0) as number));
     const more = others === false ? alt() : seq(QUOTE, otherThan(codes, this.#written), QUOTE, COLON, value);
     return members("{", "}", { parts, more, least: 0, most: Number.POSITIVE_INFINITY });
