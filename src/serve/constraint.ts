@@ -31,9 +31,14 @@ interface Place {
   readonly begun: readonly number[];
 }
 
+/** About 0.1 s. What is not made to take long takes a thousandth of it. */
+const MOST_WORK = 500_000;
+
 class TextConstraint implements TokenConstraint {
   readonly #tokenizer: TokenBytes;
   #place: Place;
+  /** `TextState.work` for the token that is to come. */
+  #work = 0;
 
   constructor(place: Place, tokenizer: TokenBytes) {
     this.#tokenizer = tokenizer;
@@ -58,6 +63,7 @@ class TextConstraint implements TokenConstraint {
 
   accept(id: number): void {
     this.#place = this.#after(id) ?? this.#place;
+    this.#work = 0;
   }
 
   /** undefined for tokens without text, too: with them alone an answer could go on for ever. */
@@ -65,6 +71,7 @@ class TextConstraint implements TokenConstraint {
     const bytes = this.#tokenizer.tokenBytes(id);
     if (!bytes || bytes.length === 0) return undefined;
     let { state, begun } = this.#place;
+    const spent = this.#work - state.work; // which is of all answers of the grammar
     for (const byte of bytes) {
       begun = [...begun, byte];
       const range = characters(begun);
@@ -74,6 +81,11 @@ class TextConstraint implements TokenConstraint {
         continue;
       }
       const next = state.stepCode(range[0]);
+      this.#work = spent + state.work;
+      if (this.#work > MOST_WORK)
+        throw new ShapeError(
+          `constraint: a token must be told from all others by at most ${MOST_WORK} ways to read them, got more. Make alternatives differ earlier, or fewer`,
+        );
       if (!next) return undefined;
       [state, begun] = [next, []];
     }

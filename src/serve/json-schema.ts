@@ -1,7 +1,20 @@
 /** The JSON texts that fit a JSON Schema (2020-12), as a grammar. */
 import { excerpt, isObject, type JsonObject } from "../io/json.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { ANY, alt, type Grammar, literal, minus, type Range, repeat, seq, set, TextState } from "./grammar.ts";
+import {
+  ANY,
+  alt,
+  altOf,
+  type Grammar,
+  grouped,
+  literal,
+  minus,
+  type Range,
+  repeat,
+  seq,
+  set,
+  TextState,
+} from "./grammar.ts";
 import { patternGrammar } from "./pattern.ts";
 
 const ANNOTATIONS = ["$schema", "$comment", "$defs", "definitions", "title", "description", "default", "examples"];
@@ -15,6 +28,9 @@ const CHECKS = [
 const TYPES = ["object", "array", "string", "number", "integer", "boolean", "null"];
 const MOST_CHARACTERS = 200_000;
 const DEEPEST = 200;
+const MOST_SCHEMAS = 20_000;
+/** Each of them comes to several pieces of a grammar. */
+const MOST_LETTERS = 50_000;
 const LONGEST_NAME = 1000;
 
 const DATE = "\\d{4}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)";
@@ -43,29 +59,38 @@ const CHARACTER = patternGrammar(
 /** Characters that a string has only escaped. */
 const ESCAPED = [0x22, 0x5c, ...Array.from({ length: 0x20 }, (_, code) => code)];
 const single = (code: number): Range => [code, code];
-const escapeOf = (code: number): Grammar => literal(JSON.stringify(String.fromCharCode(code)).slice(1, -1));
-const ESCAPES = alt(...ESCAPED.map(escapeOf));
+const escapeOf = (code: number): string => JSON.stringify(String.fromCharCode(code)).slice(1, -1);
+const ESCAPES = oneOf(ESCAPED.map(escapeOf));
 
-/** A character of these, as JSON.stringify writes it. */
-function written(ranges: readonly Range[]): Grammar {
-  const plain = minus(ranges, ESCAPED.map(single));
-  const escaped = ESCAPED.filter((code) => ranges.some(([a, b]) => a <= code && code <= b));
-  return alt(set(plain), escaped.length === ESCAPED.length ? ESCAPES : alt(...escaped.map(escapeOf)));
+/** A character of these, as it is written. */
+type Writer = (ranges: readonly Range[]) => Grammar;
+
+/** As JSON.stringify writes them; the same ones are the same object. */
+function jsonWriter(): Writer {
+  const known = new Map<string, Grammar>();
+  return (ranges) => {
+    const name = ranges.join();
+    const found = known.get(name);
+    if (found) return found;
+    const escaped = ESCAPED.filter((code) => ranges.some(([a, b]) => a <= code && code <= b));
+    const escapes = escaped.length === ESCAPED.length ? ESCAPES : oneOf(escaped.map(escapeOf));
+    const node = alt(set(minus(ranges, ESCAPED.map(single))), escapes);
+    known.set(name, node);
+    return node;
+  };
 }
-const WRITTEN = written(ANY);
+const WRITTEN = repeat(jsonWriter()(ANY));
 
-/** Strings without quotes, other than these, which are given as code points. */
-function otherThan(texts: readonly (readonly number[])[]): Grammar {
-  if (texts.length === 0) return repeat(WRITTEN);
-  const isOne = texts.some((text) => text.length === 0);
-  const heads = [...new Set(texts.flatMap((text) => text.slice(0, 1)))];
-  const tails = (head: number): (readonly number[])[] =>
-    texts.filter((text) => text[0] === head).map((text) => text.slice(1));
-  return alt(
-    ...(isOne ? [] : [seq()]),
-    seq(written(minus(ANY, heads.map(single))), repeat(WRITTEN)),
-    ...heads.map((head) => seq(written([single(head)]), otherThan(tails(head)))),
-  );
+/** Strings without quotes, other than these, which are given as code points and are alike before `at`. */
+function otherThan(texts: readonly (readonly number[])[], written: Writer, at = 0): Grammar {
+  if (texts.length === 0) return WRITTEN;
+  const longer = texts.filter((text) => text.length > at);
+  const heads = grouped(longer, (text) => text[at] as number);
+  return altOf([
+    ...(longer.length < texts.length ? [] : [seq()]),
+    seq(written(minus(ANY, [...heads.keys()].map(single))), WRITTEN),
+    ...Array.from(heads, ([head, same]) => seq(written([single(head)]), otherThan(same, written, at + 1))),
+  ]);
 }
 
 /** One of these texts, which are all different: what they begin with alike is read once. */
@@ -76,11 +101,10 @@ function oneOf(texts: readonly string[]): Grammar {
   while (same < first.length && texts.every((text) => text[same] === first[same])) same++;
   if (/[\ud800-\udbff]/.test(first[same - 1] ?? "")) same--; // a character is two of these
   const headOf = (text: string): string => Array.from(text.slice(same, same + 2))[0] ?? "";
-  const tails = [...new Set(texts.map(headOf))].map((head) => {
-    const all = texts.filter((text) => headOf(text) === head).map((text) => text.slice(same + head.length));
-    return seq(literal(head), head === "" ? seq() : oneOf(all));
-  });
-  return seq(literal(first.slice(0, same)), alt(...tails));
+  const tails = Array.from(grouped(texts, headOf), ([head, all]) =>
+    seq(literal(head), head === "" ? seq() : oneOf(all.map((text) => text.slice(same + head.length)))),
+  );
+  return seq(literal(first.slice(0, same)), altOf(tails));
 }
 
 interface Part {
@@ -166,10 +190,20 @@ function integers(low: number, high: number): Grammar {
   return options.length === 0 ? alt() : patternGrammar(`^(?:${options.join("|")})$`);
 }
 
+const BOOLEAN = oneOf(["true", "false"]);
+const NULL = literal("null");
+
+/** The schema that everything fits. */
+const EVERYTHING: JsonObject = {};
+
 class SchemaReader {
   readonly #root: unknown;
-  /** By pointer; one that is being read already is known. */
-  readonly #known = new Map<string, Grammar>();
+  /** Each schema is read once, whatever leads to it; one that is being read is known already. */
+  readonly #known = new Map<JsonObject, Grammar>();
+  readonly #written = jsonWriter();
+  #count = 0;
+  /** Of patterns, and of names that others must differ from. */
+  #letters = 0;
   #depth = 0;
 
   constructor(root: unknown) {
@@ -178,39 +212,51 @@ class SchemaReader {
 
   grammar(schema: unknown = this.#root, path = "#"): Grammar {
     if (schema === false) return alt();
-    if (schema === true) return this.#shared("true", () => this.#plain({}, path));
-    if (!isObject(schema)) return refuse(path, "must be an object, true or false", schema);
+    if (schema !== true && !isObject(schema)) return refuse(path, "must be an object, true or false", schema);
+    if (schema !== true && ++this.#count > MOST_SCHEMAS)
+      throw new ShapeError(
+        `json schema: must have at most ${MOST_SCHEMAS} schemas in it, got more. Leave out properties or alternatives`,
+      );
+    const one = schema === true || Object.keys(schema).length === 0 ? EVERYTHING : schema;
+    const known = this.#known.get(one);
+    if (known) return known;
+    const node = alt();
+    this.#known.set(one, node);
     if (++this.#depth > DEEPEST) refuse(path, `must be at most ${DEEPEST} deep`);
+    node.options = this.#options(one, path);
+    this.#depth--;
+    return node;
+  }
+
+  #options(schema: JsonObject, path: string): Grammar[] {
     const keywords = Object.keys(schema).filter((name) => ![...ANNOTATIONS, ...MORE_ANNOTATIONS].includes(name));
     const unknown = keywords.find((name) => ![...APPLICATORS, ...CHECKS].includes(name) && !isIdle(name, schema, path));
     if (unknown !== undefined)
       refuse(path, "must have keywords that can be kept to", unknown, ". Leave it out, and check the text afterwards");
     const applicator = APPLICATORS.find((name) => keywords.includes(name));
-    const node = applicator ? this.#applied(applicator, keywords, schema, path) : this.#plain(schema, path);
-    this.#depth--;
-    return node;
+    return applicator ? this.#applied(applicator, keywords, schema, path) : this.#plain(schema, path);
   }
 
-  #applied(keyword: string, keywords: readonly string[], schema: JsonObject, path: string): Grammar {
+  #applied(keyword: string, keywords: readonly string[], schema: JsonObject, path: string): Grammar[] {
     const isValue = keyword === "enum" || keyword === "const";
     const other = keywords.find(
       (name) => name !== keyword && !isIdle(name, schema, path) && !(isValue && name === "type"),
     );
     if (other !== undefined) refuse(path, `${keyword} must be without other keywords that check`, other);
     const value = schema[keyword];
-    if (keyword === "$ref") return this.#referred(value, path);
+    if (keyword === "$ref") return [this.#referred(value, path)];
     const values = keyword === "const" ? [value] : list(value, `${path}/${keyword}`);
     if (isValue) {
       const types = typesOf(schema, path);
       const fitting = values.filter((one) => typeOf(one).some((type) => types.includes(type)));
       const [simple, others] = [fitting.filter((one) => !isNested(one)), fitting.filter(isNested)];
-      return alt(
+      return [
         oneOf([...new Set(simple.map((one) => JSON.stringify(one)))]),
         ...others.map((one) => constant(one, path)),
-      );
+      ];
     }
     if (keyword === "allOf" && values.length !== 1) refuse(path, "allOf must have one schema", values.length);
-    return alt(...values.map((one, i) => this.grammar(one, `${path}/${keyword}/${i}`)));
+    return values.map((one, i) => this.grammar(one, `${path}/${keyword}/${i}`));
   }
 
   #referred(pointer: unknown, path: string): Grammar {
@@ -223,19 +269,10 @@ class SchemaReader {
       if (!isThere) refuse(path, "$ref must be of a place that is there", pointer);
       target = (target as JsonObject)[name];
     }
-    return this.#shared(pointer, () => this.grammar(target, pointer));
+    return this.grammar(target, pointer);
   }
 
-  #shared(name: string, read: () => Grammar): Grammar {
-    const known = this.#known.get(name);
-    if (known) return known;
-    const node = alt();
-    this.#known.set(name, node);
-    node.options.push(read());
-    return node;
-  }
-
-  #plain(schema: JsonObject, path: string): Grammar {
+  #plain(schema: JsonObject, path: string): Grammar[] {
     const types = typesOf(schema, path);
     const ranged = RANGE.find((name) => Object.hasOwn(schema, name));
     if (ranged !== undefined && types.includes("number"))
@@ -243,14 +280,29 @@ class SchemaReader {
     const readers: Readonly<Record<string, () => Grammar>> = {
       object: () => this.#object(schema, path),
       array: () => this.#array(schema, path),
-      string: () => seq(QUOTE, characters(schema, path), QUOTE),
+      string: () => this.#string(schema, path),
       number: () => NUMBER,
       integer: () => integers(...limits(schema, path)),
-      boolean: () => oneOf(["true", "false"]),
-      null: () => literal("null"),
+      boolean: () => BOOLEAN,
+      null: () => NULL,
     };
     const needed = types.includes("number") ? types.filter((type) => type !== "integer") : types;
-    return alt(...needed.map((type) => readers[type]?.() ?? alt()));
+    return needed.map((type) => readers[type]?.() ?? alt());
+  }
+
+  #demandFewLetters(texts: readonly string[], path: string): void {
+    for (const { length } of texts) this.#letters += length;
+    if (this.#letters > MOST_LETTERS)
+      refuse(
+        path,
+        `patterns, and names of objects that may have others, must have at most ${MOST_LETTERS} characters in all`,
+        this.#letters,
+      );
+  }
+
+  #string(schema: JsonObject, path: string): Grammar {
+    if (typeof schema.pattern === "string") this.#demandFewLetters([schema.pattern], path);
+    return seq(QUOTE, characters(schema, path, this.#written), QUOTE);
   }
 
   #object(schema: JsonObject, path: string): Grammar {
@@ -262,18 +314,18 @@ class SchemaReader {
     if (long !== undefined) refuse(path, `names must have at most ${LONGEST_NAME} characters`, long);
     const at = `${path}/additionalProperties`;
     const isOpen = !Object.hasOwn(schema, "properties");
-    const parts = names.map((name) => ({
+    const listed = Object.entries(properties).map(([name, one]) => this.grammar(one, `${path}/properties/${name}`));
+    const others = additionalProperties ?? isOpen;
+    const value = this.grammar(others, at);
+    const missing = additionalProperties === undefined ? this.grammar(true, at) : value;
+    // The names that are listed come first.
+    const parts = names.map((name, i) => ({
       isRequired: required.has(name),
-      node: seq(
-        key(name),
-        Object.hasOwn(properties, name)
-          ? this.grammar(properties[name], `${path}/properties/${name}`)
-          : this.grammar(additionalProperties ?? true, at),
-      ),
+      node: seq(key(name), listed[i] ?? missing),
     }));
-    const value = this.grammar(additionalProperties ?? isOpen, at);
-    const other = otherThan(names.map((name) => Array.from(name, (c) => c.codePointAt(0) as number)));
-    const more = seq(QUOTE, other, QUOTE, COLON, value);
+    if (others !== false) this.#demandFewLetters(names, path);
+    const codes = names.map((name) => Array.from(name, (c) => c.codePointAt(0) as number));
+    const more = others === false ? alt() : seq(QUOTE, otherThan(codes, this.#written), QUOTE, COLON, value);
     return members("{", "}", { parts, more, least: 0, most: Number.POSITIVE_INFINITY });
   }
 
@@ -294,7 +346,7 @@ class SchemaReader {
 }
 
 /** What is between the quotes. */
-function characters(schema: JsonObject, path: string): Grammar {
+function characters(schema: JsonObject, path: string, written: Writer): Grammar {
   const { pattern, format } = schema;
   const [least, most] = [count(schema, "minLength", path, 0), count(schema, "maxLength", path)];
   const checks = ["pattern", "format", "minLength", "maxLength"].filter((name) => Object.hasOwn(schema, name));
@@ -314,7 +366,7 @@ function characters(schema: JsonObject, path: string): Grammar {
 
 function typesOf({ type }: JsonObject, path: string): readonly string[] {
   if (type === undefined) return TYPES;
-  const types = Array.isArray(type) ? type : [type];
+  const types = [...new Set(Array.isArray(type) ? type : [type])];
   const bad = types.find((one) => !TYPES.includes(one));
   if (bad !== undefined) refuse(path, `type must be of ${TYPES.join(", ")}`, bad);
   return types;

@@ -1,7 +1,7 @@
 /** Regular expressions as grammars. */
 import { excerpt } from "../io/json.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { ANY, alt, type Grammar, minus, type Range, repeat, seq, set } from "./grammar.ts";
+import { ANY, altOf, type Grammar, minus, type Range, repeat, seq, set } from "./grammar.ts";
 
 const CLASSES: Readonly<Record<string, readonly Range[]>> = {
   d: [[0x30, 0x39]],
@@ -74,7 +74,7 @@ class Parser {
     const options: Grammar[] = [];
     do options.push(this.#sequence(isOutermost));
     while (this.#take("|"));
-    return alt(...options);
+    return altOf(options);
   }
 
   #sequence(isOutermost: boolean): Grammar {
@@ -147,7 +147,8 @@ class Parser {
         ranges.push([first[0]?.[0] ?? 0, member()[0]?.[0] ?? 0]);
       }
     }
-    return minus(isOther ? ANY : ranges, isOther ? ranges : [[0xd800, 0xdfff]]);
+    const others = minus(ANY, ranges);
+    return isOther ? others : minus(ANY, others);
   }
 
   #escape(isInClass: boolean): readonly Range[] {

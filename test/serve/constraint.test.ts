@@ -5,7 +5,7 @@ import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { memoryDirectory } from "../../src/io/bytes.ts";
 import { diskDirectory } from "../../src/io/files.ts";
-import { loadTokenizer, type PairTokenizer } from "../../src/io/tokenizer.ts";
+import { loadTokenizer, type PairTokenizer, type TokenBytes } from "../../src/io/tokenizer.ts";
 import { loadModel } from "../../src/models/load.ts";
 import { BatchEngine } from "../../src/serve/batch-engine.ts";
 import { constraintOf, jsonConstraint } from "../../src/serve/constraint.ts";
@@ -185,6 +185,51 @@ describe.each(Object.entries(tokenizers))("%s", (_, load) => {
       false,
       false,
     ]);
+  });
+});
+
+describe("a vocabulary that is looked through", () => {
+  /** Tokens that are these texts; none of them ends a text. */
+  const ofTexts = (texts: readonly string[]): TokenBytes => {
+    const all = texts.map((text) => new TextEncoder().encode(text));
+    return { eosId: undefined, tokenBytes: (id) => all[id] };
+  };
+  const allowed = (constraint: TokenConstraint, count: number): number[] =>
+    Array.from({ length: count }, (_, id) => id).filter((id) => constraint.allows(id));
+
+  test("of 25,000 characters and words that a pattern has many ways to read is no more work than of a few", () => {
+    const random = new Random(freshSeed());
+    const word = (length: number): string =>
+      String.fromCodePoint(...Array.from({ length }, () => 0x4e00 + random.below(0x9fa5 - 0x4e00)));
+    const texts = ['"', ...Array.from({ length: 25_000 }, (_, i) => word(1 + (i % 4))), "a", "龥"];
+    const constraint = jsonConstraint({ type: "string", pattern: "^(?:[一-龥]?){2000}龥$" }, ofTexts(texts));
+    constraint.accept(0);
+    for (let n = 0; n < 3; n++) {
+      expect(allowed(constraint, texts.length).length).toBe(25_001);
+      constraint.accept(1 + random.below(25_000));
+    }
+  });
+
+  test("by a pattern that takes another turn with each token ends with an error, and other answers go on", () => {
+    const texts = [
+      '"',
+      ...Array.from({ length: 2 ** 14 }, (_, i) =>
+        i.toString(2).padStart(14, "0").replaceAll("0", "b").replaceAll("1", "a"),
+      ),
+    ];
+    const constraint = jsonConstraint({ type: "string", pattern: "a.{300}$" }, ofTexts(texts));
+    constraint.accept(0);
+    const other = constraint.fork();
+    expect(() => allowed(constraint, texts.length)).toThrow(
+      new ShapeError(
+        "constraint: a token must be told from all others by at most 500000 ways to read them, got more. Make alternatives differ earlier, or fewer",
+      ),
+    );
+    // What one token takes is not counted for the next.
+    for (let n = 0; n < 14; n++) {
+      expect(allowed(other, 20).length).toBe(19);
+      other.accept(1000 + n);
+    }
   });
 });
 

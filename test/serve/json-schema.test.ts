@@ -1,10 +1,12 @@
 // Which texts a schema lets through, character by character.
 import fc from "fast-check";
-import { describe, expect, test } from "vitest";
+import { describe, expect, test, vi } from "vitest";
 import { TextState } from "../../src/serve/grammar.ts";
 import { jsonMachine } from "../../src/serve/json-schema.ts";
 import { patternGrammar } from "../../src/serve/pattern.ts";
 import { ShapeError } from "../../src/tensor/errors.ts";
+import { Random } from "../../src/tensor/random.ts";
+import { freshSeed } from "../harness.ts";
 
 /** Where the text dies, or whether it is whole at its end. */
 function read(start: TextState, text: string): number | "whole" | "begun" {
@@ -376,6 +378,10 @@ test.each([
   [{ type: "array", minItems: 2, maxItems: 1 }, "must have a text that fits it, got one that none fits"],
   [{ enum: Array.from({ length: 1e6 }, (_, i) => i) }, "must have at most 200000 characters, got 6888900"],
   [
+    { anyOf: new Array(60_000).fill({}) },
+    "must have at most 20000 schemas in it, got more. Leave out properties or alternatives",
+  ],
+  [
     JSON.parse(`${'{"items":'.repeat(300)}{}${"}".repeat(300)}`),
     `at #${"/items".repeat(16)}...: must be at most 200 deep`,
   ],
@@ -406,4 +412,115 @@ test("a schema or a pattern that is made to take long is refused or quick", () =
     ),
   );
   expect(read(jsonMachine({ enum: Array.from({ length: 20000 }, (_, i) => `n${i}`) }), '"n19999"')).toBe("whole");
+});
+
+/** A schema around `{}` so many times. */
+const deep = (around: (inner: unknown) => unknown, depth: number): unknown =>
+  depth === 0 ? {} : around(deep(around, depth - 1));
+
+/** How many schemas are looked into while one is compiled. */
+function looksInto(schema: unknown): number {
+  const keys = vi.spyOn(Object, "keys");
+  try {
+    jsonMachine(schema);
+    return keys.mock.calls.length;
+  } finally {
+    keys.mockRestore();
+  }
+}
+
+/** A pointer, a character of it written another way in each. */
+const spellings = (pointer: string): string[] =>
+  Array.from(pointer, (c, i) =>
+    i < 2 || c === "/" ? pointer : `${pointer.slice(0, i)}%${c.charCodeAt(0).toString(16)}${pointer.slice(i + 1)}`,
+  );
+
+const referred = (depth: number): unknown => {
+  const inner = spellings("#/$defs/inner").map(($ref) => ({ $ref }));
+  return { anyOf: inner, $defs: { inner: deep((items) => ({ type: "array", items, prefixItems: inner }), depth) } };
+};
+
+test.each<[string, (depth: number) => unknown]>([
+  [
+    "names that are required and not listed",
+    (depth) => deep((inner) => ({ type: "object", required: ["a", "b", "c"], additionalProperties: inner }), depth),
+  ],
+  [
+    "types that are named more than once",
+    (depth) => deep((items) => ({ type: new Array(4).fill("array"), items }), depth),
+  ],
+  ["places that are referred to in several ways", referred],
+])("each schema is compiled once: %s", (_, schema) => {
+  const looks = [4, 5, 6, 20].map((depth) => looksInto(schema(depth))) as [number, number, number, number];
+  expect(looks[2] - looks[1]).toBe(looks[1] - looks[0]);
+  expect(looks[3] - looks[2]).toBe(14 * (looks[1] - looks[0]));
+});
+
+test("names, patterns and pieces have a most", () => {
+  const name = (i: number): string => `${i}`.padEnd(1000, "x");
+  const named = (count: number, additionalProperties: boolean): unknown => {
+    const properties = Object.fromEntries(Array.from({ length: count }, (_, i) => [name(i), true]));
+    return { type: "object", properties, additionalProperties };
+  };
+  expect(read(jsonMachine(named(60, false)), "{}")).toBe("whole");
+  const most = "patterns, and names of objects that may have others, must have at most 50000 characters in all";
+  expect(() => jsonMachine(named(51, true))).toThrow(new ShapeError(`json schema: at #: ${most}, got 51000`));
+  const items = { type: "string", pattern: "a".repeat(4000) };
+  expect(() => jsonMachine({ prefixItems: Array.from({ length: 20 }, () => ({ ...items })) })).toThrow(
+    new ShapeError(`json schema: at #/prefixItems/12: ${most}, got 52000`),
+  );
+  const ranged = (i: number): unknown => ({ type: "integer", minimum: 123456789 + i, maximum: 987654321987 + i });
+  expect(() => jsonMachine({ prefixItems: Array.from({ length: 2000 }, (_, i) => ranged(i)) })).toThrow(
+    new ShapeError(
+      "constraint: a schema must come to at most 200000 pieces, got more. Leave out properties or alternatives",
+    ),
+  );
+});
+
+describe("states", () => {
+  const inText = (pattern: string): TextState => jsonMachine({ type: "string", pattern }).step('"') as TextState;
+
+  test("characters between which a grammar makes no difference lead to one state, found out once", () => {
+    const open = inText("^(?:[一-龥]?){2000}龥$");
+    const steps = (from: TextState, first: number): Set<TextState | undefined> =>
+      new Set(Array.from({ length: 300 }, (_, i) => from.stepCode(first + i)));
+    const [next, ...others] = steps(open, 0x4e00);
+    expect([next?.isEnd, others]).toEqual([false, []]);
+    const { work } = open;
+    expect(steps(open, 0x5e00)).toEqual(new Set([next]));
+    expect(open.work, "nothing more was looked at").toBe(work);
+    expect(steps(next as TextState, 0x4e00).size).toBe(1);
+    expect(open.work).toBeLessThan(60_000);
+    expect(open.stepCode(0x9fa5), "the last one may end the text").not.toBe(next);
+  });
+
+  test("ways that lead to the same lead to one object, which is made once", () => {
+    const open = inText("^(?:(?:[aä]|b|[c-e])?){300}!$");
+    const states = [..."aäbcde"].map((letter) => open.step(letter));
+    expect(new Set(states).size).toBe(1);
+    expect(open.step("ab")).toBe(open.step("ea"));
+    expect(open.step("a")).not.toBe(open.step("ab"));
+    const long = jsonMachine({ type: "string" }).step('"a') as TextState;
+    expect(long.step("\\n\\u00e9é")).toBe(long);
+  });
+
+  test("what was found out is forgotten after a while, and found out again", () => {
+    const seed = freshSeed();
+    const random = new Random(seed);
+    const pattern = "[ab].{200}$";
+    const start = TextState.of(patternGrammar(pattern)) as TextState;
+    const first = start.step("b");
+    expect(start.step("b")).toBe(first);
+    let [state, text] = [start, ""];
+    while (start.work < 1_500_000) {
+      const letter = "abc"[random.below(3)] as string;
+      state = state.step(letter) as TextState;
+      text += letter;
+      expect(state.isComplete, `${text} (seed ${seed})`).toBe(new RegExp(pattern, "u").test(text));
+    }
+    expect(text.length).toBeGreaterThan(300);
+    expect(start.step("b")).not.toBe(first);
+    expect([start.step("b")?.isComplete, start.step(`b${"c".repeat(200)}`)?.isComplete]).toEqual([false, true]);
+    expect(start.step("b")).toBe(start.step("b"));
+  });
 });

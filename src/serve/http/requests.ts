@@ -153,10 +153,11 @@ function choicesOf(
   const best = fields.any("best_of");
   if (best !== undefined && best !== n) throw fields.refuse("best_of", `left out, or n = ${n}`);
   const { seed, ...sampling } = samplingOf(fields, tokenizer);
+  const constraint = formatOf(fields, tokenizer);
   const generations = prompts.flatMap((promptIds) =>
     Array.from({ length: n }, (_, i) => ({
       ...{ ...request, promptIds, ...sampling, seed: seed > 0 ? seed - i : seed + i },
-      constraint: formatOf(fields, tokenizer),
+      constraint: constraint?.fork(),
     })),
   );
   return { generations, promptTokens: prompts.flat().length };

@@ -3,10 +3,12 @@ import { cp, mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "n
 import { connect } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { afterAll, beforeAll, expect, test } from "vitest";
+import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
 import { type Listening, listen } from "../../../src/cli/serve-node.ts";
 import { directoriesIn } from "../../../src/io/files.ts";
 import { readText } from "../../../src/io/json.ts";
+import { TextState } from "../../../src/serve/grammar.ts";
+import { bytesTokenizer } from "../tokenizers.ts";
 import { ADMIN_KEY, API_KEY, type ErrorBody, FakeEngine, testApp } from "./harness.ts";
 
 const CANARY = "nobody may read this";
@@ -477,4 +479,45 @@ test("a directory with a link inside has no file of that name, and the engine's 
   expect((await load("linked")).status).toBe(200);
   expect(read).toEqual(["{}", undefined]);
   expect(await readFile(join(home, "outside/adapter_config.json"), "utf8")).toBe(CANARY);
+});
+
+describe("a schema that is made to take long", () => {
+  const tokenizer = { ...bytesTokenizer(), tokenBytes: (id: number) => (id < 256 ? Uint8Array.of(id) : undefined) };
+  const around = (schema: unknown, depth: number): unknown =>
+    depth === 0
+      ? schema
+      : { type: "object", required: ["a", "b", "c"], additionalProperties: around(schema, depth - 1) };
+  const asked = (schema: unknown, n = 1): object => ({
+    ...{ model: "base", messages: [{ role: "user", content: "a" }], n },
+    response_format: { type: "json_schema", json_schema: { name: "x", schema } },
+  });
+
+  test("is compiled once for all choices, however deep it is, and each has a constraint of its own", async () => {
+    const app = testApp({ tokenizer });
+    const compiled = vi.spyOn(TextState, "of");
+    const response = await app.post(CHAT, asked(around({}, 28), 16));
+    const times = compiled.mock.calls.length;
+    compiled.mockRestore();
+    expect([response.status, times]).toEqual([200, 1]);
+    expect(new Set(app.engine.requests.map(({ constraint }) => constraint)).size).toBe(16);
+    const [first, second] = app.engine.requests.map(({ constraint }) => constraint);
+    first?.accept("{".charCodeAt(0));
+    expect([first, second].map((one) => one?.allows('"'.charCodeAt(0)))).toEqual([true, false]);
+  });
+
+  test.each([
+    [
+      "60,000 schemas",
+      { anyOf: new Array(60_000).fill({}) },
+      "json schema: must have at most 20000 schemas in it, got more. Leave out properties or alternatives",
+    ],
+    ["too many deep inside", around({ anyOf: new Array(60_000).fill({}) }, 20), "json schema: must have at most 20000"],
+  ])("is refused: %s", async (_, schema, rule) => {
+    const app = testApp({ tokenizer });
+    const response = await app.post(CHAT, asked(schema, 16));
+    const { error } = (await response.json()) as ErrorBody;
+    expect([response.status, error.param]).toEqual([400, "response_format"]);
+    expect(error.message).toContain(rule);
+    expect(app.engine.requests).toEqual([]);
+  });
 });
