@@ -74,7 +74,12 @@ export function serveCommand(): Command {
     .addOption(whole("serve", "--max-rows <n>", "requests that are answered at a time, in one batch", 1, 32))
     .addOption(whole("serve", "--max-step-tokens <n>", "tokens of a step: long prompts go in so large pieces", 1, 256))
     .addOption(
-      whole("serve", "--cache-tokens <n>", "tokens of keys and values kept in all (default: 4 times the context)", 1),
+      whole(
+        "serve",
+        "--cache-tokens <n>",
+        "tokens of keys and values kept in all (default: 4 times the context; above 16,384 the context)",
+        1,
+      ),
     )
     .addOption(whole("serve", "--max-loras <n>", "adapters on the device at a time; the others wait on the host", 1, 8))
     .addOption(

@@ -58,10 +58,11 @@ export function packMatrix(
       );
   }
   const { words, scales } = encode(values, format, group, asked ?? columns, doubleQuant);
-  return {
-    ...{ gpu, format, shape, group, doubleQuant, words: tensor(gpu, words, [words.length]) },
+  const tensors = gpu.scope(() => ({
+    words: tensor(gpu, words, [words.length]),
     ...(scales && { scales: tensor(gpu, scales, [scales.length]) }),
-  };
+  }));
+  return { gpu, format, shape, group, doubleQuant, ...tensors };
 }
 
 /** A packed matrix of undefined content: what `packMatrix` would take of the device. A file's nf4 may have another group than 64. */
@@ -75,10 +76,11 @@ export function emptyPacked(
   const bits = { f16: 16, bf16: 16, int8: 8, nf4: 4 }[format];
   const scales = Math.ceil(size / group);
   const words = (count: number): Tensor => empty(gpu, [count], "packed", "i32");
-  return {
-    ...{ gpu, format, shape, group, doubleQuant, words: words(Math.ceil((size * bits) / 32)) },
+  const tensors = gpu.scope(() => ({
+    words: words(Math.ceil((size * bits) / 32)),
     ...((format === "int8" || format === "nf4") && { scales: words(doubleQuant ? scaleWords(scales) : scales) }),
-  };
+  }));
+  return { gpu, format, shape, group, doubleQuant, ...tensors };
 }
 
 function encode(values: Float32Array, format: PackedFormat, group: number, span: number, doubleQuant: boolean): Codes {

@@ -73,7 +73,7 @@ export function demandMixable(name: string, adapter: PlainAdapter, model: HasLin
   ];
   if (strange.length > 0)
     throw new FormatError(
-      `register: "${name}" must be LoRA or DoRA of linear layers alone to be mixed with others, got ${listSome(strange, 3)}. Merge it into a model of its own`,
+      `register: "${name}" must be LoRA or DoRA of linear layers alone to be mixed with others, got ${listSome(strange, 3)}. Use it alone, or merge it into a model of its own`,
     );
   const unknown = [...modules.keys()].filter((module) => !model.linears.has(module));
   if (unknown.length > 0)

@@ -23,7 +23,7 @@ const take = (table: Table, update: TableUpdate): void => {
 /** Why a member of a table that is tied to another cannot be merged. */
 export const tiedReason = (name: string, tiedTo: string | undefined): string | undefined =>
   tiedTo &&
-  `merge: an embedding and a head that are tied must be changed alike, got an adapter of ${name} and not of ${tiedTo}. Keep the adapter apart`;
+  `merge: an embedding and a head that are tied must be changed alike, got ${name} changed apart from ${tiedTo}. Keep the adapter apart`;
 
 /** y = (W + s·X·Y)[ids] of an embedding, h·(W + s·X·Y)ᵀ of a head, whose input has dropout in training. */
 export class TableMember implements Member {

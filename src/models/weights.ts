@@ -230,9 +230,11 @@ export const tensorsOf = (weights: WeightMap): Tensor[] => [...weights.values()]
 
 async function loadTurned(gpu: Gpu, checkpoint: Checkpoint, name: string, shape: readonly number[]): Promise<Tensor> {
   const turned = await loadTensor(gpu, checkpoint, name, shape.toReversed());
-  const y = transpose(turned);
-  gpu.release(turned);
-  return y;
+  try {
+    return transpose(turned);
+  } finally {
+    gpu.release(turned);
+  }
 }
 
 /** In what a file keeps a weight. */

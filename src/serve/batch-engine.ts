@@ -43,8 +43,8 @@ export interface EngineOptions {
   /** Requests that may wait beside those for which there is a row. 256 unless given. */
   readonly maxWaiting?: number;
   /**
-   * Tokens of keys and values that are kept in all. Four times the context unless given; where they are fewer than the model's context and that is
-   * not limited, it is limited to them. Requests are let in with room for what they have and some more; where it runs out, who came last makes way.
+   * Tokens of keys and values that are kept in all. Unless given, four times the context, but no more than the larger of it and 16,384. Where they
+   * are fewer than the model's context and that is not limited, it is limited to them. Requests are let in with room for what they have and some more; where it runs out, who came last makes way.
    */
   readonly cacheTokens?: number | undefined;
   readonly cacheFormat?: "f32" | "f16";
@@ -453,7 +453,7 @@ function lengths(
   { contextLength, cacheTokens }: EngineOptions,
 ): { readonly contextLength: number; readonly cacheTokens: number } {
   const most = contextLength ?? Math.min(config.contextLength, cacheTokens ?? config.contextLength);
-  return { contextLength: most, cacheTokens: cacheTokens ?? 4 * most };
+  return { contextLength: most, cacheTokens: cacheTokens ?? Math.max(most, Math.min(4 * most, 16_384)) };
 }
 
 /** Bytes of an engine's cache: see `EngineOptions`. */

@@ -334,7 +334,7 @@ test("what cannot be mixed is refused, in whole sentences", async () => {
   };
   const mixable = (what: string): FormatError =>
     new FormatError(
-      `register: "x" must be LoRA or DoRA of linear layers alone to be mixed with others, got ${what}. Merge it into a model of its own`,
+      `register: "x" must be LoRA or DoRA of linear layers alone to be mixed with others, got ${what}. Use it alone, or merge it into a model of its own`,
     );
   const q = "model.layers.0.self_attn.q_proj";
   const targets = { r: 2, alpha: 2, targetModules: ["layers.0.self_attn.q_proj"] };

@@ -229,7 +229,7 @@ describe("settings that contradict each other or the model are refused:", () => 
     const before = await logitsOf(model);
     expect(() => adapter.merge()).toThrow(
       new ShapeError(
-        `merge: an embedding and a head that are tied must be changed alike, got an adapter of ${name} and not of ${other}. Keep the adapter apart`,
+        `merge: an embedding and a head that are tied must be changed alike, got ${name} changed apart from ${other}. Keep the adapter apart`,
       ),
     );
     expect(await logitsOf(model)).toEqual(before);

@@ -5,7 +5,7 @@ import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
 import { diskDirectory } from "../../src/io/files.ts";
 import { loadModel } from "../../src/models/load.ts";
-import { BatchEngine, type EngineOptions } from "../../src/serve/batch-engine.ts";
+import { BatchEngine, type EngineOptions, engineCacheBytes } from "../../src/serve/batch-engine.ts";
 import type { GenerationRequest } from "../../src/serve/engine-types.ts";
 import { QueueFull } from "../../src/serve/errors.ts";
 import { generate, generateTokens } from "../../src/serve/generate.ts";
@@ -230,6 +230,14 @@ describe("memory", () => {
   test("a context that is not given is no longer than the cache", async () => {
     await withEngine({ cacheTokens: 48 }, async (engine) => expect(engine.contextLength).toBe(48));
     await withEngine({ cacheTokens: 480 }, async (engine) => expect(engine.contextLength).toBe(64));
+    for (const [contextLength, cacheTokens] of [
+      [1000, 4000],
+      [10_000, 16_384],
+      [40_000, 40_000],
+    ] as const) {
+      const long = { config: { ...model.config, contextLength } };
+      expect(engineCacheBytes(long)).toBe(engineCacheBytes(long, { cacheTokens }));
+    }
   });
 
   test("old prefixes make way, and answers stay right", async () => {
