@@ -36,7 +36,7 @@ export const literal = (text: string): Grammar =>
     }),
   );
 
-/** The characters of `all` that are not in `others`; in order and once each where those of `all` are. */
+/** The characters of `all` that are not in `others`. Sorted and apart where `all` is, whatever `others` are. */
 export function minus(all: readonly Range[], others: readonly Range[]): Range[] {
   const cuts = others.toSorted(([a], [b]) => a - b);
   return all.flatMap(([a, b]) => {
@@ -119,6 +119,7 @@ class Stack {
 }
 
 const MOST_STACKS = 20_000;
+/** In what was gone through: tens of megabytes. */
 const MOST_KEPT = 1_000_000;
 
 /** What the states of a grammar found out together. It may be forgotten at any time: to find it out again is only work. */
@@ -273,6 +274,7 @@ export class TextState {
     return state;
   }
 
+  /** Throws ShapeError where the text can be read in too many ways. */
   stepCode(code: number): TextState | undefined {
     const { borders } = this.#waysOn();
     const interval = before(borders.length, (i) => (borders[i] as number) > code);

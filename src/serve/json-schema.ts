@@ -317,16 +317,20 @@ class SchemaReader {
     const listed = Object.entries(properties).map(([name, one]) => this.grammar(one, `${path}/properties/${name}`));
     const others = additionalProperties ?? isOpen;
     const value = this.grammar(others, at);
-    const missing = additionalProperties === undefined ? this.grammar(true, at) : value;
+    const missing = others === additionalProperties ? value : this.grammar(true, at);
     // The names that are listed come first.
     const parts = names.map((name, i) => ({
       isRequired: required.has(name),
       node: seq(key(name), listed[i] ?? missing),
     }));
-    if (others !== false) this.#demandFewLetters(names, path);
-    const codes = names.map((name) => Array.from(name, (c) => c.codePointAt(0) as number));
-    const more = others === false ? alt() : seq(QUOTE, otherThan(codes, this.#written), QUOTE, COLON, value);
+    const more = others === false ? alt() : seq(QUOTE, this.#otherThan(names, path), QUOTE, COLON, value);
     return members("{", "}", { parts, more, least: 0, most: Number.POSITIVE_INFINITY });
+  }
+
+  #otherThan(names: readonly string[], path: string): Grammar {
+    this.#demandFewLetters(names, path);
+    const codes = names.map((name) => Array.from(name, (c) => c.codePointAt(0) as number));
+    return otherThan(codes, this.#written);
   }
 
   #array(schema: JsonObject, path: string): Grammar {

@@ -451,9 +451,10 @@ test.each<[string, (depth: number) => unknown]>([
   ],
   ["places that are referred to in several ways", referred],
 ])("each schema is compiled once: %s", (_, schema) => {
-  const looks = [4, 5, 6, 20].map((depth) => looksInto(schema(depth))) as [number, number, number, number];
-  expect(looks[2] - looks[1]).toBe(looks[1] - looks[0]);
-  expect(looks[3] - looks[2]).toBe(14 * (looks[1] - looks[0]));
+  for (const depth of [5, 28]) {
+    const objects = JSON.stringify(schema(depth)).split("{").length - 1;
+    expect(looksInto(schema(depth)), `${depth} deep`).toBeLessThanOrEqual(4 * objects);
+  }
 });
 
 test("names, patterns and pieces have a most", () => {
