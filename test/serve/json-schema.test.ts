@@ -473,7 +473,7 @@ test("names, patterns and pieces have a most", () => {
   const ranged = (i: number): unknown => ({ type: "integer", minimum: 123456789 + i, maximum: 987654321987 + i });
   expect(() => jsonMachine({ prefixItems: Array.from({ length: 2000 }, (_, i) => ranged(i)) })).toThrow(
     new ShapeError(
-      "constraint: a schema must come to at most 200000 pieces, got more. Leave out properties or alternatives",
+      "json schema: must come to at most 200000 pieces of a grammar, got more. Leave out properties or alternatives",
     ),
   );
 });
