@@ -5,6 +5,7 @@ import {
   ANY,
   alt,
   altOf,
+  childrenOf,
   type Grammar,
   grouped,
   literal,
@@ -29,6 +30,7 @@ const TYPES = ["object", "array", "string", "number", "integer", "boolean", "nul
 const MOST_CHARACTERS = 200_000;
 const DEEPEST = 200;
 const MOST_SCHEMAS = 20_000;
+const MOST_PIECES = 200_000;
 /** Each of them comes to several pieces of a grammar. */
 const MOST_LETTERS = 50_000;
 const LONGEST_NAME = 1000;
@@ -201,6 +203,7 @@ class SchemaReader {
   /** Each schema is read once, whatever leads to it; one that is being read is known already. */
   readonly #known = new Map<JsonObject, Grammar>();
   readonly #written = jsonWriter();
+  readonly #pieces = new Set<Grammar>();
   #count = 0;
   /** Of patterns, and of names that others must differ from. */
   #letters = 0;
@@ -225,7 +228,22 @@ class SchemaReader {
     if (++this.#depth > DEEPEST) refuse(path, `must be at most ${DEEPEST} deep`);
     node.options = this.#options(one, path);
     this.#depth--;
+    this.#demandFewPieces(node.options);
     return node;
+  }
+
+  /** Goes through what was not there before. */
+  #demandFewPieces(nodes: readonly Grammar[]): void {
+    const work = [...nodes];
+    for (const node of work) {
+      if (this.#pieces.has(node)) continue;
+      this.#pieces.add(node);
+      for (const child of childrenOf(node)) work.push(child);
+    }
+    if (this.#pieces.size > MOST_PIECES)
+      throw new ShapeError(
+        `json schema: must come to at most ${MOST_PIECES} pieces of a grammar, got more. Leave out properties or alternatives`,
+      );
   }
 
   #options(schema: JsonObject, path: string): Grammar[] {
@@ -317,16 +335,20 @@ class SchemaReader {
     const listed = Object.entries(properties).map(([name, one]) => this.grammar(one, `${path}/properties/${name}`));
     const others = additionalProperties ?? isOpen;
     const value = this.grammar(others, at);
-    const missing = additionalProperties === undefined ? this.grammar(true, at) : value;
+    const missing = others === additionalProperties ? value : this.grammar(true, at);
     // The names that are listed come first.
     const parts = names.map((name, i) => ({
       isRequired: required.has(name),
       node: seq(key(name), listed[i] ?? missing),
     }));
-    if (others !== false) this.#demandFewLetters(names, path);
-    const codes = names.map((name) => Array.from(name, (c) => c.codePointAt(0) as number));
-    const more = others === false ? alt() : seq(QUOTE, otherThan(codes, this.#written), QUOTE, COLON, value);
+    const more = others === false ? alt() : seq(QUOTE, this.#otherThan(names, path), QUOTE, COLON, value);
     return members("{", "}", { parts, more, least: 0, most: Number.POSITIVE_INFINITY });
+  }
+
+  #otherThan(names: readonly string[], path: string): Grammar {
+    this.#demandFewLetters(names, path);
+    const codes = names.map((name) => Array.from(name, (c) => c.codePointAt(0) as number));
+    return otherThan(codes, this.#written);
   }
 
   #array(schema: JsonObject, path: string): Grammar {

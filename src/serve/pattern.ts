@@ -147,6 +147,7 @@ class Parser {
         ranges.push([first[0]?.[0] ?? 0, member()[0]?.[0] ?? 0]);
       }
     }
+    // So that ranges are sorted and apart, and no surrogates are left.
     const others = minus(ANY, ranges);
     return isOther ? others : minus(ANY, others);
   }
