@@ -1,4 +1,4 @@
-/** `lowrank`: the engine. Runs in Chrome, Deno and Node; depends on nothing. Every public name is listed here. */
+/** `lowrank`: the engine. Runs in Chrome, Deno and Node; depends on nothing. Every public name is listed here, but for the differentiable ops. */
 
 export * from "./autograd/basic-ops.ts";
 export { adding, backward, type Gradients, once, recompute, record } from "./autograd/engine.ts";
@@ -42,7 +42,7 @@ export {
   type TensorInfo,
   type TensorToWrite,
 } from "./io/safetensors.ts";
-export { type DropoutKey, dropout } from "./kernels/dropout.ts";
+export type { DropoutKey } from "./kernels/dropout.ts";
 export type { CrossEntropyOptions, Head } from "./kernels/linear-cross-entropy.ts";
 export type { Layout } from "./kernels/matmul.ts";
 export { type PackOptions, packMatrix } from "./kernels/pack.ts";

@@ -7,6 +7,7 @@ import { type LoadPeftOptions, loadPeft, savePeft } from "./lora/peft.ts";
 import { CONFIG } from "./lora/peft-config.ts";
 import type { CausalModel } from "./models/causal.ts";
 import { type LoadOptions, loadModel } from "./models/load.ts";
+import { type HasWeights, type ModelFiles, type SaveOptions, saveModel } from "./models/save.ts";
 
 export {
   changedSettings,
@@ -26,6 +27,24 @@ export const loadModelFrom = async (gpu: Gpu, path: string, options?: LoadOption
 /** Loads a PEFT adapter from a directory on disk onto the model, enabled. See `loadPeft`. */
 export const loadPeftFrom = async (model: HasLinears, path: string, options?: LoadPeftOptions): Promise<LoraAdapter> =>
   loadPeft(model, diskDirectory(path), options);
+
+/**
+ * Saves the model as a Hugging Face directory `to`, its weights as they are now, merged ones too: each in the type that it has in `from`, the
+ * directory it came from, or in `dtype`; the other files are those of `from`. Cut off at any moment, there is the old model, the new one or none.
+ * Gives the types written and, of weights quantised again, what that changed over their norm.
+ *
+ * Throws FormatError where `from` lacks a weight of the model, ShapeError for weights packed otherwise than NF4 without a `dtype`.
+ */
+export async function saveModelTo(
+  model: HasWeights,
+  from: string,
+  to: string,
+  options?: SaveOptions,
+): Promise<Omit<ModelFiles, "files">> {
+  const { files, ...rest } = await saveModel(model, diskDirectory(from), options);
+  await replaceFiles(to, Object.fromEntries(files), "config.json");
+  return rest;
+}
 
 /**
  * Saves the adapter as a PEFT directory, over another that is there. Cut off at any moment, there is the old adapter, the new one or none, and never

@@ -43,7 +43,9 @@ Examples:
 
 export function generateCommand(): Command {
   const command = new Command("generate")
-    .description("continue a prompt; the text appears as it comes, without the prompt")
+    .description(
+      "continue a prompt, which is taken as it is; the text appears as it comes. Models of messages: see lowrank chat",
+    )
     .addOption(modelOption())
     .addOption(revisionOption())
     .addOption(quantizeOption())

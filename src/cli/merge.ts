@@ -1,10 +1,8 @@
-import { join } from "node:path";
 import { Command, Option } from "commander";
 import type { FloatDtype } from "../io/dtype.ts";
 import { FormatError } from "../io/errors.ts";
 import type { CausalModel } from "../models/causal.ts";
-import { saveModel } from "../models/save.ts";
-import { diskDirectory, ensureWritableDirectory, loadModelFrom, writeFileAtomic } from "../node.ts";
+import { ensureWritableDirectory, loadModelFrom, saveModelTo } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { Random } from "../tensor/random.ts";
 import { read, tensor } from "../tensor/tensor.ts";
@@ -58,7 +56,6 @@ const DTYPES = { f32: "F32", f16: "F16", bf16: "BF16" } as const;
 async function run(options: MergeArguments): Promise<void> {
   demandAnother("merge", options);
   const { model: path, adapter: adapterPath, out, json } = await located(options);
-  const source = diskDirectory(path);
   await ensureWritableDirectory(out);
   await withGpu(async (gpu) => {
     const model = await loadModelFrom(gpu, path);
@@ -67,8 +64,7 @@ async function run(options: MergeArguments): Promise<void> {
     adapter.merge();
     demandMerged(wanted, await probe(model));
     const asked = options.dtype && { dtype: DTYPES[options.dtype] };
-    const { files, dtypes, requantizationError: error } = await saveModel(model, source, asked);
-    for (const [file, content] of files) await writeFileAtomic(join(out, file), content);
+    const { dtypes, requantizationError: error } = await saveModelTo(model, path, out, asked);
     adapter.detach();
     model.destroy();
 

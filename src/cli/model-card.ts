@@ -29,7 +29,7 @@ ${stringify(front)}---
 Load it with PEFT, or with lowrank:
 
 \`\`\`
-lowrank generate --model ${baseModel} --adapter <this directory> --prompt "…"
+${usesOf(taskType, `--model ${baseModel}`).join("\n")}
 \`\`\`
 
 |  |  |
@@ -43,3 +43,11 @@ ${command}
 \`\`\`
 `;
 }
+
+const usesOf = (taskType: string, model: string): string[] =>
+  taskType === "SEQ_CLS"
+    ? [`lowrank eval ${model} --adapter <this directory> --data rows.jsonl`]
+    : [
+        `lowrank generate ${model} --adapter <this directory> --prompt "…"   # the prompt as it is`,
+        `lowrank chat ${model} --adapter mine=<this directory>              # messages, by the model's chat template`,
+      ];

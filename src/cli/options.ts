@@ -232,6 +232,11 @@ type Init = LoraInit | DataInit | "loftq";
 export const keepsTwice = ({ init }: Pick<LoraArguments, "init">): boolean =>
   init === "lora_ga" || (init !== undefined && init !== "eva" && init !== "loftq" && takesFromBase(init));
 
+/** In what a run keeps the base's linear layers: what takes a part of them needs them in f32. */
+export const trainedFormat = (
+  options: Pick<LoraArguments, "init"> & { readonly quantize?: "int8" | "nf4" },
+): WeightFormat => (options.quantize === undefined && keepsTwice(options) ? "f32" : weightFormat(options.quantize));
+
 /** The ranks to plan with: EVA deals them out by the data, and gives a module at most twice its own. */
 export const plannedConfig = (options: LoraArguments): LoraConfig =>
   loraConfig(options.init === "eva" ? { ...options, rank: 2 * options.rank } : options);

@@ -33,7 +33,7 @@ import {
   quantizeOption,
   revisionOption,
   stepOptions,
-  weightFormat,
+  trainedFormat,
 } from "./options.ts";
 import { located } from "./places.ts";
 import { bitsLine, bytes, deviceName, number, openReader, result, withGpu } from "./session.ts";
@@ -260,7 +260,7 @@ async function run(given: PlanArguments): Promise<void> {
     ...{ batchSize, maxLength, gradAccumulation, checkpointing },
     takesFromBase: keepsTwice(options),
     loraFa: options.loraFa ?? false,
-    weights: weightFormat(options.quantize),
+    weights: trainedFormat(options),
     preference: options.preference !== undefined,
   };
   const adapter = plannedConfig(options);

@@ -1,9 +1,7 @@
-import { join } from "node:path";
 import { Command, Option } from "commander";
 import { readQuantization } from "../models/quantization.ts";
-import { saveModel } from "../models/save.ts";
 import { bitsPerWeight } from "../models/weights.ts";
-import { diskDirectory, ensureWritableDirectory, loadModelFrom, writeFileAtomic } from "../node.ts";
+import { diskDirectory, ensureWritableDirectory, loadModelFrom, saveModelTo } from "../node.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import { jsonOption, modelOption, revisionOption } from "./options.ts";
 import { demandAnother, located } from "./places.ts";
@@ -53,8 +51,7 @@ async function run(options: QuantizeArguments): Promise<void> {
   await ensureWritableDirectory(out);
   await withGpu(async (gpu) => {
     const model = await loadModelFrom(gpu, path, { weights: format, doubleQuant });
-    const { files } = await saveModel(model, diskDirectory(path));
-    for (const [file, content] of files) await writeFileAtomic(join(out, file), content);
+    await saveModelTo(model, path, out);
     const bits = bitsPerWeight(model);
     if (json) result(JSON.stringify({ out, bits_per_weight: bits }));
     else result(`the quantised model is in ${out}, ${bitsLine(bits)}`);

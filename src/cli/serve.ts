@@ -77,7 +77,7 @@ export function serveCommand(): Command {
       whole(
         "serve",
         "--cache-tokens <n>",
-        "tokens of keys and values kept in all (default: 4 times the context; above 16,384 the context)",
+        "tokens of keys and values kept in all (default: 4 times the context, but no more than 16,384 or the context, if that is more)",
         1,
       ),
     )
@@ -90,7 +90,7 @@ export function serveCommand(): Command {
       whole("serve", "--max-concurrent <n>", "answers at a time for one key; each choice of a request counts", 1, 64),
     )
     .addOption(whole("serve", "--max-connections <n>", "connections at a time (in Node)", 1, 1024))
-    .addOption(whole("serve", "--max-tokens <n>", "most that a request may ask for (default: the model's context)", 1))
+    .addOption(whole("serve", "--max-tokens <n>", "most that a request may ask for (default: the context)", 1))
     .addOption(
       timeOption("serve", "--shutdown-timeout <time>", "how long answers may go on when it is stopped").default(
         30e3,

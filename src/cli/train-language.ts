@@ -21,7 +21,7 @@ import type { DataStats, Row } from "../train/data.ts";
 import { evaluate } from "../train/loss.ts";
 import { packRows } from "../train/packing.ts";
 import { languageTask } from "../train/task.ts";
-import { keepsTwice, loraConfig, plannedConfig, weightFormat } from "./options.ts";
+import { keepsTwice, loraConfig, plannedConfig, trainedFormat } from "./options.ts";
 import { demandFit, type RunSize } from "./plan.ts";
 import type { Fact } from "./report-page.ts";
 import type { SaidCommand } from "./run-config.ts";
@@ -60,7 +60,7 @@ export async function trainLanguage(options: LocatedArguments, said: SaidCommand
     checkpointing,
     takesFromBase: keepsTwice(options),
     loraFa: options.loraFa ?? false,
-    weights: weightFormat(options.quantize),
+    weights: trainedFormat(options),
     maxLength: longest(rows),
     neftuneAlpha: options.neftuneAlpha,
     packing,

@@ -6,7 +6,7 @@ import { ShapeError } from "../tensor/errors.ts";
 import { longest } from "../train/batches.ts";
 import type { PreferencePair } from "../train/data.ts";
 import { evaluatePreferences, type PreferenceEvaluation, preferenceTask, withReference } from "../train/preference.ts";
-import { keepsTwice, plannedConfig, weightFormat } from "./options.ts";
+import { keepsTwice, plannedConfig, trainedFormat } from "./options.ts";
 import { demandFit, type RunSize } from "./plan.ts";
 import type { SaidCommand } from "./run-config.ts";
 import { bitsLine, bytes, dataLine, number, readPreferences, say, withGpu } from "./session.ts";
@@ -36,7 +36,7 @@ export async function trainPreference(given: LocatedArguments, said: SaidCommand
     const plan = await planned(gpu, options, pairs, { evaluation, samples: samplesOf(prompts) });
     const { dryRun = false } = options;
     const saved = await begin(options, settings, version());
-    const model = await loadModelFrom(gpu, options.model, { weights: weightFormat(options.quantize) });
+    const model = await loadModelFrom(gpu, options.model, { weights: trainedFormat(options) });
     model.checkpointing = options.checkpointing ?? false;
     const adapter = await startAdapter(model, options, [], saved);
     const trained: TrainedParts = options.loraFa ? await loraFa(adapter) : { parameters: adapter.parameters };
@@ -102,7 +102,7 @@ async function planned(
   const size = {
     ...{ batchSize: Math.min(batchSize, pairs.length), gradAccumulation, checkpointing, loraFa: isFa },
     takesFromBase: keepsTwice(options),
-    weights: weightFormat(options.quantize),
+    weights: trainedFormat(options),
     maxLength: longestOf(pairs),
     preference: true,
     ...between,

@@ -130,6 +130,7 @@ interface Scope {
   readonly owned: Set<GPUBuffer>;
 }
 
+/** A device: its buffers, which are used again, its kernels and what waits to be submitted. See `openGpu`. */
 export class Gpu {
   readonly device: GPUDevice;
   readonly info: GPUAdapterInfo;

@@ -26,7 +26,7 @@ interface Call {
 type Without<T, K extends PropertyKey> = T extends unknown ? Omit<T, K> : never;
 
 /**
- * The chat that a worker, or who has the other end of the port, gives to `serveChat` of `lowrank`. Calls wait until it is there.
+ * The chat that a worker, or who has the other end of the port, gives to `serveChat` of `lowrank/serve`. Calls wait until it is there.
  *
  *     const chat = createChat(new Worker(new URL("./chat-worker.js", import.meta.url), { type: "module" }));
  *     const messages = [{ role: "user", content: "Who are you?" }];

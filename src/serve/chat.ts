@@ -136,7 +136,7 @@ export interface ChatPort {
  *     import { loadTokenizer } from "lowrank/tokenizer";
  *
  *     async function open() {
- *       const files = httpDirectory("/models/base"); // or hubDirectory("org/name") of lowrank/browser
+ *       const files = httpDirectory("/models/base"); // or await hubDirectory("org/name"), of lowrank/browser
  *       const [tokenizer, renderChat] = await Promise.all([loadTokenizer(files), loadChatTemplate(files)]);
  *       const adapters = { pirate: httpDirectory("/adapters/pirate") };
  *       return openChat(await loadModel(await openGpu(), files), { tokenizer, renderChat, adapters });

@@ -22,6 +22,7 @@ export interface GraphNode {
   readonly again?: (dy: Tensor) => { readonly dx: Tensor | undefined; readonly leaves: Map<Tensor, Tensor> };
 }
 
+/** An array of f32 or i32 on the device, row-major. Has the buffer that it was made with, which a scope or `gpu.release` gives back. */
 export class Tensor implements HasBuffer {
   readonly gpu: Gpu;
   readonly buffer: GPUBuffer;

@@ -9,12 +9,15 @@ import { ShapeError } from "../tensor/errors.ts";
 import { readAll, slice, Tensor, tensor, VIEW_ALIGNMENT } from "../tensor/tensor.ts";
 
 export interface AdamWSettings {
+  /** 0.9 unless given. */
   readonly beta1?: number;
+  /** 0.999 unless given. */
   readonly beta2?: number;
+  /** 1e-8 unless given. */
   readonly eps?: number;
-  /** Of matrices alone: what has one axis, such as biases and magnitudes, does not decay. */
+  /** Of matrices alone: what has one axis, such as biases and magnitudes, does not decay. 0 unless given. */
   readonly weightDecay?: number;
-  /** Gradients are scaled down to this global norm; 0 leaves them as they are. */
+  /** Gradients are scaled down to this global norm; 0, or none, leaves them as they are. */
   readonly maxGradNorm?: number;
   /** What the learning rate is multiplied by for some of the parameters: see `LoraAdapter.rates`. */
   readonly rates?: ReadonlyMap<Tensor, number> | undefined;

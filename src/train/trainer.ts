@@ -44,8 +44,9 @@ export interface RunOptions<R> extends AdamWSettings {
   /** Forward passes whose gradients are added up to one optimizer step. */
   readonly gradAccumulation?: number;
   readonly learningRate: number;
+  /** "linear" unless given: it falls to 0. */
   readonly schedule?: Schedule;
-  /** Steps at the start over which the learning rate rises from 0. */
+  /** Steps at the start over which the learning rate rises from 0; none unless given. */
   readonly warmupSteps?: number;
   /** Seed of the order of the rows; undefined keeps the order of the file. A stream has none. */
   readonly shuffleSeed?: number | undefined;
@@ -93,6 +94,8 @@ export const READ_EVERY_MS = 250;
  * The loss of a step is the mean over all its target tokens, across accumulation. A step whose loss or gradient norm is not finite leaves
  * the parameters as they are; after five such steps in a row it throws ShapeError, and the parameters are those of the last good step. A step
  * whose rows have no target token changes nothing, either.
+ *
+ * Defaults are not those of the command line, which clips at 1, warms up for 3 % of the steps and shuffles.
  */
 export const train = ({ model, ...options }: TrainOptions): AsyncGenerator<StepMetrics, void, undefined> =>
   trainTask({ ...options, task: languageTask(model, options, isPacked(arrayOf(options.rows) ?? [])) });

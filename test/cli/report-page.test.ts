@@ -97,6 +97,7 @@ describe("the model card", () => {
     });
     expect(card).toContain("| validation loss | 1.2 \\| best |");
     expect(card).toContain("```\nlowrank train --rank 8\n```");
+    expect(card).toContain("lowrank chat --model org/base --adapter mine=<this directory>");
   });
 
   test("names no directory as one", () => {
@@ -106,5 +107,6 @@ describe("the model card", () => {
       pipeline_tag: "text-classification",
       tags: ["lora", "lowrank"],
     });
+    expect(card).toContain("```\nlowrank eval --model models/base --adapter <this directory> --data rows.jsonl\n```");
   });
 });

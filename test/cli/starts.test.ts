@@ -64,6 +64,17 @@ test.each([
   model.destroy();
 });
 
+test.each(["pissa", "lora_ga"])("%s takes its part from the f32 of a model that is stored in 16 bits", async (init) => {
+  await writeTinyModel(at("half"), { config: { num_hidden_layers: 1 }, dtype: "F16" });
+  const name = `half-${init}`;
+  await train(name, "--init", init, "--model", at("half"));
+  const model = await loadModelFrom(await testGpu(), at("half"), { weights: "stored" });
+  const adapter = await loadPeftFrom(model, at(name));
+  expect([...adapter.pairs.values()][0]?.A.shape[0], "what it has learned has twice the rank").toBe(4);
+  adapter.detach();
+  model.destroy();
+});
+
 /** Takes back the last step, as if the run had been cut off after the first. */
 async function cutAfterFirst(name: string): Promise<void> {
   await rm(at(`${name}/checkpoints/step-000002`), { recursive: true });
