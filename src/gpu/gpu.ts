@@ -2,6 +2,7 @@
 import { GpuError } from "./errors.ts";
 import { type Placing, Plan, Trace } from "./plan.ts";
 import { requestAdapter } from "./provider.ts";
+import { MOST_STAGED, stagedPieces } from "./staging.ts";
 import { defaultTuneStore, Tuner, type TuneStore } from "./tuner.ts";
 
 /** Anything with a GPU buffer. Kernels need no more of a tensor than this. */
@@ -268,6 +269,18 @@ export class Gpu {
     return buffer;
   }
 
+  /** Gives the device the memory of buffers that were used and wait to be used again: after what takes much once, such as loading a model. */
+  trim(): void {
+    if (this.#trace) return;
+    this.flush();
+    for (const buffer of [...this.#free.values()].flat()) {
+      buffer.destroy();
+      this.#bytesReserved -= buffer.size;
+    }
+    this.#free.clear();
+    this.#bindGroups.clear(); // they hold buffers
+  }
+
   /**
    * Gives buffers back to the pool, each once. They may be handed out again at once: the queue keeps the order. Views go with what they
    * are views of: throws GpuError for one that comes without, and for what was given back before.
@@ -328,44 +341,47 @@ export class Gpu {
   async read(sources: readonly (HasBuffer & { readonly sizeBytes: number })[]): Promise<ArrayBuffer[]> {
     this.#throwIfFailed();
     if (this.#trace) throw new GpuError("read: a traced step reads nothing back. Read after it has run");
-    const padded = sources.map(({ sizeBytes }) => Math.ceil(sizeBytes / 4) * 4);
-    const total = Math.max(
-      4,
-      padded.reduce((a, b) => a + b, 0),
-    );
-    const index = this.#staging.findIndex(({ size }) => size >= total && size <= 4 * total + 4096);
-    const staging =
-      this.#staging.splice(index, index < 0 ? 0 : 1)[0] ??
-      this.device.createBuffer({ label: "readback", size: total, usage: BufferUsage.MAP_READ | BufferUsage.COPY_DST });
+    const sizes = sources.map(({ sizeBytes }) => sizeBytes);
+    const most = Math.min(MOST_STAGED, Math.floor(this.limits.maxBufferSize / 4) * 4);
+    const readbacks = stagedPieces(sizes, most).map(({ pieces, sizeBytes }) => ({
+      ...{ pieces, sizeBytes, staging: this.#stagingOf(sizeBytes) },
+    }));
     this.#endPass();
     this.#encoder ??= this.device.createCommandEncoder();
-    let offset = 0;
-    sources.forEach(({ buffer, offsetBytes = 0 }, i) => {
-      if (padded[i]) this.#encoder?.copyBufferToBuffer(buffer, offsetBytes, staging, offset, padded[i] ?? 0);
-      offset += padded[i] ?? 0;
-    });
+    for (const { pieces, staging } of readbacks)
+      for (const { source, at, from, sizeBytes } of pieces) {
+        const { buffer, offsetBytes = 0 } = sources[source] as HasBuffer;
+        this.#encoder.copyBufferToBuffer(buffer, offsetBytes + at, staging, from, Math.ceil(sizeBytes / 4) * 4);
+      }
     this.flush();
     this.#readbacks++;
-    try {
-      await staging.mapAsync(MAP_MODE_READ, 0, total);
-    } catch (error) {
-      await Promise.all(this.#checks);
-      this.#throwIfFailed();
-      throw new GpuError(`read: ${String(error)}`);
+    const copies = sizes.map((sizeBytes) => new Uint8Array(sizeBytes));
+    for (const { pieces, sizeBytes: total, staging } of readbacks) {
+      try {
+        await staging.mapAsync(MAP_MODE_READ, 0, total);
+      } catch (error) {
+        await Promise.all(this.#checks);
+        this.#throwIfFailed();
+        throw new GpuError(`read: ${String(error)}`);
+      }
+      const mapped = staging.getMappedRange(0, total);
+      for (const { source, at, from, sizeBytes } of pieces)
+        copies[source]?.set(new Uint8Array(mapped, from, sizeBytes), at);
+      staging.unmap();
+      this.#staging.push(staging);
     }
-    await Promise.all(this.#checks);
-    const mapped = staging.getMappedRange(0, total);
-    let from = 0;
-    const copies = sources.map(({ sizeBytes }, i) => {
-      const copy = mapped.slice(from, from + sizeBytes);
-      from += padded[i] ?? 0;
-      return copy;
-    });
-    staging.unmap();
-    this.#staging.push(staging);
     for (const old of this.#staging.splice(0, this.#staging.length - 4)) old.destroy();
+    await Promise.all(this.#checks);
     this.#throwIfFailed();
-    return copies;
+    return copies.map(({ buffer }) => buffer);
+  }
+
+  /** One that is there, if it is not far too large. */
+  #stagingOf(size: number): GPUBuffer {
+    const index = this.#staging.findIndex((one) => one.size >= size && one.size <= 4 * size + 4096);
+    const [known] = this.#staging.splice(index, index < 0 ? 0 : 1);
+    const usage = BufferUsage.MAP_READ | BufferUsage.COPY_DST;
+    return known ?? this.device.createBuffer({ label: "readback", size, usage });
   }
 
   // ---- kernels
@@ -509,7 +525,7 @@ export class Gpu {
     this.#encoder?.resolveQuerySet(stopwatch.queries, 0, 2, stopwatch.result, 0);
     const [bytes = new ArrayBuffer(16)] = await this.read([{ buffer: stopwatch.result, sizeBytes: 16 }]);
     const [begin = 0n, end = 0n] = new BigUint64Array(bytes);
-    return Number(end - begin) / 1e6;
+    return Math.max(0, Number(end - begin) / 1e6); // clocks of some devices jump
   }
 
   /** Waits until the device has done everything dispatched so far. Throws GpuError if any of it failed. */
@@ -529,6 +545,7 @@ export class Gpu {
   // ---- inside
 
   #create(size: number, label: string): GPUBuffer {
+    if (this.#bytesReserved + size > this.#budgetBytes) this.trim();
     let buffer: GPUBuffer | undefined;
     this.#checked(label, "out-of-memory", () => {
       buffer = this.device.createBuffer({ label, size, usage: STORAGE });

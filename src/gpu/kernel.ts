@@ -41,7 +41,7 @@ export interface Part {
 
 const NO_TUNING: Tuned = {};
 const NO_PARTS: readonly Part[] = [];
-const MAX_GROUPS = 65535;
+export const MAX_GROUPS = 65535;
 
 interface Variant {
   readonly key: string;

@@ -171,6 +171,7 @@ export class Plan {
       this.run();
       return undefined;
     }
+    gpu.flush();
     this.#writeVarying();
     const timesMs = new Float64Array(this.#encoded.length);
     const most = Math.min(MOST_TIMED, this.#encoded.length);

@@ -5,7 +5,7 @@ import source from "./attention.wgsl";
 import keyValueSource from "./attention-backward-kv.wgsl";
 import querySource from "./attention-backward-q.wgsl";
 import deltaSource from "./attention-delta.wgsl";
-import { CPU_WIDE } from "./matmul-plans.ts";
+import { CPU_WIDE, mostOperations } from "./matmul-plans.ts";
 import teamSource from "./parts/attention-team.wgsl";
 
 const forward = defineKernel("attention", source);
@@ -121,13 +121,19 @@ function run(
     ...{ R, Q: isSoftware ? quads : 1, WX, WY, WG, CAP: softCap ? 1 : 0 },
     ...{ BOUNDED: window || starts ? 1 : 0, SEGMENTED: starts ? 1 : 0, BOTH_WAYS: lengths ? 1 : 0 },
   };
-  const uniforms = { n, T, S, L: keyLength, H, G, D, window: window ?? keyLength, s: scale, c: softCap ?? 1 };
-  kernel(
-    q.gpu,
-    uniforms,
-    { q, k, v, starts: starts ?? lengths ?? q, ...buffers },
-    [isSoftware ? n : n * WG],
-    tuned,
-    isSoftware ? [] : TEAM,
-  );
+  const uniforms = { T, S, L: keyLength, H, G, D, window: window ?? keyLength, s: scale, c: softCap ?? 1 };
+  // Of scores and of sums, as if every key were seen.
+  const dispatches = Math.ceil((2 * 2 * q.size * keyLength) / mostOperations(q.gpu));
+  const tiles = Math.ceil(n / Math.max(1, dispatches));
+  for (let first = 0; first < n; first += tiles) {
+    const end = Math.min(n, first + tiles);
+    kernel(
+      q.gpu,
+      { ...uniforms, first, n: end },
+      { q, k, v, starts: starts ?? lengths ?? q, ...buffers },
+      [(end - first) * (isSoftware ? 1 : WG)],
+      tuned,
+      isSoftware ? [] : TEAM,
+    );
+  }
 }

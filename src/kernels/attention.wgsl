@@ -18,7 +18,7 @@ override BOTH_WAYS: u32 = 0;  // every query sees the first starts[b] keys
 override CAP: u32 = 0;
 const HIDDEN: f32 = -3e38;    // a score; e to the power of it less any largest is 0
 
-struct Dims { n: u32, T: u32, S: u32, L: u32, H: u32, G: u32, D: u32, window: u32, s: f32, c: f32 }  // n tiles of all heads
+struct Dims { n: u32, first: u32, T: u32, S: u32, L: u32, H: u32, G: u32, D: u32, window: u32, s: f32, c: f32 }  // tiles first … n of all heads
 @group(0) @binding(0) var<uniform> d: Dims;
 @group(0) @binding(1) var<storage, read> q: array<vec4f>;
 @group(0) @binding(2) var<storage, read> k: array<vec4f>;
@@ -62,7 +62,7 @@ fn capped(score: vec4f) -> vec4f {
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: vec3u, @builtin(local_invocation_index) thread: u32) {
-  let unit = unit_of(group.x + group.y * groups.x, thread);
+  let unit = d.first + unit_of(group.x + group.y * groups.x, thread);
   if (unit >= d.n) { return; }
   let x = thread % WX;
   let y = thread / WX % WY;

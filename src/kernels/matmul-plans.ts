@@ -1,6 +1,6 @@
 /** How a matrix product may be computed: the plan taken without tuning, and the plans that tuning chooses from. */
 import type { Gpu } from "../gpu/gpu.ts";
-import type { Tuned } from "../gpu/kernel.ts";
+import { MAX_GROUPS, type Tuned } from "../gpu/kernel.ts";
 import type { PackedFormat } from "../tensor/packed.ts";
 import type { Layout } from "./matmul.ts";
 
@@ -75,7 +75,7 @@ export function defaultPlan(gpu: Gpu, shape: MatmulShape): MatmulPlan {
     if (layout === "nt" && batch === 1 && M <= 4) return cpuRowsPlan(shape, 16, 8);
     return isWide ? cpuPlan(gpu, shape, 16, 8) : cpuPlan(gpu, shape, 8, 8);
   }
-  if (layout === "nt" && M <= FEW_ROWS) return rowsPlan(gpu, shape, 4, 64);
+  if (layout === "nt" && batch === 1 && M <= FEW_ROWS) return rowsPlan(gpu, shape, 4, 64);
   const skinny = N <= 32 ? "64×16/4" : M <= 32 ? "16×64/4" : undefined;
   const groups = (of: keyof typeof TILES): number => {
     const { TM, TN, WX, WY } = TILES[of];
@@ -96,12 +96,8 @@ export function plans(gpu: Gpu, shape: MatmulShape): readonly MatmulPlan[] {
     for (const [TM, TN] of [[4, 8], [8, 8], [8, 16], [16, 8], [16, 16]] as const) all.push(cpuPlan(gpu, shape, TM, TN)); // biome-ignore format: one line
     if (layout === "nt" && shape.batch === 1) for (const TN of [8, 16]) all.push(cpuRowsPlan(shape, 16, TN));
   } else {
-    if (layout === "nt" && M <= FEW_ROWS)
-      for (const TN of [2, 4, 8])
-        for (const WG of [32, 64, 128, 256]) {
-          const plan = rowsPlan(gpu, shape, TN, WG);
-          if (4 * (plan.tuned.TM ?? 1) * TN * WG <= gpu.limits.maxComputeWorkgroupStorageSize) all.push(plan);
-        }
+    if (layout === "nt" && shape.batch === 1 && M <= FEW_ROWS)
+      for (const TN of [2, 4, 8]) for (const WG of [32, 64, 128, 256]) all.push(rowsPlan(gpu, shape, TN, WG));
     const most = Math.floor((K + R) / 128);
     for (const [tile, sizes] of Object.entries(TILES)) {
       const { TM, TN, WX, WY } = sizes;
@@ -145,8 +141,9 @@ export function unitsTile({ UM = 1, UN = 1, TM = 1, TN = 1, WX = 1, WY = 1 }: Tu
   return { M: UM * TM * WY, N: UN * TN * WX };
 }
 
-/** False if the plan cannot compute such a product: `matmul-units.wgsl` takes whole tiles only. */
+/** False if the plan cannot compute such a product: `matmul-units.wgsl` takes whole tiles only, and `matmul-rows.wgsl` no batches. */
 export function suits({ family, tuned }: MatmulPlan, shape: MatmulShape): boolean {
+  if (family === "rows") return shape.batch === 1;
   if (family !== "units") return true;
   const { layout, M, N, K, R, batch, format, isBlocked = false } = shape;
   const tile = unitsTile(tuned);
@@ -199,10 +196,18 @@ function tiledPlan(tile: keyof typeof TILES, splits: number): MatmulPlan {
   return { name: `tiled ${tile}${splits > 1 ? ` k/${splits}` : ""}`, family: "tiled", tuned: TILES[tile], splits };
 }
 
-function rowsPlan(gpu: Gpu, { M }: MatmulShape, TN: number, WG: number): MatmulPlan {
+/** Columns of a workgroup of `rows`, twice as many as long as N would take more workgroups than an axis has. */
+const wideEnough = (N: number, TN: number): number => (Math.ceil(N / TN) > MAX_GROUPS ? wideEnough(N, 2 * TN) : TN);
+
+/** With a smaller WG where the sums of its threads would not fit. */
+function rowsPlan(gpu: Gpu, { M, N, format }: MatmulShape, leastTN: number, mostWG: number): MatmulPlan {
+  const TM = Math.min(FEW_ROWS, 2 ** Math.ceil(Math.log2(M)));
+  const TN = wideEnough(N, leastTN);
+  let WG = mostWG;
+  const levels = format === "nf4" ? 64 : 0; // parts/nf4-levels.wgsl
+  while (4 * TM * TN * WG + levels > gpu.limits.maxComputeWorkgroupStorageSize) WG /= 2;
   const subgroups = gpu.features.has("subgroups");
-  const tuned = { TM: Math.min(FEW_ROWS, 2 ** Math.ceil(Math.log2(M))), TN, WG };
-  return { name: `rows ${TN}/${WG}`, family: "rows", tuned, splits: 1, subgroups };
+  return { name: `rows ${TN}/${WG}`, family: "rows", tuned: { TM, TN, WG }, splits: 1, subgroups };
 }
 
 /** For a CPU adapter: `registers`, a tile of at most TM × TN to a thread. */
@@ -219,8 +224,9 @@ function cpuPlan(gpu: Gpu, { M, N }: MatmulShape, most: number, widest: number):
 }
 
 /** For a CPU adapter and "nt": `rows`, whose lanes read along k, so that a cache line is used up at once. */
-function cpuRowsPlan({ M }: MatmulShape, most: number, TN: number): MatmulPlan {
+function cpuRowsPlan({ M, N }: MatmulShape, most: number, leastTN: number): MatmulPlan {
   const TM = Math.min(most, 2 ** Math.ceil(Math.log2(M)));
+  const TN = wideEnough(N, leastTN);
   return { name: `cpu rows ${most}×${TN}`, family: "rows", tuned: { TM, TN, WG: 4 }, splits: 1 };
 }
 
@@ -228,3 +234,9 @@ function cpuRowsPlan({ M }: MatmulShape, most: number, TN: number): MatmulPlan {
 const LANES = 8;
 /** Operations from which the wide tile's longer compilation pays. */
 export const CPU_WIDE: number = 2 ** 25;
+
+/**
+ * Operations of one dispatch: about 100 ms on a software adapter of two cores and on a GPU of half a TFLOP/s, so that no page or driver waits for
+ * it too long. Windows takes a device away that is busy for two seconds.
+ */
+export const mostOperations = ({ isSoftware }: Gpu): number => (isSoftware ? 2 ** 29 : 5e10);

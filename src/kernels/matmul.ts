@@ -12,7 +12,16 @@ import {
   lowRankRowParts,
   RAGGED_X,
 } from "./lora-rows.ts";
-import { defaultPlan, type MatmulPlan, type MatmulShape, plans, shapeClass, suits, unitsTile } from "./matmul-plans.ts";
+import {
+  defaultPlan,
+  type MatmulPlan,
+  type MatmulShape,
+  mostOperations,
+  plans,
+  shapeClass,
+  suits,
+  unitsTile,
+} from "./matmul-plans.ts";
 import registersSource from "./matmul-registers.wgsl";
 import rowsSource from "./matmul-rows.wgsl";
 import splitsSource from "./matmul-splits.wgsl";
@@ -179,14 +188,10 @@ const isWidenedFirst = ({ gpu, format, shape: [N, K] }: PackedMatrix, M: number)
 /** Rows up to which each element of w is read once: with more, scales that are quantised too are made f32 before. */
 const READ_ONCE = 16;
 
-/** Operations of one dispatch: about 100 ms on a software adapter of two cores and on a GPU of half a TFLOP/s. */
-const MOST_OPERATIONS = { software: 2 ** 29, hardware: 5e10 };
-
 /** Rows of y that one dispatch may compute, so that no page or driver waits for it too long. Whole tiles of every plan, and views of whole rows. */
 function rowsAtATime(gpu: Gpu, { N, K, R }: MatmulShape): number {
-  const most = MOST_OPERATIONS[gpu.isSoftware ? "software" : "hardware"];
   const step = 128;
-  return Math.max(1, Math.floor(most / (2 * N * Math.max(1, K + R)) / step)) * step;
+  return Math.max(1, Math.floor(mostOperations(gpu) / (2 * N * Math.max(1, K + R)) / step)) * step;
 }
 
 /** The tuned plan, or the default one. A class of shapes holds some that not all its plans suit. */

@@ -76,7 +76,9 @@ export async function loadModel(gpu: Gpu, directory: Directory, options: LoadOpt
     isTransposed,
     signal,
   };
-  return makeModel(gpu, config, await loadWeights(gpu, checkpoint, asked));
+  const model = makeModel(gpu, config, await loadWeights(gpu, checkpoint, asked));
+  gpu.trim();
+  return model;
 }
 
 /** The weights of linear layers as they are stored, one at a time: W [N,K] of a module by rows, on the host. Errors as in `loadModel`. */

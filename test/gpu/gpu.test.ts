@@ -19,6 +19,34 @@ test("many dispatches are one pass and one submit, and their uniforms do not mix
   gpu.release(x, ...sums);
 });
 
+test("free buffers go back to the device, and what is there and what comes later is right", async () => {
+  const gpu = await openGpu({ tune: "off" });
+  const x = tensor(gpu, [1, 2, 3], [3]);
+  const y = axpy(2, x, 0, x);
+  gpu.release(empty(gpu, [1 << 20], "test"));
+  const { bytesReserved, bytesLive } = gpu.counters();
+  expect(bytesReserved).toBeGreaterThan(bytesLive);
+  gpu.trim();
+  expect(gpu.counters()).toMatchObject({ bytesReserved: bytesLive, bytesLive });
+  const z = gpu.scope(() => axpy(1, axpy(3, x, 0, x), 1, y));
+  expect((await readAll([x, y, z])).map((values) => [...values])).toEqual([
+    [1, 2, 3],
+    [2, 4, 6],
+    [5, 10, 15],
+  ]);
+  gpu.destroy();
+});
+
+test("within a budget free buffers make way for new ones", async () => {
+  const gpu = await openGpu({ tune: "off", budgetBytes: 2 ** 20 });
+  for (const size of [2 ** 16, 2 ** 17, 2 ** 17 + 2 ** 15]) {
+    gpu.release(empty(gpu, [size], "test"));
+    expect(gpu.counters().bytesReserved).toBeLessThanOrEqual(2 ** 20);
+  }
+  expect(gpu.counters().buffersCreated).toBeGreaterThanOrEqual(3);
+  gpu.destroy();
+});
+
 test("a scope gives back all but what it returns", async () => {
   const gpu = await testGpu();
   const before = gpu.counters();

@@ -121,6 +121,14 @@ describe.each([true, false])("as where isSoftware is %s", (isSoftware) => {
     await check({ T: 6, H: 2, D }, ALL, D <= 16);
   });
 
+  test("what takes more than one dispatch equals its f64 twin, gradients too", async () => {
+    const gpu = await testGpu();
+    const count = (): number => gpu.counters().dispatches.get("attention") ?? 0;
+    const earlier = count();
+    await check({ T: 1100, H: 2, D: 64 }, { window: 300 });
+    expect(count() - earlier).toBe(isSoftware ? 2 : 1);
+  });
+
   test("segments are as good as rows of their own", async () => {
     const gpu = await testGpu();
     const random = new Random(freshSeed());

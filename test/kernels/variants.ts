@@ -377,6 +377,15 @@ export function planVariants(settings: RecorderSettings): Variant[] {
         matmul(x, w, layout, { plan });
       }
     }
+  // The levels of NF4 take memory beside the sums of few rows.
+  for (const M of [9, 16]) {
+    const sizes = { M, N: 2048, K: 2048 };
+    const shape: MatmulShape = { layout: "nt", ...sizes, R: 0, batch: 1, format: "nf4" };
+    for (const plan of plans(recorder, shape)) {
+      const [x, w] = operands(recorder, { format: "nf4" }, "nt", sizes);
+      matmul(x, w, "nt", { plan });
+    }
+  }
   return variantsOf(recorder);
 }
 
