@@ -1,2 +1,8 @@
 /** `lowrank/tokenizer`: text ⇄ token ids. */
-export { type EncodedTexts, loadTokenizer, type PairTokenizer, type Tokenizer } from "./io/tokenizer.ts";
+export {
+  type EncodedTexts,
+  loadTokenizer,
+  type PairTokenizer,
+  type TokenBytes,
+  type Tokenizer,
+} from "./io/tokenizer.ts";

@@ -42,6 +42,7 @@ export interface Tuning {
 
 type Choices = Record<string, string>;
 
+/** Finds the fastest way to compute each class of products on this device by trying them, and remembers it. */
 export class Tuner {
   readonly #gpu: Gpu;
   readonly #adapter: string;

@@ -1,6 +1,7 @@
 /** Where bytes come from: memory, a Blob, a web server; a disk is in `files.ts`. */
 import { FormatError, UnreachableError } from "./errors.ts";
 
+/** Bytes of known length, of which any part may be asked for, as often as one likes. */
 export interface ByteSource {
   readonly sizeBytes: number;
   /** Another one than before where the content is another: an ETag, a hash. */
@@ -11,6 +12,7 @@ export interface ByteSource {
   read(offset: number, length: number, signal?: AbortSignal): Promise<Uint8Array>;
 }
 
+/** Files by their names: what a model or an adapter is read from, wherever it is. */
 export interface Directory {
   readonly name: string;
   /** Undefined when there is no such file. */

@@ -6,6 +6,7 @@ import { isObject, type JsonObject, readJson, readText } from "./json.ts";
 
 const LIMIT_BYTES = 50e6;
 
+/** A text as ids and back. */
 export interface Tokenizer {
   /** Token ids; with the special tokens that the model's template adds (such as a first `<s>`) unless told not to. */
   encode(text: string, options?: { readonly addSpecialTokens?: boolean }): number[];

@@ -121,6 +121,7 @@ function labelsOf(read: ConfigReader): string[] {
 /** Classes that have no names. */
 export const unnamed = (count: number): string[] => Array.from({ length: count }, (_, i) => `LABEL_${i}`);
 
+/** BERT or RoBERTa with a head that gives logits of classes: ids [B,T] → [B,labels]. See `loadClassifier`. */
 export class BertClassifier {
   readonly gpu: Gpu;
   readonly config: BertConfig;

@@ -9,6 +9,7 @@ export interface RemoteChat {
   ask(request: ChatRequest): AsyncGenerator<TextPiece, void, undefined>;
   /** Names of the adapters that may be asked for. */
   adapters(): Promise<readonly string[]>;
+  /** What the engine does, and has done so far. */
   stats(): Promise<EngineStats>;
   load(name: string, from: AdapterSource): Promise<void>;
   /** Waits for those who use it. */

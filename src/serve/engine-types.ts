@@ -35,6 +35,7 @@ export interface EngineStats {
   readonly gpuBytes: number;
 }
 
+/** Answers many requests at a time, each by the model alone or with an adapter: `BatchEngine`, or what stands for it. */
 export interface Engine {
   readonly contextLength: number;
   /** Names of the adapters that may be asked for. */

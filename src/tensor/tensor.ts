@@ -5,6 +5,7 @@ import { ShapeError } from "./errors.ts";
 /** What 4 bytes of the buffer hold. Weights stored in 16 bits are widened to f32 on their way in. */
 export type DType = "f32" | "i32";
 
+/** Sizes of the axes, the outermost first; [] of a single number. */
 export type Shape = readonly number[];
 
 /** WebGPU §3.6.2: minStorageBufferOffsetAlignment is at most this. */

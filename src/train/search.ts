@@ -58,6 +58,7 @@ const levelsOf = (dimension: Dimension, levels: number): readonly Setting[] =>
     ? dimension.values
     : [...new Set(Array.from({ length: levels }, (_, i) => settingAt(dimension, levels > 1 ? i / (levels - 1) : 0.5)))];
 
+/** A point drawn at random, along each dimension by its own scale. */
 export function randomPoint(space: SearchSpace, random: Random): SearchPoint {
   checkSpace(space);
   return mapSpace(space, (dimension) => settingAt(dimension, random.uniform()));

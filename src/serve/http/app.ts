@@ -74,6 +74,7 @@ export interface AppOptions {
   readonly fingerprint?: string | undefined;
 }
 
+/** A server without a port. */
 export interface App {
   fetch(request: Request): Promise<Response>;
   /** Refuses what comes from now on. Resolves when all answers have ended; those that have not within the time are cut off. */
@@ -86,6 +87,11 @@ type Handler = (c: Context<Env>) => Promise<Response> | Response;
 /**
  * OpenAI's `/v1/models`, `/v1/chat/completions` and `/v1/completions`, where an adapter is a model by its name, vLLM's `/v1/load_lora_adapter` and
  * `/v1/unload_lora_adapter`, `/health` and `/metrics`.
+ *
+ *     const app = createApp({ engine, tokenizer, modelName: "base", hosts: ["localhost"] });
+ *     serve({ fetch: app.fetch, port: 8000 }); // of @hono/node-server; or Deno.serve({ port: 8000 }, app.fetch)
+ *
+ * Limits of connections, headers and their time are the listener's: `lowrank serve` has them.
  *
  * Throws ShapeError for keys, hosts and origins that cannot be.
  */
