@@ -1,13 +1,18 @@
 import { defineKernel } from "../gpu/kernel.ts";
 import type { Piece } from "../tensor/pieces.ts";
-import { empty, expectDType, expectShape, type Tensor } from "../tensor/tensor.ts";
+import { empty, expectDType, expectShape, rowsOf, type Tensor } from "../tensor/tensor.ts";
 import source from "./embedding.wgsl";
 import backwardSource from "./embedding-backward.wgsl";
+import { mostOperations } from "./matmul-plans.ts";
 
 const forward = defineKernel("embedding", source);
 const backward = defineKernel("embedding-backward", backwardSource);
 
 const COLUMNS = 8;
+/** Operations of a product that take about as long as a look at an id. */
+const LOOK = 16;
+/** As many rows are a multiple of 256 bytes, where a view may begin. */
+const ALIGNED_ROWS = 64;
 
 /** Rows of the table in these pieces, [Vᵢ,H] each, by ids: [...ids.shape, H]. An id past all reads the last row: check ids where they come from. */
 export function embedding(pieces: readonly Piece<Tensor>[], ids: Tensor): Tensor {
@@ -27,7 +32,14 @@ export function embedding(pieces: readonly Piece<Tensor>[], ids: Tensor): Tensor
 export function embeddingBackward(dy: Tensor, ids: Tensor, { first, rows: V }: Piece<Tensor>): Tensor {
   const H = dy.shape.at(-1) ?? 0;
   const dw = empty(dy.gpu, [V, H], "embeddingBackward");
-  const n = V * Math.ceil(H / COLUMNS);
-  backward(dy.gpu, { N: ids.size, H, n, first }, { ids, dy, dw }, [n], { COLUMNS });
+  const blocks = Math.ceil(H / COLUMNS);
+  const operations = LOOK * ids.size * blocks * ALIGNED_ROWS; // each thread looks at all ids
+  const rows = ALIGNED_ROWS * Math.max(1, Math.floor(mostOperations(dy.gpu) / operations));
+  for (let from = 0; from < V; from += rows) {
+    const count = Math.min(rows, V - from);
+    const n = count * blocks;
+    const part = { ids, dy, dw: rowsOf(dw, from, count) };
+    backward(dy.gpu, { N: ids.size, H, n, first: first + from }, part, [n], { COLUMNS });
+  }
   return dw;
 }

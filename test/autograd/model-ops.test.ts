@@ -242,6 +242,29 @@ test.each([
   });
 });
 
+test("the gradient of a large table, which takes more than one dispatch, has every row of dy once", async () => {
+  const gpu = await testGpu();
+  const [V, H, N] = [4100, 64, 1100];
+  const random = new Random(freshSeed());
+  const ids = Int32Array.from({ length: N }, () => random.below(V));
+  const dy = Float32Array.from({ length: N * H }, () => random.below(9) - 4); // sums of these are exact
+  const expected = new Float32Array(V * H);
+  dy.forEach((value, i) => {
+    const to = (ids[Math.floor(i / H)] as number) * H + (i % H);
+    expected[to] = (expected[to] as number) + value;
+  });
+  const w = empty(gpu, [V, H], "w");
+  w.requiresGrad = true;
+  const earlier = gpu.counters().dispatches.get("embedding-backward") ?? 0;
+  const dw = gpu.scope(() => {
+    const y = embedding(w, tensor(gpu, ids, [N]));
+    return backward(y, tensor(gpu, dy, [N, H])).get(w) as Tensor;
+  });
+  expect(Buffer.compare(Buffer.from((await read(dw)).buffer), Buffer.from(expected.buffer))).toBe(0);
+  expect((gpu.counters().dispatches.get("embedding-backward") ?? 0) - earlier).toBe(2);
+  gpu.release(w, dw);
+});
+
 test("an id past all pieces reads the last row, and pieces are of one width", async () => {
   const gpu = await testGpu();
   const pieces = [tensor(gpu, [1, 2], [2, 1]), tensor(gpu, [3], [1, 1])];
