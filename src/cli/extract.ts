@@ -66,6 +66,6 @@ async function run(given: ExtractArguments): Promise<void> {
   if (json) result(JSON.stringify({ out, rank, modules: adapter.modules.size, unchanged: unchanged.length, error }));
   else
     result(
-      `the adapter is in ${out}: rank ${rank} on ${adapter.modules.size} modules holds all but ${(100 * error).toFixed(1)} % of the change`,
+      `the adapter is in ${out}: rank ${rank} on ${adapter.modules.size} modules holds all but ${(100 * error).toFixed(1)} % of the change of their weights; other weights, biases and norms are as in --model`,
     );
 }

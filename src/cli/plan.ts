@@ -272,7 +272,9 @@ async function run(given: PlanArguments): Promise<void> {
     if (fits === false) process.exitCode = 1;
     if (options.json) {
       const device = deviceName(gpu.info);
-      result(JSON.stringify({ ...plan, bits_per_weight: bits, ...size, budget: budget ?? null, fits, advice, device }));
+      const { weights: weight_format, ...sizes } = size;
+      const said = { ...sizes, weight_format, ...plan, bits_per_weight: bits, budget: budget ?? null, fits, advice };
+      result(JSON.stringify({ ...said, device }));
       return;
     }
     const lines = {

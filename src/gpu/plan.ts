@@ -50,7 +50,8 @@ export class Trace {
     const isThere = ({ buffer }: HasBuffer): boolean =>
       buffer === target.buffer || this.placed.get(buffer)?.buffer === target.buffer;
     const meet = this.dispatches.some(({ buffers }) => uses(buffers, source.buffer) && buffers.some(isThere));
-    if (meet || offsetBytes < 0) return "copy";
+    const fits = offsetBytes >= 0 && offsetBytes + source.buffer.size <= target.buffer.size;
+    if (meet || !fits) return "copy";
     this.placed.set(source.buffer, { buffer: target.buffer, offsetBytes });
     return "placed";
   }

@@ -25,9 +25,13 @@ export function checkRange(name: string, sizeBytes: number, offset: number, leng
     throw new FormatError(`${name}: a read must stay within its ${sizeBytes} bytes, got ${length} from ${offset} on`);
 }
 
+/** Whether a name is a plain relative path, on any system. */
+export const isFileName = (file: string): boolean =>
+  !(file.includes("\\") || file.includes(":") || file.split("/").some((part) => ["", ".", ".."].includes(part)));
+
 /** Throws a FormatError unless `file` is a plain relative path: names come out of files that may be hostile. */
 export function checkFileName(directory: string, file: string): void {
-  if (file.includes("\\") || file.includes(":") || file.split("/").some((part) => ["", ".", ".."].includes(part)))
+  if (!isFileName(file))
     throw new FormatError(`${directory}: a file name must stay inside the directory, got ${JSON.stringify(file)}`);
 }
 
@@ -69,7 +73,8 @@ export function memoryDirectory(name: string, files: Readonly<Record<string, Uin
 
 /**
  * A directory on a web server. Reads by Range request; where the server has none, or hides the size (`Content-Range`
- * not exposed to this origin), a file is downloaded whole on `open`. 404 and 410 mean: no such file.
+ * not exposed to this origin), a file is downloaded whole on `open`. 404, 410 and a page, which some servers give for whatever they do not
+ * have, mean: no such file.
  */
 export function httpDirectory(url: string): Directory {
   const name = url.replace(/\/+$/, "");
@@ -80,6 +85,10 @@ export function httpDirectory(url: string): Directory {
       const address = `${name}/${file.split("/").map(encodeURIComponent).join("/")}`;
       const first = await request(address, "bytes=0-0");
       if (first.status === 404 || first.status === 410) return undefined;
+      if (isPage(first) && !/\.html?$/.test(file)) {
+        await first.body?.cancel();
+        return undefined;
+      }
       if (first.status === 416) return memorySource(new Uint8Array(), address); // an empty file has no first byte
       if (first.status === 200) return memorySource(await body(first, address), address);
       const total = /\/(\d+)$/.exec(first.headers.get("content-range") ?? "")?.[1];
@@ -105,6 +114,8 @@ export function httpDirectory(url: string): Directory {
     },
   };
 }
+
+const isPage = ({ headers }: Response): boolean => /^text\/html\b/.test(headers.get("content-type") ?? "");
 
 async function request(address: string, range?: string, signal?: AbortSignal): Promise<Response> {
   const options = { ...(range && { headers: { range } }), ...(signal && { signal }) };

@@ -1,5 +1,5 @@
 /** Questions to a Hugging Face Hub: which commit, which files, their bytes; with retries, and refusals in plain words. Runs anywhere. */
-import { type ByteSource, checkFileName, checkRange } from "./bytes.ts";
+import { type ByteSource, checkRange, isFileName } from "./bytes.ts";
 import { FormatError, UnreachableError } from "./errors.ts";
 import { excerpt, isObject, type JsonObject } from "./json.ts";
 
@@ -82,9 +82,10 @@ export async function listModel(model: HubModel, commit: string): Promise<Map<st
   return files;
 }
 
-function readEntry(id: string, { path, lfs, ...entry }: JsonObject): HubFile {
+/** Undefined for a name that cannot be one here: it is not among the files. */
+function readEntry(id: string, { path, lfs, ...entry }: JsonObject): HubFile | undefined {
   const { oid = "", size } = isObject(lfs) ? lfs : entry;
-  checkFileName(id, String(path));
+  if (!isFileName(String(path))) return undefined;
   if (!/^([0-9a-f]{40}|[0-9a-f]{64})$/.test(String(oid)) || !(typeof size === "number" && size >= 0))
     throw new FormatError(`${id}: ${path} must be listed with hash and size, got ${JSON.stringify({ oid, size })}`);
   return { path: String(path), size, oid: String(oid) };

@@ -1,7 +1,7 @@
 /** Models of the Hugging Face Hub, kept in the cache of Python's `huggingface_hub`. For Node and Deno. */
 import { createHash } from "node:crypto";
 import { constants, createReadStream, existsSync, readdirSync, readFileSync } from "node:fs";
-import { link, open, rename, rm, symlink } from "node:fs/promises";
+import { copyFile, link, open, rename, rm, symlink } from "node:fs/promises";
 import { homedir } from "node:os";
 import { dirname, join, relative, resolve } from "node:path";
 import { FormatError } from "./errors.ts";
@@ -199,11 +199,13 @@ async function complete(model: Snapshot, commit: string, snapshot: string): Prom
   await bring(weights.map(demand));
 }
 
-/** A relative symbolic link, there at once. Where Windows forbids them, another name of the blob. */
+/** A relative symbolic link, there at once. Where there are none, another name of the blob, or on some disks a copy. */
 const placeLink = (path: string, blob: string): Promise<void> =>
   onDisk(path, "must be a link that can be made", async () => {
     const temporary = `${path}.${crypto.randomUUID()}`;
-    await symlink(relative(dirname(path), blob), temporary).catch(() => link(blob, temporary));
+    await symlink(relative(dirname(path), blob), temporary)
+      .catch(() => link(blob, temporary))
+      .catch(() => copyFile(blob, temporary));
     await rename(temporary, path);
   });
 

@@ -61,7 +61,9 @@ export async function loadTokenizer(directory: Directory): Promise<PairTokenizer
 
   const idOf = (role: string): number | undefined => {
     const token = tokenText(config[role]) ?? tokenText(special[role]);
-    return token === undefined ? undefined : library.token_to_id(token);
+    if (token !== undefined) return library.token_to_id(token);
+    // GPT-2's own files name none: transformers has it in the class.
+    return role in config || role in special ? undefined : library.token_to_id("<|endoftext|>");
   };
   // As transformers 5 does: the clean-up strips real spaces, so it is off unless asked for, and never done for BPE.
   const cleanUp = config.clean_up_tokenization_spaces === true && (definition.model as JsonObject).type !== "BPE";

@@ -1,7 +1,7 @@
 import type { Gpu } from "../gpu/gpu.ts";
 import { defineKernel, definePart } from "../gpu/kernel.ts";
 import { ShapeError } from "../tensor/errors.ts";
-import { empty, type Shape, type Tensor, view } from "../tensor/tensor.ts";
+import { empty, type Shape, type Tensor, tensor, view } from "../tensor/tensor.ts";
 import fourSource from "./parts/reduce-four.wgsl";
 import source from "./reduce.wgsl";
 import rowsSource from "./reduce-rows.wgsl";
@@ -60,6 +60,7 @@ export function sumTo(x: Tensor, shape: Shape): Tensor {
 /** Reduces the middle axis of x, seen as [outer, length, inner], to [outer, inner]. */
 function middle(op: Reduction, x: Tensor, outer: number, length: number, inner: number): Tensor {
   const { gpu } = x;
+  if (length === 0) return tensor(gpu, new Float32Array(outer * inner), [outer, inner]);
   const pass = (of: Tensor, steps: number, parts: number): Tensor => {
     const y = empty(gpu, [outer, parts, inner], op);
     const s = op === "mean" && parts === 1 ? 1 / length : 1;

@@ -134,6 +134,13 @@ export class LoraAdapter {
     return new Map(this.#linears.flatMap(({ name, beginning }) => (beginning ? [[name, beginning] as const] : [])));
   }
 
+  /** Throws ShapeError where `start` would, whatever the values. */
+  demandStart(): void {
+    this.#demand("start", "enabled");
+    if (this.beginnings.size > 0 || this.#factor !== 1)
+      throw new ShapeError("start: an adapter starts once, at its own scale, got one that did. Attach a fresh one");
+  }
+
   /**
    * Puts these values into A and B of the modules. With `takesFromBase` what they stand for is taken from the weights, W − s·B·A, as long as
    * the adapter is enabled: the model's output stays what it is, and the original weights are kept beside.
@@ -142,9 +149,7 @@ export class LoraAdapter {
    * layer that another adapter is on, or is to be from an embedding or a head. Nothing has changed where it throws.
    */
   start(values: ReadonlyMap<string, Readonly<Record<"A" | "B", Float32Array>>>, takesFromBase: boolean): void {
-    this.#demand("start", "enabled");
-    if (this.beginnings.size > 0 || this.#factor !== 1)
-      throw new ShapeError("start: an adapter starts once, at its own scale, got one that did. Attach a fresh one");
+    this.demandStart();
     const [table] = this.tables.keys();
     if (takesFromBase && table)
       throw new ShapeError(`start: a part of the base is taken from linear layers, got ${table}. Leave it out`);

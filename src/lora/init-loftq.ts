@@ -35,7 +35,7 @@ const POWER_ITERATIONS = 6;
  * nearer to W than Q alone. Further iterations alternate Q = quant(W − s·B·A) and that. PEFT leaves s out, which is exact only for s = 1.
  *
  * `original` gives W of a module, [N,K] by rows; it is asked for one module at a time: see `openLinears`. Throws ShapeError, before anything is
- * changed, for a number of iterations that is no whole number above 0, a layer that is not int8 or nf4, and a rank above a module's.
+ * changed, for a number of iterations that is no whole number above 0, a layer that is not int8 or nf4, a rank above a module's, and as `start`.
  */
 export async function initLoftq(
   adapter: LoraAdapter,
@@ -44,6 +44,7 @@ export async function initLoftq(
 ): Promise<void> {
   if (!Number.isInteger(iterations) || iterations < 1)
     throw new ShapeError(`loftq: iterations must be a whole number of at least 1, got ${iterations}`);
+  adapter.demandStart();
   const quantised = [...adapter.pairs].map(([name, pair]) => ({ name, pair, packed: quantisedOf(name, pair) }));
   const random = new Random(seed);
   const starts = new Map<string, ReturnType<typeof asValues>>();

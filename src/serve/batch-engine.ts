@@ -63,6 +63,8 @@ const MOST_PASSED = 64;
 interface Sequence {
   readonly request: GenerationRequest;
   readonly sampler: Sampler;
+  /** Ids that end it. */
+  readonly ends: readonly number[];
   readonly stream: TokenStream;
   /** Prompt and answer. */
   readonly ids: number[];
@@ -178,7 +180,8 @@ export class BatchEngine implements Engine {
       throw new ShapeError(
         `generate: the adapter must be one of ${this.adapters.join(", ") || "none"}, got "${adapter}"`,
       );
-    const sampler = new Sampler(promptIds, request, this.model.config.eosIds);
+    const ends = [...this.model.config.eosIds, ...(request.endIds ?? [])];
+    const sampler = new Sampler(promptIds, request, ends);
     const stream = new TokenStream(() => this.#drop(sequence));
     if (this.#waiting.length >= this.#options.maxWaiting + this.#rows.length)
       throw new QueueFull(
@@ -189,7 +192,7 @@ export class BatchEngine implements Engine {
       stream.end();
     };
     const sequence: Sequence = {
-      ...{ request, sampler, stream, computed: 0, passed: 0, hasStarted: false },
+      ...{ request, sampler, ends, stream, computed: 0, passed: 0, hasStarted: false },
       ids: [...promptIds],
       limit: Math.min(promptIds.length + maxTokens, this.contextLength),
       forget: () => signal?.removeEventListener("abort", abort),
@@ -406,7 +409,7 @@ export class BatchEngine implements Engine {
       return true;
     }
     if (!token) return false;
-    if (this.model.config.eosIds.includes(token.id)) {
+    if (sequence.ends.includes(token.id)) {
       this.#end(sequence);
       return true;
     }

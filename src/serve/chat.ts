@@ -1,6 +1,7 @@
 /** Conversations with a model and its adapters, in this thread or for a page in another. */
 import { blobSource, type Directory, httpDirectory } from "../io/bytes.ts";
 import type { ChatTemplate } from "../io/chat-template.ts";
+import { endOfAnswer } from "../io/special-tokens.ts";
 import type { TokenBytes, Tokenizer } from "../io/tokenizer.ts";
 import { readAdapter } from "../lora/adapter-file.ts";
 import type { PoolOptions } from "../lora/adapter-pool.ts";
@@ -53,11 +54,13 @@ export class Chat {
   readonly #engine: Engine;
   readonly #parts: ChatParts;
   readonly #onClose: () => void;
+  readonly #endIds: readonly number[];
   #closed: Promise<void> | undefined;
 
   constructor(engine: Engine, parts: ChatParts, onClose: () => void = () => {}) {
     this.#engine = engine;
     this.#parts = parts;
+    this.#endIds = parts.renderChat ? endOfAnswer(parts.renderChat, parts.tokenizer) : [];
     this.#onClose = onClose;
   }
 
@@ -83,7 +86,8 @@ export class Chat {
     const room = Math.max(0, this.#engine.contextLength - promptIds.length);
     const most = maxTokens ?? room;
     const constraint = constraintOf(responseFormat, tokenizer);
-    const tokens = this.#engine.generate({ ...rest, promptIds, maxTokens: most, constraint });
+    const endIds = messages && this.#endIds;
+    const tokens = this.#engine.generate({ ...rest, promptIds, maxTokens: most, constraint, endIds });
     const isDone = (): boolean => constraint?.isDone ?? false;
     yield* textOf(tokens, { tokenizer, promptIds, stop, room: Math.min(most, room), isDone });
   }

@@ -8,6 +8,8 @@ export interface GenerationRequest extends SamplingOptions {
   /** Ids to continue; at least one. */
   readonly promptIds: readonly number[];
   readonly maxTokens: number;
+  /** Ids that end the answer beside the model's own; they are not given either. */
+  readonly endIds?: readonly number[] | undefined;
   /** How many of the likeliest tokens to give with each one; none unless given. */
   readonly logprobs?: number;
   /** Is called when it leaves the queue; must not throw. */

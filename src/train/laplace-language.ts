@@ -5,6 +5,7 @@ import { gatherRows } from "../autograd/model-ops.ts";
 import { addInto, axpy, scale } from "../kernels/axpy.ts";
 import { copyTo } from "../kernels/copy-rows.ts";
 import { softmax } from "../kernels/softmax.ts";
+import { ShapeError } from "../tensor/errors.ts";
 import { Random } from "../tensor/random.ts";
 import { read, type Tensor, tensor } from "../tensor/tensor.ts";
 import { type Batch, collate } from "./batches.ts";
@@ -75,7 +76,8 @@ function drawn(p: Float32Array, random: Random): number {
 }
 
 /** Logits [targets, V] at the batch's targets; where there is none, anything. */
-function targetLogits(model: TokenModel, { ids, targets, places }: Inputs): Tensor {
+function targetLogits(model: TokenModel, { ids, targets, places, packing }: Inputs): Tensor {
+  if (packing) throw new ShapeError("laplace: rows must be apart, got packed ones. Give them as they were before");
   const logits = model.logits(ids);
   const rows = reshape(logits, [ids.size, logits.shape.at(-1) ?? 0]);
   return targets.size === ids.size ? rows : gatherRows(rows, targets, places);

@@ -19,7 +19,7 @@ export interface StepResult {
 }
 
 /** Steps whose results the device keeps until they are read. */
-const SLOTS = 64;
+export const MOST_UNREAD_STEPS = 64;
 /** So many steps in a row that are not finite end the updates. */
 export const MOST_BAD_STEPS = 5;
 
@@ -37,20 +37,22 @@ export class StepRing {
     this.#parts = parts;
     const count = 1 + parts.length;
     this.losses = tensor(gpu, new Float32Array(count), [1, count]);
-    this.#ring = tensor(gpu, new Int32Array(ringSize(SLOTS, count)), [ringSize(SLOTS, count)]);
+    this.#ring = tensor(gpu, new Int32Array(ringSize(MOST_UNREAD_STEPS, count)), [ringSize(MOST_UNREAD_STEPS, count)]);
   }
 
   /** Counts a step. Throws ShapeError where the device has as many results as it can keep. */
   begin(): void {
-    if (this.#sent - this.#read >= SLOTS)
-      throw new ShapeError(`TrainingStep: results of ${SLOTS} steps are kept, got a step more. Read them first`);
+    if (this.#sent - this.#read >= MOST_UNREAD_STEPS)
+      throw new ShapeError(
+        `TrainingStep: results of ${MOST_UNREAD_STEPS} steps are kept, got a step more. Read them first`,
+      );
     this.#sent++;
   }
 
   /** Notes the losses that are there and the norm, and whether the update is made: see `recordStep`. A step whose `scale` is 0 has nothing to learn. */
   record(clip: Tensor, scale: () => number): void {
     const mostBad = (): number => (scale() > 0 ? MOST_BAD_STEPS : 0);
-    recordStep(this.losses, clip, this.#ring, () => (this.#sent - 1) % SLOTS, mostBad);
+    recordStep(this.losses, clip, this.#ring, () => (this.#sent - 1) % MOST_UNREAD_STEPS, mostBad);
   }
 
   /** The results of the steps since the last `read`, once they are done. The steps that follow may be sent meanwhile. */
@@ -61,7 +63,7 @@ export class StepRing {
     const [bytes = new ArrayBuffer(0)] = await this.#ring.gpu.read([this.#ring]);
     const [bits, floats] = [new Int32Array(bytes), new Float32Array(bytes)];
     return Array.from({ length: to - from }, (_, i) => {
-      const at = slotSize(this.losses.size) * (1 + ((from + i) % SLOTS));
+      const at = slotSize(this.losses.size) * (1 + ((from + i) % MOST_UNREAD_STEPS));
       const number = (j: number): number => floats[at + j] ?? Number.NaN;
       const losses = Object.fromEntries(this.#parts.map((name, part) => [name, number(3 + part)]));
       return {

@@ -18,6 +18,8 @@ import { type Loaded, languageTask, type Task, type TrainingMode } from "./task.
 export interface HasTrainingMode {
   /** Set while a training step is made: dropout is on, its masks made from the seed and the number of the batch. */
   training?: TrainingMode | undefined;
+  /** Of its scale; a step is traced anew where it changes. */
+  readonly factor?: number;
 }
 
 /** What is learned: the next tokens of a language model, or another task. */
@@ -196,7 +198,7 @@ export class TrainingStep<B = Batch> {
 
   /** The plan of such a batch, traced where there is none yet, with the batch in its inputs. */
   #planFor(batch: B, isFirst: boolean, isLast: boolean): Plan {
-    const variant = `${isFirst ? " first" : ""}${isLast ? " last" : ""}`;
+    const variant = `${isFirst ? " first" : ""}${isLast ? " last" : ""} times ${this.#adapter.factor ?? 1}`;
     return this.#replay.planFor(batch, (inputs) => this.#part(inputs, isFirst, isLast), variant);
   }
 }

@@ -6,7 +6,7 @@ import { type LaneSettings, LaneStep, type LaneWork, type SharesBase } from "./l
 import type { LanguageModel } from "./loss.ts";
 import { scheduleFactor } from "./schedule.ts";
 import { StepCounts, type StepMetrics } from "./step-metrics.ts";
-import type { StepResult } from "./step-ring.ts";
+import { MOST_UNREAD_STEPS, type StepResult } from "./step-ring.ts";
 import { checkOptions, IN_FLIGHT, READ_EVERY_MS, type RunOptions } from "./trainer.ts";
 import { EarlyStopping } from "./validation.ts";
 
@@ -64,7 +64,8 @@ export async function* trainTogether(options: TogetherOptions): AsyncGenerator<L
       step.run(workOf(runs, padId));
       await gpu.throttle(IN_FLIGHT);
       const isDue = runs.some((run) => run.isDue);
-      if (k % readEvery !== 0 && performance.now() - readAt < READ_EVERY_MS && !isDue) continue;
+      if (k % Math.min(readEvery, MOST_UNREAD_STEPS) !== 0 && performance.now() - readAt < READ_EVERY_MS && !isDue)
+        continue;
       yield* report();
       readAt = performance.now();
     }

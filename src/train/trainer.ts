@@ -12,7 +12,7 @@ import { arrayOf, type RowSource, type Rows, rowSource } from "./row-source.ts";
 import { type Schedule, scheduleFactor } from "./schedule.ts";
 import { type HasTrainingMode, TrainingStep } from "./step.ts";
 import { type Sent, StepCounts, type StepMetrics } from "./step-metrics.ts";
-import type { StepResult } from "./step-ring.ts";
+import { MOST_UNREAD_STEPS, type StepResult } from "./step-ring.ts";
 import { type LanguageSettings, languageTask, type RowTask } from "./task.ts";
 import { EarlyStopping, type Validation } from "./validation.ts";
 
@@ -161,7 +161,7 @@ async function* allSteps<R extends HasIds, B>(
     const isEvaluated = watch.isDue(step, steps);
     const pauses = isEvaluated || savesAt(step) || step % (pauseEvery || Number.POSITIVE_INFINITY) === 0;
     const elapsed = performance.now() - readAt;
-    if (step % readEvery !== 0 && elapsed < READ_EVERY_MS && !pauses) continue;
+    if (step % Math.min(readEvery, MOST_UNREAD_STEPS) !== 0 && elapsed < READ_EVERY_MS && !pauses) continue;
     readAt = performance.now();
     if (pending) yield* counts.metrics(await pending);
     pending = training.read();

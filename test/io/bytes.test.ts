@@ -86,6 +86,12 @@ test.each([
   expect([...((await source?.read(98, 2)) ?? [])]).toEqual([98, 99]);
 });
 
+test("a page in place of a file, as servers of single-page apps give, means that there is none", async () => {
+  const url = await serve((_, response) => response.writeHead(200, { "content-type": "text/html" }).end("<html>"));
+  expect(await httpDirectory(url).open("chat_template.jinja")).toBeUndefined();
+  expect((await httpDirectory(url).open("report.html"))?.sizeBytes).toBe(6);
+});
+
 test("an empty file on a web server has no bytes", async () => {
   const url = await serve((_, response) => response.writeHead(416, { "content-range": "bytes */0" }).end());
   expect((await httpDirectory(url).open("a"))?.sizeBytes).toBe(0);

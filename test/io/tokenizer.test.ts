@@ -86,6 +86,10 @@ test("a vocabulary and its merges are a tokenizer, of GPT-2's or Qwen2's kind", 
   const gpt2 = await loadTokenizer(memoryDirectory("m", files));
   expect(gpt2.encode("ab abc12")).toEqual([6, 7, 2, 8]);
   expect(gpt2.decode([6, 7, 2, 8])).toBe("ab abc12");
+  expect(gpt2.eosId).toBeUndefined();
+  const named = { ...vocab, "<|endoftext|>": 9 };
+  const ended = await loadTokenizer(memoryDirectory("m", { ...files, "vocab.json": JSON.stringify(named) }));
+  expect([ended.eosId, ended.bosId], "as transformers has it for GPT-2, whose files name none").toEqual([9, 9]);
   const config = {
     tokenizer_class: "Qwen2Tokenizer",
     eos_token: "<end>",

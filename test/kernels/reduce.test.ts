@@ -106,6 +106,12 @@ test.each([
   expectClose(await read(y), expected.data);
 });
 
+test("a sum of nothing is 0", async () => {
+  const gpu = await testGpu();
+  const y = sumTo(empty(gpu, [0, 5], "x"), [5]);
+  expect([...(await read(y))]).toEqual([0, 0, 0, 0, 0]);
+});
+
 test("sumTo of equal shapes does no work", async () => {
   const gpu = await testGpu();
   const x = empty(gpu, [2, 3], "x");

@@ -85,6 +85,14 @@ test("starts that LoftQ cannot have are refused before anything is changed", asy
   await expect(initLoftq(wide, original, { iterations: 0 })).rejects.toThrow(
     new ShapeError("loftq: iterations must be a whole number of at least 1, got 0"),
   );
+  const used = attachLora(packed, CONFIG);
+  used.setScale(0.5);
+  const before = [...packed.linears.values()].map(({ weight }) => weight);
+  await expect(initLoftq(used, original, { iterations: 4 })).rejects.toThrow(
+    new ShapeError("start: an adapter starts once, at its own scale, got one that did. Attach a fresh one"),
+  );
+  expect([...packed.linears.values()].map(({ weight }) => weight)).toEqual(before);
+  used.detach();
   const large = attachLora(packed, { ...CONFIG, r: 33 });
   await expect(initLoftq(large, original)).rejects.toThrow(
     new ShapeError("loftq: r must be at most 32, the rank of model.layers.0.self_attn.q_proj, got 33"),

@@ -110,6 +110,21 @@ describe("many at once", () => {
     expect((bytes[0] ?? 0) - (bytes[1] ?? 0)).toBe(2 * layers * kvHeads * headDim * 2 * 4 * contextLength);
   });
 
+  test("an answer ends at ids of its own request too, and they are not given", async () => {
+    const request = { promptIds: promptOf(6), maxTokens: 20, logitBias: noEnd() };
+    const expected = await alone(request);
+    const end = expected.findIndex((id, i) => i > 2 && !expected.slice(0, i).includes(id));
+    expect(end).toBeGreaterThan(2);
+    await withEngine({}, async (engine) => {
+      const [own, other] = await Promise.all([
+        idsOf(engine, { ...request, endIds: [expected[end] as number] }),
+        idsOf(engine, request),
+      ]);
+      expect(own).toEqual(expected.slice(0, end));
+      expect(other).toEqual(expected);
+    });
+  });
+
   test("requests join while others are answered, and leave", async () => {
     await withEngine({ maxRows: 4 }, async (engine) => {
       const first = engine.generate({ promptIds: promptOf(4), maxTokens: 30, logitBias: noEnd() });

@@ -8,6 +8,7 @@ import type { LoraAdapter } from "../../src/lora/adapter.ts";
 import { attachLora } from "../../src/lora/attach.ts";
 import type { CausalModel } from "../../src/models/causal.ts";
 import { loadModelFrom } from "../../src/node.ts";
+import { ShapeError } from "../../src/tensor/errors.ts";
 import { Random } from "../../src/tensor/random.ts";
 import { read, readAll, tensor } from "../../src/tensor/tensor.ts";
 import { drawOffset } from "../../src/train/laplace.ts";
@@ -114,4 +115,11 @@ test("a token's probabilities are those of the linear model, and the parameters 
   );
   expect(await valuesOf()).toEqual(before);
   curvature.destroy();
+});
+
+test("packed rows are refused: a token there sees its own segment alone", async () => {
+  const packed = { ...ROW, starts: [0, 2] };
+  await expect(languageCurvature(model, adapter.parameters, [packed])).rejects.toThrow(
+    new ShapeError("laplace: rows must be apart, got packed ones. Give them as they were before"),
+  );
 });

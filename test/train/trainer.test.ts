@@ -1,7 +1,8 @@
 import { readFileSync } from "node:fs";
-import { describe, expect, test } from "vitest";
+import { describe, expect, test, vi } from "vitest";
 import { openGpu } from "../../src/gpu/gpu.ts";
 import { diskDirectory } from "../../src/io/files.ts";
+import type { LoraAdapter } from "../../src/lora/adapter.ts";
 import { attachLora } from "../../src/lora/attach.ts";
 import { readConfig } from "../../src/models/config.ts";
 import { loadModel, makeModel, weightShapes } from "../../src/models/load.ts";
@@ -22,8 +23,9 @@ const row = (...inputIds: number[]): Row => ({ inputIds, labels: inputIds });
 const rows = [row(1, 2, 3, 4), row(5, 6, 7, 8, 9, 10), row(11, 12), row(13, 14, 15), row(16, 17, 18, 19, 20)];
 
 async function run(
-  options: Partial<TrainOptions>,
+  options: Partial<TrainOptions> | ((adapter: LoraAdapter) => Partial<TrainOptions>),
   checkpointing = false,
+  onStep: (adapter: LoraAdapter) => void = () => {},
 ): Promise<{ metrics: StepMetrics[]; values: Float32Array[] }> {
   const gpu = await testGpu();
   const model = await loadModel(gpu, diskDirectory("test/golden/llama-default"));
@@ -39,7 +41,11 @@ async function run(
     learningRate: 1e-2,
     schedule: "constant",
   } as const;
-  for await (const m of train({ ...base, ...options })) metrics.push(m);
+  const more = typeof options === "function" ? options(adapter) : options;
+  for await (const m of train({ ...base, adapter, ...more })) {
+    metrics.push(m);
+    onStep(adapter);
+  }
   const values = await readAll(adapter.parameters);
   adapter.detach();
   model.destroy();
@@ -197,6 +203,32 @@ test("replayed, eager and read late: the same bits", async () => {
   }
   const accumulated = await run({ ...settings, gradAccumulation: 3 });
   expect((await run({ ...settings, gradAccumulation: 3, eager: true })).values).toEqual(accumulated.values);
+});
+
+test("layers of a group that learn at rates of their own, or in part: replayed as eager", async () => {
+  const A = (adapter: LoraAdapter, name: string): Tensor =>
+    adapter.pairs.get(`model.layers.0.self_attn.${name}`)?.A as Tensor;
+  for (const settings of [
+    (adapter: LoraAdapter) => ({ rates: new Map([[A(adapter, "q_proj"), 2]]) }),
+    (adapter: LoraAdapter) => ({ parameters: adapter.parameters.filter((p) => p !== A(adapter, "k_proj")) }),
+  ]) {
+    const { values } = await run((adapter) => ({ ...settings(adapter), steps: 4 }));
+    expect(values).toEqual((await run((adapter) => ({ ...settings(adapter), steps: 4, eager: true }))).values);
+  }
+});
+
+test("a scale that changes between steps counts in the next one, replayed too", async () => {
+  const halve = (adapter: LoraAdapter): void => adapter.setScale(adapter.factor / 2);
+  const settings = { steps: 4, readEvery: 1, pauseEvery: 1 };
+  const replayed = await run(settings, false, halve);
+  expect(replayed.values).toEqual((await run({ ...settings, eager: true }, false, halve)).values);
+  expect(replayed.values).not.toEqual((await run(settings)).values);
+});
+
+test("results are read before there are more than the device keeps, however seldom they are asked for", async () => {
+  const clock = vi.spyOn(performance, "now").mockReturnValue(0);
+  const { metrics } = await run({ steps: 70, readEvery: 100 }).finally(() => clock.mockRestore());
+  expect(metrics).toHaveLength(70);
 });
 
 test("checkpointed or not, eager or replayed, the same adapter to the last bit after 50 steps", async () => {

@@ -2,6 +2,7 @@
 import { type Context, Hono, type MiddlewareHandler } from "hono";
 import { secureHeaders } from "hono/secure-headers";
 import type { ChatTemplate } from "../../io/chat-template.ts";
+import { endOfAnswer } from "../../io/special-tokens.ts";
 import type { TokenBytes, Tokenizer } from "../../io/tokenizer.ts";
 import { ShapeError } from "../../tensor/errors.ts";
 import type { Engine, GenerationRequest } from "../engine-types.ts";
@@ -131,7 +132,8 @@ class Server {
       ...{ promptTokens: engine.contextLength - 1, maxTokens: engine.contextLength },
       ...options.limits,
     };
-    this.#served = { engine, tokenizer, renderChat, modelName, limits: this.#limits };
+    const endIds = renderChat ? endOfAnswer(renderChat, tokenizer) : [];
+    this.#served = { engine, tokenizer, renderChat, endIds, modelName, limits: this.#limits };
     this.#clock = options.clock ?? Date.now;
     this.#texts = new TokenTexts(tokenizer);
     this.#gate = new Gate(this.#limits.concurrentPerKey);

@@ -15,6 +15,8 @@ export interface Served {
   readonly engine: Pick<Engine, "contextLength" | "adapters" | "failure">;
   readonly tokenizer: Tokenizer & Partial<TokenBytes>;
   readonly renderChat: ChatTemplate | undefined;
+  /** What ends an answer to messages: see `endOfAnswer`. */
+  readonly endIds: readonly number[];
   /** What the base goes by. */
   readonly modelName: string;
   readonly limits: PromptLimits;
@@ -60,7 +62,7 @@ export function askedChat(fields: Fields, served: Served): Asked {
     ...rest(fields, unknown),
     model,
     ...choicesOf(fields, served.tokenizer, [promptIds], {
-      ...{ adapter, maxTokens: maxTokens ?? most },
+      ...{ adapter, maxTokens: maxTokens ?? most, endIds: served.endIds },
       ...(wantsLogprobs && { logprobs: top ?? 0 }),
     }),
     hasLogprobs: wantsLogprobs,

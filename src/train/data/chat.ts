@@ -2,6 +2,7 @@
 import type { ChatTemplate } from "../../io/chat-template.ts";
 import { FormatError } from "../../io/errors.ts";
 import type { JsonObject } from "../../io/json.ts";
+import { isSpecial } from "../../io/special-tokens.ts";
 import type { Tokenizer } from "../../io/tokenizer.ts";
 import type { Example } from "./forms.ts";
 import { commonPrefix, commonSuffix, type Encoded, type LossOn, masked, type Span } from "./masks.ts";
@@ -97,10 +98,5 @@ function withoutSpace(ids: readonly number[], start: number, end: number, tokeni
   return last > start && isSpecial(ids[last - 1], tokenizer) ? last : end;
 }
 
-const text = (id: number | undefined, skipSpecialTokens: boolean, tokenizer: Tokenizer): string =>
-  id === undefined ? "" : tokenizer.decode([id], { skipSpecialTokens });
-
-const isBlank = (id: number | undefined, tokenizer: Tokenizer): boolean => /^\s+$/.test(text(id, false, tokenizer));
-
-const isSpecial = (id: number | undefined, tokenizer: Tokenizer): boolean =>
-  text(id, true, tokenizer) === "" && text(id, false, tokenizer) !== "";
+const isBlank = (id: number | undefined, tokenizer: Tokenizer): boolean =>
+  id !== undefined && /^\s+$/.test(tokenizer.decode([id], { skipSpecialTokens: false }));

@@ -214,7 +214,7 @@ test("settings of the draw come to the engine under its names", async () => {
   });
   const { promptIds: _, signal: __, onStart: ___, ...rest } = lastRequest();
   expect(rest).toEqual({
-    ...{ adapter: undefined, maxTokens: 200, temperature: 0.5, topP: 0.9, topK: 5, minP: 0.05, seed: -3 },
+    ...{ adapter: undefined, endIds: [], maxTokens: 200, temperature: 0.5, topP: 0.9, topK: 5, minP: 0.05, seed: -3 },
     ...{ presencePenalty: 0.1, frequencyPenalty: -0.2, repetitionPenalty: 1.1 },
     logitBias: new Map([
       [65, -100],
