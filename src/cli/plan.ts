@@ -266,15 +266,22 @@ async function run(given: PlanArguments): Promise<void> {
   const adapter = plannedConfig(options);
   await withGpu(async (gpu) => {
     const budget = budgetOf(gpu, options.budget);
-    const { bits, ...plan } = await planOf(gpu, options.model, adapter, size);
+    const { weights: weight_format, ...sizes } = size;
+    const about = { ...sizes, weight_format, device: deviceName(gpu.info) };
+    const tried = await attempt(gpu, options.model, adapter, size);
+    if (typeof tried === "string") {
+      const advice = await wayOut(gpu, options.model, adapter, size, budget ?? Number.POSITIVE_INFINITY);
+      process.exitCode = 1;
+      const said = { ...about, budget: budget ?? null, fits: false, reason: tried, advice };
+      result(options.json ? JSON.stringify(said) : `cannot be: ${tried}. ${advice}`);
+      return;
+    }
+    const { bits, ...plan } = tried;
     const fits = budget === undefined ? null : plan.peak <= budget;
     const advice = fits === false ? await wayOut(gpu, options.model, adapter, size, budget ?? 0) : null;
     if (fits === false) process.exitCode = 1;
     if (options.json) {
-      const device = deviceName(gpu.info);
-      const { weights: weight_format, ...sizes } = size;
-      const said = { ...sizes, weight_format, ...plan, bits_per_weight: bits, budget: budget ?? null, fits, advice };
-      result(JSON.stringify({ ...said, device }));
+      result(JSON.stringify({ ...about, ...plan, bits_per_weight: bits, budget: budget ?? null, fits, advice }));
       return;
     }
     const lines = {

@@ -71,6 +71,13 @@ const WORDS: HubWords = {
   again: "go on with the same command, or set HF_HUB_OFFLINE=1 to use the cache alone",
 };
 
+const PROXIED: HubWords = {
+  ...WORDS,
+  again: `${WORDS.again}. HTTPS_PROXY counts only with NODE_USE_ENV_PROXY=1, in Node 24 and later`,
+};
+const isProxied = (): boolean =>
+  process.env.NODE_USE_ENV_PROXY !== "1" && ["HTTPS_PROXY", "https_proxy"].some((name) => process.env[name]);
+
 /**
  * Downloads what the cache lacks of a model or an adapter and returns the directory of the snapshot, for `diskDirectory`:
  * configuration, tokenizer, chat template and safetensors, no other format but an adapter's single GGUF file.
@@ -111,7 +118,7 @@ function settle(id: string, options: HubOptions): Snapshot {
   const endpoint = (options.endpoint ?? (env.HF_ENDPOINT || "https://huggingface.co")).replace(/\/+$/, "");
   const token = (options.token || env.HF_TOKEN)?.trim() || textOf(inHome(env.HF_TOKEN_PATH || join(home, "token")));
   const folder = `models--${id.replace("/", "--")}`;
-  const model = { id, revision, endpoint, token, words: WORDS, signal };
+  const model = { id, revision, endpoint, token, words: isProxied() ? PROXIED : WORDS, signal };
   checkModel(model);
   return { ...model, offline, weights, adapter, cacheDir, folder, onProgress };
 }

@@ -44,7 +44,8 @@ export interface EngineOptions {
   readonly maxWaiting?: number;
   /**
    * Tokens of keys and values that are kept in all. Unless given, four times the context, but no more than the larger of it and 16,384. Where they
-   * are fewer than the model's context and that is not limited, it is limited to them. Requests are let in with room for what they have and some more; where it runs out, who came last makes way.
+   * are fewer than the model's context and that is not limited, it is limited to them. Requests are let in with room for what they have and some
+   * more; where it runs out, who came last makes way.
    */
   readonly cacheTokens?: number | undefined;
   readonly cacheFormat?: "f32" | "f16";
@@ -425,6 +426,7 @@ export class BatchEngine implements Engine {
     sequence.stream.end(error);
   }
 
+  /** Takes it out, and frees what it has. */
   #drop(sequence: Sequence): void {
     const { adapter } = sequence.request;
     sequence.forget();

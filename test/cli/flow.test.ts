@@ -156,6 +156,17 @@ test("the settings of an adapter arrive in it, and it can be gone on from and me
   expect(merged.code, merged.stderr).toBe(0);
   const planned = await lowrank(["plan", "--model", at("model"), ...settings.slice(0, 4), ...which, "--json"]);
   expect(planned.code, planned.stderr).toBe(0);
+  expect(lastJson(planned)).toMatchObject({
+    weights: expect.any(Number),
+    weight_format: "stored",
+    fits: expect.any(Boolean),
+  });
+  const large = await lowrank(["plan", "--model", at("model"), "--batch-size", "100000", "--json"]);
+  expect([large.code, large.stderr.includes("error:")]).toEqual([1, false]);
+  expect(lastJson(large)).toMatchObject({
+    ...{ fits: false, weight_format: "stored", advice: expect.stringMatching(/^Use --checkpointing --batch-size \d+/) },
+    reason: expect.stringMatching(/at most \d+ /),
+  });
   const begun = await lowrank(trainArgs("pissa", "--steps", "1", "--init", "pissa_niter_4", "--json"));
   expect(begun.code, begun.stderr).toBe(0);
   const memory = lastJson(begun) as { peak_bytes: number; planned_bytes: number };

@@ -48,6 +48,8 @@ beforeEach(async () => {
     "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
     "XDG_CACHE_HOME",
+    "HTTPS_PROXY",
+    "https_proxy",
   ])
     vi.stubEnv(name, undefined);
   home = await mkdtemp(join(tmpdir(), "lowrank-hub-"));
@@ -345,6 +347,12 @@ describe("without network", () => {
   test("a server that is not there is tried four times", async () => {
     await hub.close();
     await expect(download()).rejects.toThrow(unreachable("ECONNREFUSED"));
+    vi.stubEnv("HTTPS_PROXY", "http://proxy.example");
+    await expect(download()).rejects.toThrow(
+      new FormatError(
+        `${unreachable("ECONNREFUSED").message}. HTTPS_PROXY counts only with NODE_USE_ENV_PROXY=1, in Node 24 and later`,
+      ),
+    );
     hub = await startHub();
   });
 });
