@@ -1,9 +1,10 @@
 import { Command } from "commander";
 import { diskDirectory } from "../io/files.ts";
+import { groupBy } from "../io/group-by.ts";
 import { readJson } from "../io/json.ts";
 import { settingsOf } from "../lora/config.ts";
 import { CONFIG, configWarnings } from "../lora/peft-config.ts";
-import { groupBy, layerOf, norms, type PlainAdapter } from "../lora/plain-adapter.ts";
+import { layerOf, norms, type PlainAdapter } from "../lora/plain-adapter.ts";
 import { listSome } from "../nn/checkpoint.ts";
 import { adapterPath, openAdapter } from "./convert.ts";
 import { jsonOption } from "./options.ts";

@@ -1,6 +1,7 @@
 /** An adapter in memory, without a model and without a GPU: what files of every format become, and are made of. */
 import { decodeFloats, encodeFloats, type FloatDtype } from "../io/dtype.ts";
 import { FormatError } from "../io/errors.ts";
+import { groupBy } from "../io/group-by.ts";
 import type { TensorToWrite } from "../io/safetensors.ts";
 import { type LoraConfig, settingsOf } from "./config.ts";
 import type { LoraParts } from "./parts.ts";
@@ -136,13 +137,6 @@ export function refuse(
 export function layerOf(module: string): { readonly layer?: number; readonly kind: string } {
   const [, layer, kind] = /^.*?\.[^.]*\.(\d+)\.(.+)$/.exec(module) ?? [];
   return layer === undefined || kind === undefined ? { kind: module } : { layer: Number(layer), kind };
-}
-
-/** In the order of the first of each group. */
-export function groupBy<T, K>(values: Iterable<T>, keyOf: (value: T) => K): Map<K, T[]> {
-  const groups = new Map<K, T[]>();
-  for (const value of values) groups.set(keyOf(value), [...(groups.get(keyOf(value)) ?? []), value]);
-  return groups;
 }
 
 /** Settings that name these modules and no others, whatever else the model has. */

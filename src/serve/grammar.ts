@@ -1,4 +1,5 @@
 /** Languages of texts, and reading a text of one character by character: a pushdown automaton that follows all of its runs at once. */
+import { groupBy } from "../io/group-by.ts";
 import { ShapeError } from "../tensor/errors.ts";
 
 /** Code points, both ends included. */
@@ -49,18 +50,6 @@ export function minus(all: readonly Range[], others: readonly Range[]): Range[] 
     }
     return from <= b ? [...left, [from, b]] : left;
   });
-}
-
-/** In the order of the first of each group. */
-export function grouped<T, K>(values: readonly T[], keyOf: (value: T) => K): Map<K, T[]> {
-  const groups = new Map<K, T[]>();
-  for (const value of values) {
-    const key = keyOf(value);
-    const group = groups.get(key);
-    if (group) group.push(value);
-    else groups.set(key, [value]);
-  }
-  return groups;
 }
 
 /** Takes out the options that no text can be of, so that whatever can be begun can be ended. Says whether any text is left. */
@@ -300,7 +289,7 @@ export class TextState {
 
   #waysOn(): Ways {
     if (this.#ways) return this.#ways;
-    const ranges = [...grouped(this.#stacks, ({ top }) => top)].flatMap(([node, stacks]) => {
+    const ranges = [...groupBy(this.#stacks, ({ top }) => top)].flatMap(([node, stacks]) => {
       const rests = stacks.flatMap(({ rest }) => rest ?? []);
       return node?.kind === "set" ? node.ranges.map(([first, last]) => ({ first, last, rests })) : [];
     });

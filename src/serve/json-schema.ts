@@ -1,4 +1,5 @@
 /** The JSON texts that fit a JSON Schema (2020-12), as a grammar. */
+import { groupBy } from "../io/group-by.ts";
 import { excerpt, isObject, type JsonObject } from "../io/json.ts";
 import { ShapeError } from "../tensor/errors.ts";
 import {
@@ -7,7 +8,6 @@ import {
   altOf,
   childrenOf,
   type Grammar,
-  grouped,
   literal,
   minus,
   type Range,
@@ -87,7 +87,7 @@ const WRITTEN = repeat(jsonWriter()(ANY));
 function otherThan(texts: readonly (readonly number[])[], written: Writer, at = 0): Grammar {
   if (texts.length === 0) return WRITTEN;
   const longer = texts.filter((text) => text.length > at);
-  const heads = grouped(longer, (text) => text[at] as number);
+  const heads = groupBy(longer, (text) => text[at] as number);
   return altOf([
     ...(longer.length < texts.length ? [] : [seq()]),
     seq(written(minus(ANY, [...heads.keys()].map(single))), WRITTEN),
@@ -103,7 +103,7 @@ function oneOf(texts: readonly string[]): Grammar {
   while (same < first.length && texts.every((text) => text[same] === first[same])) same++;
   if (/[\ud800-\udbff]/.test(first[same - 1] ?? "")) same--; // a character is two of these
   const headOf = (text: string): string => Array.from(text.slice(same, same + 2))[0] ?? "";
-  const tails = Array.from(grouped(texts, headOf), ([head, all]) =>
+  const tails = Array.from(groupBy(texts, headOf), ([head, all]) =>
     seq(literal(head), head === "" ? seq() : oneOf(all.map((text) => text.slice(same + head.length)))),
   );
   return seq(literal(first.slice(0, same)), altOf(tails));

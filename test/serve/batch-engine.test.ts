@@ -50,6 +50,16 @@ async function alone(request: GenerationRequest): Promise<number[]> {
   return ids;
 }
 
+/** Asks all at once, expects of each what it has alone, and gives the steps after which they started. */
+async function answeredTogether(engine: BatchEngine, requests: readonly GenerationRequest[]): Promise<number[]> {
+  const expected: number[][] = [];
+  for (const request of requests) expected.push(await alone(request));
+  const starts: number[] = [];
+  const onStart = (): void => void starts.push(engine.stats().steps);
+  expect(await Promise.all(requests.map((request) => idsOf(engine, { ...request, onStart })))).toEqual(expected);
+  return starts;
+}
+
 const random = new Random(5);
 const promptOf = (length: number): number[] => Array.from({ length }, () => random.below(model.config.vocabSize));
 
@@ -163,12 +173,7 @@ describe("memory", () => {
     await withEngine({ pageTokens: 4, maxStepTokens: 8, maxRows: 8 }, async (engine) => {
       const system = promptOf(17);
       const requests = [20, 1, 2, 3].map((length) => ({ promptIds: [...system, ...promptOf(length)], maxTokens: 3 }));
-      const expected: number[][] = [];
-      for (const request of requests) expected.push(await alone(request));
-      const starts: number[] = [];
-      const ask = (request: GenerationRequest): Promise<number[]> =>
-        idsOf(engine, { ...request, onStart: () => starts.push(engine.stats().steps) });
-      expect(await Promise.all(requests.map(ask))).toEqual(expected);
+      const starts = await answeredTogether(engine, requests);
       expect(starts, "the others start after the step that ends the shared pages").toEqual([0, 2, 2, 2]);
       expect(engine.stats().cachedPromptTokens).toBe(3 * 16);
     });
@@ -210,12 +215,7 @@ describe("memory", () => {
       const requests = Array.from({ length: 8 }, (_, seed) => ({
         ...{ promptIds: promptOf(5), maxTokens: 59, logitBias: noEnd(), seed, temperature: seed % 2 },
       }));
-      const expected: number[][] = [];
-      for (const request of requests) expected.push(await alone(request));
-      const starts: number[] = [];
-      const ask = (request: GenerationRequest): Promise<number[]> =>
-        idsOf(engine, { ...request, onStart: () => starts.push(engine.stats().steps) });
-      expect(await Promise.all(requests.map(ask))).toEqual(expected);
+      const starts = await answeredTogether(engine, requests);
       expect(
         starts.filter((step) => step === 0),
         "of 32 pages 6 for each, of 16 that it may need",
