@@ -1,5 +1,5 @@
 /** Tokenizers that need no files. */
-import type { Tokenizer } from "../../src/io/tokenizer.ts";
+import type { TokenBytes, Tokenizer } from "../../src/io/tokenizer.ts";
 
 /** One token per byte; 256 ends a text, 257 begins one. */
 export function bytesTokenizer(): Tokenizer {
@@ -18,5 +18,27 @@ export function bytesTokenizer(): Tokenizer {
     bosId: 257,
     eosId: 256,
     vocabSize: 258,
+  };
+}
+
+/** A token for each character, and for each of four special tokens, those of ChatML among them. */
+export function charactersTokenizer(): Tokenizer & TokenBytes {
+  const special = ["</s>", "<s>", "<|im_start|>", "<|im_end|>"];
+  const first = 0x10000;
+  return {
+    encode: (text) =>
+      text
+        .split(/(<\/?s>|<\|im_\w+\|>)/)
+        .flatMap((part) =>
+          special.includes(part)
+            ? [first + special.indexOf(part)]
+            : Array.from(part, (c) => c.codePointAt(0) as number),
+        ),
+    decode: (ids, { skipSpecialTokens = true } = {}) =>
+      ids
+        .map((id) => (id < first ? String.fromCodePoint(id) : skipSpecialTokens ? "" : (special[id - first] as string)))
+        .join(""),
+    tokenBytes: (id) => (id < first ? new TextEncoder().encode(String.fromCodePoint(id)) : undefined),
+    ...{ bosId: first + 1, eosId: first, vocabSize: first + special.length },
   };
 }

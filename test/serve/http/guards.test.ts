@@ -1,9 +1,11 @@
 // Who may ask, and what a stranger is told: the rules that keep a server on a desk or a network from being anyone's.
 import { afterEach, describe, expect, test, vi } from "vitest";
+import { CHATML, chatTemplate } from "../../../src/io/chat-template.ts";
+import { Chat } from "../../../src/serve/chat.ts";
 import { createApp } from "../../../src/serve/http/app.ts";
 import { Keys } from "../../../src/serve/http/guards.ts";
 import { ShapeError } from "../../../src/tensor/errors.ts";
-import { bytesTokenizer } from "../tokenizers.ts";
+import { bytesTokenizer, charactersTokenizer } from "../tokenizers.ts";
 import { ADMIN_KEY, API_KEY, type ErrorBody, eventsOf, FakeEngine, pause, testApp, until } from "./harness.ts";
 
 afterEach(() => {
@@ -372,6 +374,18 @@ describe("streams", () => {
     await expect(response.text()).rejects.toThrow(
       "event stream: what was sent must be read, got a reader that does not",
     );
+  });
+
+  test("an answer to messages ends where the template ends one, one to a prompt at the model's own end", async () => {
+    const tokenizer = charactersTokenizer();
+    const { post, engine } = testApp({ tokenizer });
+    await post("/v1/chat/completions", { model: "base", messages: [{ role: "user", content: "a" }] });
+    await post("/v1/completions", completion);
+    const chat = new Chat(engine, { tokenizer, renderChat: chatTemplate(CHATML, "chatml") });
+    await chat.ask({ messages: [{ role: "user", content: "a" }] }).next();
+    await chat.ask({ prompt: "a" }).next();
+    const end = tokenizer.encode("<|im_end|>");
+    expect(engine.requests.map(({ endIds }) => endIds)).toEqual([end, undefined, end, undefined]);
   });
 
   test("who has left before the answer begins gets none made", async () => {
